@@ -1,0 +1,236 @@
+"""Where the implementations that compute their own gradient meet autograd, torch.func and torch.compile.
+
+An implementation is a module with three functions, `forward`, `backward` and `forward_gradient` (`_blocked`, `_triton`);
+this file is the only one that calls them. First derivatives are theirs. Second derivatives and forward-mode tangents
+come from `reference.gradient`, the same gradient as differentiable PyTorch. Under torch.compile the two passes are
+opaque operators, so a compiled graph holds the same kernels.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_la import reference
+from fused_la._problem import Problem, reduce_rows, row_weights
+
+_N_FIELDS = len(Problem._fields)
+
+
+def fused_loss(problem: Problem, reduction: str, impl: str) -> Tensor:
+    """The reduced loss, or (N, P) rows, by the implementation named `impl`."""
+    if torch.compiler.is_compiling():
+        return _forward_op(*problem, reduction, impl)[0]
+    needs_gradient = torch.is_grad_enabled() and problem.logits.requires_grad
+    learns_prior = problem.log_prior is not None and problem.log_prior.requires_grad
+    with_gradient = needs_gradient and not learns_prior and _load(impl).forward_gradient(problem, reduction)
+    return _Loss.apply(impl, reduction, with_gradient, *problem)[0]
+
+
+def _load(impl: str) -> ModuleType:
+    return importlib.import_module(f"fused_la._{impl}")
+
+
+class _Loss(torch.autograd.Function):
+    """(loss, row state, denominator of the mean, gradient for an upstream of 1 or nothing); only loss has a gradient."""
+
+    @staticmethod
+    def forward(impl: str, reduction: str, with_gradient: bool, *fields: Any) -> tuple[Tensor, ...]:
+        return _load(impl).forward(Problem(*fields), reduction, with_gradient)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        impl, reduction, with_gradient, *fields = inputs
+        _, state, normalizer, gradient = output
+        ctx.mark_non_differentiable(state, normalizer, gradient)
+        ctx.set_materialize_grads(False)
+        tensors = [field if isinstance(field, Tensor) else None for field in fields]
+        ctx.scalars = [None if isinstance(field, Tensor) else field for field in fields]
+        ctx.save_for_backward(*tensors, state, normalizer)
+        ctx.save_for_forward(*tensors, state, normalizer)
+        ctx.impl, ctx.reduction = impl, reduction
+        ctx.gradient = gradient if with_gradient and gradient.numel() > 0 else None
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple:
+        grads: list[Tensor | None] = [None] * (3 + _N_FIELDS)
+        if grad_loss is None:
+            return tuple(grads)
+        if ctx.gradient is not None and not torch.is_grad_enabled():
+            # Handed over, not kept: a caller may write into it, and a second backward recomputes.
+            gradient, ctx.gradient = ctx.gradient, None
+            grads[3] = _scale_(gradient, grad_loss)
+            return tuple(grads)
+        problem, state, normalizer = _saved(ctx)
+        grad_rows = grad_loss if ctx.reduction == "none" else grad_loss.expand(state.shape[1:])
+        normalizer = normalizer if ctx.reduction == "mean" else None
+        if torch.is_grad_enabled():
+            grads[3], grads[4] = _differentiable_gradient(problem, grad_rows, normalizer)
+        else:
+            grads[3], grads[4] = _load(ctx.impl).backward(
+                problem, state, grad_rows, normalizer, ctx.needs_input_grad[3], ctx.needs_input_grad[4]
+            )
+        return tuple(grads)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, None, None, None]:
+        logits_tangent, prior_tangent = tangents[3], tangents[4]
+        problem, _, normalizer = _saved(ctx)
+        z_tangent = torch.zeros_like(problem.logits, dtype=problem.compute_dtype)
+        if logits_tangent is not None:
+            z_tangent = z_tangent + logits_tangent
+        if prior_tangent is not None:
+            z_tangent = z_tangent + problem.tau * prior_tangent
+        gradient = reference.gradient(problem, torch.ones_like(z_tangent[..., 0]))
+        rows = torch.where(gradient == 0, 0.0, gradient * z_tangent).sum(-1)
+        return reduce_tangent(rows, normalizer, ctx.reduction), None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, impl: str, reduction: str, with_gradient: bool, *fields: Any) -> tuple:
+        del with_gradient
+        dims = Problem(*in_dims[3:])
+        batched = [field.movedim(dim, 0) if dim is not None else field for field, dim in zip(fields, dims, strict=True)]
+        problem = Problem(*batched)
+        class_vectors = (dims.log_prior, dims.weight, dims.smoothing_distribution)
+        if any(dim is not None for dim in class_vectors):
+            each = [
+                _Loss.apply(impl, reduction, False, *(f[b] if d is not None else f for f, d in zip(batched, dims, strict=True)))
+                for b in range(info.batch_size)
+            ]  # fmt: skip
+            return tuple(torch.stack(parts) for parts in zip(*each, strict=True)), (0, 0, 0, 0)
+
+        # Only rows are batched: fold the batch into them.
+        rows = {}
+        for name in ("logits", "target", "target_weight"):
+            field = getattr(problem, name)
+            if field is not None and getattr(dims, name) is None:
+                field = field.expand(info.batch_size, *field.shape)
+            rows[name] = None if field is None else field.flatten(0, 1)
+        n_outer = rows["logits"].shape[0] // info.batch_size
+        folded = problem._replace(**rows)
+        loss, state, *_ = _Loss.apply(impl, "none", False, *folded)
+        loss = loss.unflatten(0, (info.batch_size, n_outer))
+        state = state.unflatten(1, (info.batch_size, n_outer))
+        weights = row_weights(folded).unflatten(0, (info.batch_size, n_outer))
+        normalizer = weights.sum((1, 2))
+        return (reduce_rows(loss, weights, reduction), state, normalizer, loss.new_empty(0)), (0, 1, 0, None)
+
+
+def _saved(ctx: Any) -> tuple[Problem, Tensor, Tensor]:
+    *tensors, state, normalizer = ctx.saved_tensors
+    fields = [tensor if tensor is not None else value for tensor, value in zip(tensors, ctx.scalars, strict=True)]
+    return Problem(*fields), state, normalizer
+
+
+def _scale_(gradient: Tensor, grad_loss: Tensor) -> Tensor:
+    """Multiply a gradient made for an upstream of 1 by the upstream that came; nothing is rewritten for a 1."""
+    return gradient if grad_loss.item() == 1.0 else gradient.mul_(grad_loss)
+
+
+def _differentiable_gradient(
+    problem: Problem, grad_rows: Tensor, normalizer: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    grad_rows = grad_rows if normalizer is None else grad_rows / normalizer
+    grad_z = reference.gradient(problem, grad_rows)
+    grad_logits = grad_z.to(problem.logits.dtype)
+    if problem.log_prior is None:
+        return grad_logits, None
+    return grad_logits, (grad_z.sum((0, 1)) * problem.tau).to(problem.log_prior.dtype)
+
+
+def reduce_tangent(rows: Tensor, normalizer: Tensor, reduction: str) -> Tensor:
+    if reduction == "none":
+        return rows
+    return rows.sum() / normalizer if reduction == "mean" else rows.sum()
+
+
+# torch.compile --------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("fused_la::loss_forward", mutates_args=())
+def _forward_op(
+    logits: Tensor,
+    log_prior: Tensor | None,
+    target: Tensor,
+    target_weight: Tensor | None,
+    weight: Tensor | None,
+    smoothing_distribution: Tensor | None,
+    tau: float,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: str,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    problem = Problem(
+        logits, log_prior, target, target_weight, weight, smoothing_distribution, tau, label_smoothing, ignore_index
+    )
+    return _load(impl).forward(problem, reduction, False)[:3]
+
+
+@_forward_op.register_fake
+def _(logits, log_prior, target, target_weight, weight, smoothing_distribution, tau, label_smoothing, ignore_index,
+      reduction, impl):  # fmt: skip
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    rows = logits.shape[:2]
+    loss = logits.new_empty(rows if reduction == "none" else (), dtype=dtype)
+    return loss, logits.new_empty((3, *rows), dtype=dtype), logits.new_empty((), dtype=dtype)
+
+
+@torch.library.custom_op("fused_la::loss_backward", mutates_args=())
+def _backward_op(
+    logits: Tensor,
+    log_prior: Tensor | None,
+    target: Tensor,
+    target_weight: Tensor | None,
+    weight: Tensor | None,
+    smoothing_distribution: Tensor | None,
+    tau: float,
+    label_smoothing: float,
+    ignore_index: int,
+    impl: str,
+    state: Tensor,
+    grad_loss: Tensor,
+    normalizer: Tensor | None,
+    needs_log_prior: bool,
+) -> tuple[Tensor, Tensor]:
+    problem = Problem(
+        logits, log_prior, target, target_weight, weight, smoothing_distribution, tau, label_smoothing, ignore_index
+    )
+    grad_logits, grad_prior = _load(impl).backward(problem, state, grad_loss, normalizer, True, needs_log_prior)
+    return grad_logits, logits.new_empty(0) if grad_prior is None else grad_prior
+
+
+@_backward_op.register_fake
+def _(logits, log_prior, target, target_weight, weight, smoothing_distribution, tau, label_smoothing, ignore_index,
+      impl, state, grad_loss, normalizer, needs_log_prior):  # fmt: skip
+    return torch.empty_like(logits), torch.empty_like(log_prior) if needs_log_prior else logits.new_empty(0)
+
+
+def _setup_op_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    *fields, reduction, impl = inputs
+    _, state, normalizer = output
+    ctx.set_materialize_grads(False)
+    ctx.scalars = [None if isinstance(field, Tensor) else field for field in fields]
+    ctx.save_for_backward(*(field if isinstance(field, Tensor) else None for field in fields), state, normalizer)
+    ctx.impl, ctx.reduction = impl, reduction
+
+
+def _op_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple:
+    grads: list[Tensor | None] = [None] * (_N_FIELDS + 2)
+    if grad_loss is None:
+        return tuple(grads)
+    problem, state, normalizer = _saved(ctx)
+    grad_rows = grad_loss if ctx.reduction == "none" else grad_loss.expand(state.shape[1:])
+    needs_log_prior = ctx.needs_input_grad[1]
+    grad_logits, grad_prior = _backward_op(
+        *problem, ctx.impl, state, grad_rows, normalizer if ctx.reduction == "mean" else None, needs_log_prior
+    )
+    grads[0], grads[1] = grad_logits, grad_prior if needs_log_prior else None
+    return tuple(grads)
+
+
+_forward_op.register_autograd(_op_backward, setup_context=_setup_op_context)

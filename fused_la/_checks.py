@@ -1,0 +1,175 @@
+"""The door's checks: what is wrong, in one grammar, "<argument> must <expectation>, got <what came>".
+
+Shapes, dtypes and devices are always checked. Values are checked where that costs no synchronisation, on a CPU and
+outside of transforms and tracing; elsewhere a bad value makes the loss NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+REDUCTIONS = ("none", "mean", "sum")
+IMPLEMENTATIONS = ("auto", "triton", "blocked", "reference")
+
+
+def check_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
+
+
+def check_logits(logits: Any) -> None:
+    check_tensor("logits", logits)
+    if logits.dtype not in FLOATING:
+        raise TypeError(f"logits must be float16, bfloat16, float32 or float64, got {logits.dtype}")
+    if logits.dim() == 0:
+        raise ValueError("logits must have shape (C,), (N, C) or (N, C, d1, ..., dk), got ()")
+    if logits.shape[class_dim(logits)] == 0:
+        raise ValueError(f"logits must have at least one class, got shape {tuple(logits.shape)}")
+
+
+def class_dim(logits: Tensor) -> int:
+    return 0 if logits.dim() == 1 else 1
+
+
+def check_class_vector(name: str, value: Any, logits: Tensor) -> None:
+    """One floating number a class, on the device of the logits."""
+    check_tensor(name, value)
+    n_classes = logits.shape[class_dim(logits)]
+    if value.dtype not in FLOATING:
+        hint = "; log_prior_from_counts makes a log prior from class counts" if name == "log_prior" else ""
+        raise TypeError(f"{name} must be floating, got {value.dtype}{hint}")
+    if value.shape != (n_classes,):
+        raise ValueError(f"{name} must have shape ({n_classes},), got {tuple(value.shape)}")
+    check_device(name, value, logits)
+
+
+def check_device(name: str, value: Tensor, logits: Tensor) -> None:
+    if value.device != logits.device:
+        raise ValueError(f"{name} must be on the device of the logits, {logits.device}, got {value.device}")
+
+
+def check_log_prior(log_prior: Any, logits: Tensor) -> None:
+    check_class_vector("log_prior", log_prior, logits)
+    largest = read_value(log_prior.detach().amax())
+    if largest is None or math.isfinite(largest):
+        return
+    if largest == -math.inf:
+        raise ValueError("log_prior must be finite for some class, got -inf for every class")
+    raise ValueError(f"log_prior must be finite or -inf, got {largest} for some class")
+
+
+def check_smoothing_distribution(value: Any, logits: Tensor) -> None:
+    check_class_vector("smoothing_distribution", value, logits)
+    smallest, total = read_value(value.detach().amin()), read_value(value.detach().sum(dtype=torch.float64))
+    if smallest is None or total is None:
+        return
+    # Half-precision probabilities need not add up to 1 to the last digit; counts or logs are far off.
+    if not (smallest >= 0.0 and abs(total - 1.0) <= 0.01):
+        raise ValueError(
+            "smoothing_distribution must hold probabilities that add up to 1, "
+            f"got a smallest value of {smallest:.6g} and a sum of {total:.6g}"
+        )
+
+
+def check_target(target: Any, target_weight: Any, logits: Tensor, ignore_index: int) -> None:
+    """Index labels, weighted labels (target_weight given) or class probabilities, as `F.cross_entropy` shapes them."""
+    check_tensor("target", target)
+    check_device("target", target, logits)
+    shape, dim = tuple(logits.shape), class_dim(logits)
+    if target.is_floating_point():
+        if target_weight is not None:
+            raise ValueError("target_weight must be None with class probabilities as target, got a tensor")
+        if target.dtype not in FLOATING:
+            raise TypeError(f"target must be int64 class indices or floating probabilities, got {target.dtype}")
+        if tuple(target.shape) != shape:
+            raise ValueError(f"target must have shape {shape} for class probabilities, got {tuple(target.shape)}")
+        if ignore_index >= 0:
+            raise ValueError(f"ignore_index must be negative with class probabilities as target, got {ignore_index}")
+        return
+    if target.dtype != torch.int64:
+        raise TypeError(f"target must be int64 class indices or floating probabilities, got {target.dtype}")
+    if target_weight is None:
+        expected = shape[:dim] + shape[dim + 1 :]
+        if tuple(target.shape) != expected:
+            hint = ""
+            if target.dim() == len(shape):
+                hint = "; several labels a row need target_weight, and class probabilities must be floating"
+            raise ValueError(f"target must have shape {expected} for class indices, got {tuple(target.shape)}{hint}")
+    else:
+        check_tensor("target_weight", target_weight)
+        if target_weight.dtype not in FLOATING:
+            raise TypeError(f"target_weight must be floating, got {target_weight.dtype}")
+        check_device("target_weight", target_weight, logits)
+        expected = (*map(str, shape[:dim]), "K", *map(str, shape[dim + 1 :]))
+        fits = target.dim() == len(shape) and target.shape[dim] > 0
+        if not fits or any(target.shape[i] != shape[i] for i in range(len(shape)) if i != dim):
+            raise ValueError(
+                f"target must have shape ({', '.join(expected)}{',' * (len(expected) == 1)}) with K >= 1 labels "
+                f"for target_weight, got {tuple(target.shape)}"
+            )
+        if target_weight.shape != target.shape:
+            raise ValueError(
+                f"target_weight must have the shape of target, {tuple(target.shape)}, got {tuple(target_weight.shape)}"
+            )
+    _check_labels_in_range(target, shape[dim], ignore_index)
+
+
+def _check_labels_in_range(target: Tensor, n_classes: int, ignore_index: int) -> None:
+    if target.numel() == 0:
+        return
+    lowest, highest = (read_value(end) for end in target.aminmax())
+    if lowest is None or highest is None or (lowest >= 0 and highest < n_classes):
+        return
+    outside = target[((target < 0) | (target >= n_classes)) & (target != ignore_index)]
+    if outside.numel() > 0:
+        raise IndexError(
+            f"Target {int(outside[0])} is out of bounds: target must hold class indices in [0, {n_classes}) "
+            f"or ignore_index ({ignore_index})"
+        )
+
+
+def read_value(value: Tensor) -> float | None:
+    """A number from a CPU; None where reading it would synchronise, or a transform or a tracer hides it."""
+    if torch.compiler.is_compiling() or value.device.type != "cpu":
+        return None
+    try:
+        return value.item()
+    except RuntimeError:  # under vmap, or a fake tensor
+        return None
+
+
+def check_number(name: str, value: Any, low: float, high: float, expected: str) -> float:
+    """A Python or NumPy real number in [low, high], as a float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be {expected}, got {value}")
+    return float(value)
+
+
+def check_tau(tau: Any) -> float:
+    return check_number("tau", tau, 0.0, torch.finfo(torch.float32).max, "finite and not negative")
+
+
+def check_label_smoothing(value: Any) -> float:
+    return check_number("label_smoothing", value, 0.0, 1.0, "between 0 and 1")
+
+
+def check_ignore_index(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"ignore_index must be an int, got {type(value).__name__}")
+    return int(value)
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        listed = ", ".join(repr(choice) for choice in choices[:-1]) + f" or {choices[-1]!r}"
+        raise ValueError(f"{name} must be {listed}, got {value!r}")

@@ -1,0 +1,118 @@
+"""What every implementation is handed: the rows of a checked loss, and how much each class of a row is asked for.
+
+A loss over logits of shape (N, C, d1, ..., dk) is a set of independent rows. The door (`loss.py`) brings every input
+into one form, (N, P, C) with P = d1 * ... * dk, without copying, and each implementation computes, for every row,
+
+    z_c  = logits_c + tau * log_prior_c                          (a class at -inf stays out, whatever its logit)
+    t_c  = the target mass of class c                            (labels, their weights and smoothing, see below)
+    loss = sum_c t_c * (logsumexp(z) - z_c)
+
+so that one label, K weighted labels, class probabilities, class weights and label smoothing differ in t alone:
+
+    labels         t_c = sum_k target_weight_k * weight_c * ((1 - eps) * [c = target_k] + eps * q_c)
+    probabilities  t_c = weight_c * ((1 - eps) * target_c + eps * q_c)
+
+with eps = label_smoothing and q = smoothing_distribution (1/C where it is None). Labels equal to ignore_index do not
+count; any other label outside [0, C) makes its row NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Problem(NamedTuple):
+    """The checked rows of a loss; N and P count rows, C classes, K labels a row."""
+
+    logits: Tensor  # (N, P, C) any strides
+    log_prior: Tensor | None  # (C,) or None where tau = 0
+    target: Tensor  # (N, P, K) int64 labels, or (N, P, C) floating probabilities
+    target_weight: Tensor | None  # (N, P, K) floating
+    weight: Tensor | None  # (C,) floating
+    smoothing_distribution: Tensor | None  # (C,) floating, None is uniform or no smoothing
+    tau: float
+    label_smoothing: float
+    ignore_index: int
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Float32 arithmetic, float64 for float64 logits."""
+        return torch.float64 if self.logits.dtype == torch.float64 else torch.float32
+
+    @property
+    def has_probabilities(self) -> bool:
+        return self.target.is_floating_point()
+
+    def offset(self) -> Tensor | None:
+        """tau * log_prior, (C,), rounded once to the compute dtype."""
+        if self.log_prior is None:
+            return None
+        wide = torch.promote_types(self.log_prior.dtype, self.compute_dtype)
+        return (self.log_prior.to(wide) * self.tau).to(self.compute_dtype)
+
+    def class_weight(self) -> Tensor | None:
+        return None if self.weight is None else self.weight.to(self.compute_dtype)
+
+    def smoothing_mass(self) -> Tensor | None:
+        """eps * q_c * weight_c, (C,): what label smoothing asks of each class for a row of weight 1; None without."""
+        if self.label_smoothing == 0.0:
+            return None
+        n_classes = self.logits.shape[-1]
+        if self.smoothing_distribution is None:
+            mass = torch.full((n_classes,), self.label_smoothing / n_classes, dtype=self.compute_dtype,
+                              device=self.logits.device)  # fmt: skip
+        else:
+            mass = self.smoothing_distribution.to(self.compute_dtype) * self.label_smoothing
+        weight = self.class_weight()
+        return mass if weight is None else mass * weight
+
+
+class Labels(NamedTuple):
+    """The (N, P, K) index labels of a problem, read once."""
+
+    index: Tensor  # (N, P, K) int64, 0 where a label does not count
+    mass: Tensor  # (N, P, K) what the label asks of its class, smoothing apart; 0 ignored, NaN out of range
+    counts: Tensor  # (N, P, K) bool: not ignored
+    share: Tensor  # (N, P) sum of the counting labels' target_weight: the row's multiple of the smoothing mass
+    live: Tensor  # (N, P) bool: some label counts
+    row_weight: Tensor  # (N, P) the row's part in the denominator of reduction="mean"
+
+
+def read_labels(problem: Problem) -> Labels:
+    """Resolve ignored and out-of-range labels, class weights and label weights of an index target."""
+    n_classes = problem.logits.shape[-1]
+    dtype = problem.compute_dtype
+    target = problem.target
+    counts = target != problem.ignore_index
+    in_range = (target >= 0) & (target < n_classes)
+    index = torch.where(in_range & counts, target, 0)
+
+    label_weight = counts.to(dtype)
+    if problem.target_weight is not None:
+        label_weight = torch.where(counts, problem.target_weight.to(dtype), 0.0)
+    label_weight = torch.where(in_range | ~counts, label_weight, math.nan)
+    share = label_weight.sum(-1)
+    weight = problem.class_weight()
+    weighted = label_weight if weight is None else label_weight * weight[index]
+    # A row counts as the mean class weight of its labels: 1 without class weights, weight[y] for a single label.
+    row_weight = torch.where(share == 0, 0.0, weighted.sum(-1) / torch.where(share == 0, 1.0, share))
+    return Labels(index, weighted * (1.0 - problem.label_smoothing), counts, share, counts.any(-1), row_weight)
+
+
+def row_weights(problem: Problem) -> Tensor:
+    """(N, P): each row's part in the denominator of `reduction="mean"`."""
+    if problem.has_probabilities:
+        return torch.ones_like(problem.logits[..., 0], dtype=problem.compute_dtype)
+    return read_labels(problem).row_weight
+
+
+def reduce_rows(loss: Tensor, row_weight: Tensor, reduction: str) -> Tensor:
+    """Reduce (..., N, P) row losses as `F.cross_entropy` does: a weighted mean (NaN over no rows), a sum, or not."""
+    if reduction == "none":
+        return loss
+    total = loss.sum((-2, -1))
+    return total if reduction == "sum" else total / row_weight.sum((-2, -1))

@@ -1,0 +1,284 @@
+"""The door: check the arguments, bring them into rows, choose an implementation, shape the result."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_la import _checks, reference
+from fused_la._autograd import fused_loss
+from fused_la._problem import Problem, reduce_rows
+from fused_la.prior import log_prior_from_counts
+
+
+def logit_adjusted_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    log_prior: Tensor,
+    tau: float = 1.0,
+    *,
+    target_weight: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    smoothing_distribution: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    r"""Cross entropy of logits with `tau * log_prior` added: the loss whose minimiser has the least balanced error.
+
+    .. math::
+        \ell(y, f) = -\log \mathrm{softmax}(f + \tau \log \pi)_y
+                   = \log\Big[1 + \sum_{c \ne y} \Big(\frac{\pi_c}{\pi_y}\Big)^{\tau} e^{f_c - f_y}\Big]
+
+    Equivalent to: ``F.cross_entropy(logits.float() + tau * log_prior, target)``, with every other argument of
+    `torch.nn.functional.cross_entropy` meaning what it means there. The offset is added in float32, the logits are
+    never written, and a confident row keeps the digits of its loss and gradient.
+
+    Train with it and predict with the raw logits, `logits.argmax(1)`: adjusting again post hoc corrects twice.
+
+    Args:
+        logits: (C,), (N, C) or (N, C, d1, ..., dk); float16, bfloat16, float32 or float64; any strides; N may be 0.
+        target: int64 class indices of shape (), (N,) or (N, d1, ..., dk); or class probabilities, floating, of the
+            shape of the logits; or with `target_weight` indices of shape (N, K) ((K,), (N, K, d1, ..., dk)).
+        log_prior: (C,) floating, log class frequencies up to any constant, as `log_prior_from_counts` makes them. A
+            class at -inf has probability 0 and gradient 0. It gets a gradient if it requires one.
+        tau: strength of the adjustment, >= 0. 1 is consistent for the balanced error, 0 is plain cross entropy.
+        target_weight: floating, of the shape of `target`: weights of K labels a row, as mixup and cutmix make them.
+            The row's loss is ``sum_k target_weight[:, k] * loss(target[:, k])``. A mean counts such a row as one (with
+            `weight`: as the mean weight of its labels).
+        weight: (C,) floating, a factor for each class.
+        ignore_index: label that does not count: its row (its part of a row of K labels) has loss and gradient 0.
+        reduction: "none", "mean" (over rows that count, weighted by `weight`; NaN if there are none) or "sum".
+        label_smoothing: share in [0, 1] of the target moved to `smoothing_distribution`.
+        smoothing_distribution: (C,) probabilities; None is uniform, which makes the loss inconsistent on long-tailed
+            data and infinite if a class is at -inf. `log_prior.exp()` smooths toward the prior and keeps it consistent.
+        impl: "auto" is "triton" on a GPU, "blocked" on a CPU, and "reference" for anything else: while torch.compile
+            traces a CPU graph, or when a target or a weight requires grad. A named one works or raises.
+
+    Returns:
+        float32 (float64 for float64 logits): a scalar, or with reduction "none" one loss a row in the shape that index
+        labels have.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, dtype, shape, device or range; the message names it.
+        IndexError: a label outside [0, C) that is not ignore_index, on a CPU. On a GPU nothing outside the row is read
+            and the row's loss and gradient are NaN, without a synchronisation.
+
+    Example:
+        >>> import torch
+        >>> from fused_la import log_prior_from_counts, logit_adjusted_cross_entropy
+        >>> log_prior = log_prior_from_counts([900, 90, 10])
+        >>> logits = torch.tensor([[2.0, 1.0, 1.5], [0.5, 0.0, 1.0]])
+        >>> loss = logit_adjusted_cross_entropy(logits, torch.tensor([0, 2]), log_prior)
+        >>> round(loss.item(), 4)
+        2.0434
+
+    Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation 10.
+    """
+    tau = _checks.check_tau(tau)
+    label_smoothing = _checks.check_label_smoothing(label_smoothing)
+    ignore_index = _checks.check_ignore_index(ignore_index)
+    _checks.check_choice("reduction", reduction, _checks.REDUCTIONS)
+    _checks.check_logits(logits)
+    _checks.check_log_prior(log_prior, logits)
+    _checks.check_target(target, target_weight, logits, ignore_index)
+    if weight is not None:
+        _checks.check_class_vector("weight", weight, logits)
+    if smoothing_distribution is not None:
+        _checks.check_smoothing_distribution(smoothing_distribution, logits)
+    impl = _choose(impl, logits, target, target_weight, weight, smoothing_distribution)
+
+    problem = Problem(
+        _rows_by_classes(logits),
+        _offset_prior(log_prior, tau),
+        _rows_by_classes(target) if target.is_floating_point() else _label_rows(target, logits),
+        None if target_weight is None else _label_rows(target_weight, logits),
+        None if weight is None else weight.contiguous(),
+        None if smoothing_distribution is None else smoothing_distribution.contiguous(),
+        tau,
+        label_smoothing,
+        ignore_index,
+    )
+    if impl == "reference":
+        loss = reduce_rows(*reference.loss_rows(problem), reduction)
+    else:
+        loss = fused_loss(problem, reduction, impl)
+    if reduction != "none":
+        return loss
+    dim = _checks.class_dim(logits)
+    return loss.reshape(logits.shape[:dim] + logits.shape[dim + 1 :])
+
+
+class LogitAdjustedCrossEntropyLoss(nn.Module):
+    r"""`logit_adjusted_cross_entropy` as a module that holds the log prior of its training counts.
+
+    .. math:: \ell(y, f) = -\log \mathrm{softmax}(f + \tau \log \pi)_y, \qquad \pi_c = n_c / \sum_k n_k
+
+    Equivalent to: ``nn.CrossEntropyLoss()(logits.float() + tau * (class_counts / class_counts.sum()).log(), target)``.
+
+    Args:
+        class_counts: (C,) training examples a class: a list, an array or a tensor, integer or floating.
+        tau: strength of the adjustment, >= 0.
+        pseudocount: added to every count; needed if a class has no example.
+        weight, ignore_index, reduction, label_smoothing, smoothing_distribution, impl: as in
+            `logit_adjusted_cross_entropy`.
+
+    Attributes:
+        log_prior: (C,) float32 buffer. It moves with the module and stays float32 when the module is cast to half
+            precision: at log_prior = -12 a step of bfloat16 is 0.0625.
+
+    Shape:
+        logits (N, C), target (N,), and the other shapes of `logit_adjusted_cross_entropy`; a scalar unless reduction
+        is "none".
+
+    Raises:
+        TypeError, ValueError: on construction for unusable counts and options, in a call for unusable inputs.
+
+    Example:
+        >>> import torch
+        >>> from fused_la import LogitAdjustedCrossEntropyLoss
+        >>> criterion = LogitAdjustedCrossEntropyLoss([900, 90, 10])
+        >>> logits = torch.tensor([[2.0, 1.0, 1.5], [0.5, 0.0, 1.0]], requires_grad=True)
+        >>> loss = criterion(logits, torch.tensor([0, 2]))
+        >>> loss.backward()
+        >>> round(loss.item(), 4), logits.grad.shape
+        (2.0434, torch.Size([2, 3]))
+
+    Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation 10.
+    """
+
+    log_prior: Tensor
+    weight: Tensor | None
+    smoothing_distribution: Tensor | None
+
+    def __init__(
+        self,
+        class_counts: Any,
+        tau: float = 1.0,
+        *,
+        pseudocount: float = 0.0,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        smoothing_distribution: Tensor | None = None,
+        impl: str = "auto",
+    ):
+        super().__init__()
+        self.register_buffer("log_prior", log_prior_from_counts(class_counts, pseudocount=pseudocount))
+        self.register_buffer("weight", weight)
+        self.register_buffer("smoothing_distribution", smoothing_distribution)
+        self.tau = _checks.check_tau(tau)
+        self.ignore_index = _checks.check_ignore_index(ignore_index)
+        self.reduction = reduction
+        self.label_smoothing = _checks.check_label_smoothing(label_smoothing)
+        self.impl = impl
+        _checks.check_choice("reduction", reduction, _checks.REDUCTIONS)
+        _checks.check_choice("impl", impl, _checks.IMPLEMENTATIONS)
+        if weight is not None:
+            _checks.check_class_vector("weight", weight, self.log_prior)
+        if smoothing_distribution is not None:
+            _checks.check_smoothing_distribution(smoothing_distribution, self.log_prior)
+
+    def forward(self, logits: Tensor, target: Tensor, target_weight: Tensor | None = None) -> Tensor:
+        return logit_adjusted_cross_entropy(
+            logits,
+            target,
+            self.log_prior,
+            self.tau,
+            target_weight=target_weight,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            smoothing_distribution=self.smoothing_distribution,
+            impl=self.impl,
+        )
+
+    def extra_repr(self) -> str:
+        options = f"n_classes={self.log_prior.numel()}, tau={self.tau}, reduction={self.reduction!r}"
+        if self.label_smoothing > 0.0:
+            options += f", label_smoothing={self.label_smoothing}"
+        return options
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LogitAdjustedCrossEntropyLoss:
+        exact = self.log_prior
+        super()._apply(fn, recurse)
+        if self.log_prior.dtype in (torch.float16, torch.bfloat16):
+            self.log_prior = exact.to(self.log_prior.device)
+        return self
+
+
+# Choice ---------------------------------------------------------------------------------------------------------------
+
+
+def _choose(impl: str, logits: Tensor, *constants: Tensor | None) -> str:
+    """The implementation that runs; `constants` are the tensors for which only the reference has a gradient."""
+    _checks.check_choice("impl", impl, _checks.IMPLEMENTATIONS)
+    learned = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in constants)
+    on_cpu = logits.device.type == "cpu"
+    on_gpu = logits.device.type == "cuda"  # ROCm's too
+    if impl == "auto":
+        if learned or (on_cpu and torch.compiler.is_compiling()):
+            return "reference"
+        if on_gpu and _has_triton():
+            return "triton"
+        return "blocked" if on_cpu else "reference"
+    if impl == "reference":
+        return impl
+    if learned:
+        raise ValueError(
+            f"impl must be 'reference' or 'auto' for a gradient of target, target_weight, weight or "
+            f"smoothing_distribution, got {impl!r}"
+        )
+    if impl == "blocked" and not on_cpu:
+        raise ValueError(f"impl must not be 'blocked' for logits on {logits.device}: it runs on a CPU")
+    if impl == "triton":
+        if not _has_triton():
+            raise ModuleNotFoundError("impl='triton' needs the package triton, which is not installed")
+        from fused_la._triton.launch import INTERPRETED
+
+        if not on_gpu and not (on_cpu and INTERPRETED):
+            raise ValueError(
+                f"impl must not be 'triton' for logits on {logits.device}: it runs on a GPU, or on a CPU in Triton's "
+                "interpreter if TRITON_INTERPRET=1 is set before the first use"
+            )
+    return impl
+
+
+def _has_triton() -> bool:
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ValueError:  # sys.modules["triton"] is None: made unavailable
+        return False
+
+
+# Rows -----------------------------------------------------------------------------------------------------------------
+
+
+def _rows_by_classes(values: Tensor) -> Tensor:
+    """(C,), (N, C) or (N, C, d1, ..., dk) as (N, P, C): a view wherever the strides allow one."""
+    if values.dim() == 1:
+        return values[None, None]
+    if values.dim() == 2:
+        return values.unsqueeze(1)
+    return values.flatten(2).transpose(1, 2)
+
+
+def _label_rows(labels: Tensor, logits: Tensor) -> Tensor:
+    """Labels or their weights as contiguous (N, P, K), K = 1 for one label a row."""
+    if labels.dim() < logits.dim():
+        labels = labels.unsqueeze(_checks.class_dim(logits))
+    return _rows_by_classes(labels).contiguous()
+
+
+def _offset_prior(log_prior: Tensor, tau: float) -> Tensor | None:
+    """The log prior as implementations take it; with tau = 0 no class is out, and there is nothing to add."""
+    if tau > 0.0:
+        return log_prior.contiguous()
+    return log_prior.masked_fill(log_prior == -torch.inf, 0.0) if log_prior.requires_grad else None

@@ -1,0 +1,525 @@
+"""Class counts and log priors, against oracles that share no code with them: `Counter` and fractions.
+
+Regimes: every dtype and container that people hold labels or counts in (uint64 has no signed counterpart,
+float16 overflows, bfloat16 NumPy does not know); classes that never occur, the last one above all, since a
+`bincount` without a minimum length drops it; labels that are ignored; counts from one image to 1.6e10 pixels;
+one process and several; every error, word for word.
+"""
+
+import doctest
+import json
+import math
+import subprocess
+import sys
+from collections import Counter
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import fused_la.prior
+from fused_la.prior import count_classes, log_prior_from_counts
+
+TORCH_INTEGERS = [getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)]
+TORCH_FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+NUMPY_INTEGERS = [np.dtype(f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)]
+NUMPY_FLOATS = [np.dtype(name) for name in ("float16", "float32", "float64", "longdouble")]
+
+no_deadline = settings(
+    deadline=None
+)  # the first example pays for PyTorch's start: a limit would measure that
+
+
+def test_docstring_examples_run():
+    results = doctest.testmod(fused_la.prior)
+    assert results.attempted >= 3
+    assert results.failed == 0
+
+
+# count_classes
+
+
+@no_deadline
+@given(
+    n_classes=st.integers(1, 12),
+    ignore_index=st.sampled_from([-100, -1, 0, 3, 255]),
+    data=st.data(),
+)
+def test_counts_are_the_occurrences_of_each_class(n_classes, ignore_index, data):
+    label = st.integers(0, n_classes - 1) | st.just(ignore_index)
+    target = data.draw(st.lists(label, max_size=60))
+    occurrences = Counter(label for label in target if label != ignore_index)
+
+    class_counts = count_classes(target, n_classes, ignore_index=ignore_index)
+
+    assert class_counts.tolist() == [occurrences[c] for c in range(n_classes)]
+    assert class_counts.dtype == torch.int64
+
+
+@no_deadline
+@given(first=st.lists(st.integers(0, 4)), second=st.lists(st.integers(0, 4)))
+def test_counts_of_two_parts_add_up_to_the_counts_of_the_whole(first, second):
+    parts = count_classes(first, 5) + count_classes(second, 5)
+    assert torch.equal(parts, count_classes(first + second, 5))
+
+
+@pytest.mark.parametrize("dtype", TORCH_INTEGERS, ids=str)
+def test_every_integer_tensor_is_counted(dtype):
+    target = torch.tensor([[0, 2, 2], [100, 0, 0]]).to(dtype)
+    assert count_classes(target, 4, ignore_index=100).tolist() == [3, 0, 2, 0]
+
+
+@pytest.mark.parametrize("dtype", NUMPY_INTEGERS, ids=str)
+def test_every_integer_array_is_counted(dtype):
+    target = np.array([[0, 2, 2], [100, 0, 0]], dtype)
+    assert count_classes(target, 4, ignore_index=100).tolist() == [3, 0, 2, 0]
+
+
+def test_memory_that_pytorch_cannot_wrap_is_counted():
+    read_only = np.array([0, 1, 1])
+    read_only.flags.writeable = False
+    for target in (read_only, read_only[::-1], read_only.astype(read_only.dtype.newbyteorder())):
+        assert count_classes(target, 3).tolist() == [1, 2, 0]
+
+
+def test_a_tensor_with_gaps_is_counted():
+    target = torch.tensor([[0, 2, 1], [2, 2, 2]]).T[::2]  # 0 2, 1 2
+    assert count_classes(target, 3).tolist() == [1, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "target",
+    [torch.tensor(1), 1, [[[1]]], (1,), [torch.tensor(1)], [np.int16(1)]],
+    ids=["0-d tensor", "int", "nested", "tuple", "list of tensors", "list of NumPy ints"],
+)
+def test_any_shape_and_container_is_counted(target):
+    assert count_classes(target, 2).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "target", [[], [[], []], torch.empty(0, 3, dtype=torch.int32), np.empty(0, np.uint8)]
+)
+def test_an_empty_target_counts_nothing(target):
+    assert count_classes(target, 3).tolist() == [0, 0, 0]
+
+
+def test_classes_that_never_occur_keep_their_place():
+    assert count_classes([1], 4).tolist() == [0, 1, 0, 0]
+
+
+def test_ignored_labels_are_not_counted_even_where_they_are_classes():
+    assert count_classes([0, 1, 1, 2], 3, ignore_index=1).tolist() == [1, 0, 1]
+    assert count_classes([0, -100, -100], 3).tolist() == [1, 0, 0]
+    assert count_classes([-100, -100], 3).tolist() == [0, 0, 0]
+
+
+def test_target_is_left_alone():
+    target = torch.tensor([0, -100, 1])
+    count_classes(target, 2)
+    assert target.tolist() == [0, -100, 1]
+
+
+@pytest.mark.parametrize("n_classes", [np.int64(2), np.uint8(2)])
+def test_numpy_integers_are_class_numbers(n_classes):
+    assert count_classes([1], n_classes).tolist() == [0, 1]
+
+
+WRAPS_TO_IGNORED = 2**64 - 100  # as int64 this is -100
+
+
+@pytest.mark.parametrize(
+    ("target", "value", "position"),
+    [
+        ([0, 3, 4], 3, 1),
+        ([3], 3, 0),
+        ([0, 2, -1], -1, 2),
+        ([[0, 1], [-100, -5]], -5, 3),
+        (torch.tensor([[0, 7], [9, 0]]), 7, 1),
+        (torch.tensor([-128], dtype=torch.int8), -128, 0),
+        (np.array([0, WRAPS_TO_IGNORED], np.uint64), WRAPS_TO_IGNORED, 1),
+        (torch.tensor([0, WRAPS_TO_IGNORED], dtype=torch.uint64), WRAPS_TO_IGNORED, 1),
+        (np.array([2**32]), 2**32, 0),
+        (torch.tensor([2**32]), 2**32, 0),
+    ],
+)
+def test_a_label_out_of_range_is_named_with_its_position(target, value, position):
+    with pytest.raises(IndexError) as caught:
+        count_classes(target, 3)
+    assert str(caught.value) == (
+        "target must have entries in [0, 3) or equal to ignore_index = -100, "
+        f"got {value} at flat index {position}"
+    )
+
+
+def test_an_ignored_label_is_not_the_one_that_is_named():
+    with pytest.raises(IndexError, match="got 5 at flat index 2"):
+        count_classes([-1, -1, 5], 3, ignore_index=-1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"target": [0.0]}, TypeError, "target must be integer, got float64"),
+        ({"target": torch.tensor([0.0]).half()}, TypeError, "target must be integer, got float16"),
+        ({"target": torch.tensor([1j])}, TypeError, "target must be integer, got complex64"),
+        ({"target": torch.empty(0)}, TypeError, "target must be integer, got float32"),
+        ({"target": np.empty(0)}, TypeError, "target must be integer, got float64"),
+        ({"target": [True, False]}, TypeError, "target must be integer, got bool"),
+        ({"target": torch.tensor([True])}, TypeError, "target must be integer, got bool"),
+        ({"target": ["cat"]}, TypeError, "target must be integer, got <U3"),
+        ({"target": None}, TypeError, "target must be integer, got NoneType"),
+        ({"target": [2**70]}, TypeError, "target must be integer, got list"),
+        (
+            {"target": [[0, 1], [0]]},
+            ValueError,
+            "target must be rectangular, got nested sequences of different lengths",
+        ),
+        ({"n_classes": 0}, ValueError, "n_classes must be positive, got 0"),
+        ({"n_classes": -3}, ValueError, "n_classes must be positive, got -3"),
+        ({"n_classes": True}, TypeError, "n_classes must be an integer, got bool"),
+        ({"n_classes": 3.0}, TypeError, "n_classes must be an integer, got float"),
+        ({"n_classes": "3"}, TypeError, "n_classes must be an integer, got str"),
+        ({"ignore_index": None}, TypeError, "ignore_index must be an integer, got NoneType"),
+        ({"group": "gloo"}, TypeError, "group must be a torch.distributed ProcessGroup or None, got str"),
+    ],
+)
+def test_wrong_arguments_of_count_classes_are_named(arguments, error, message):
+    with pytest.raises(error) as caught:
+        count_classes(**{"target": [0], "n_classes": 3, **arguments})
+    assert str(caught.value) == message
+
+
+# count_classes over a process group
+
+
+RANK_PROGRAM = """
+import json, sys
+import torch.distributed as dist
+from fused_la.prior import count_classes
+
+rank, store = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
+target = [[0, 0, -100, 3], [3]][rank]
+lopsided = [target, []][rank]  # the second rank has no examples
+counted = {
+    "world": count_classes(target, 5, group=dist.group.WORLD).tolist(),
+    "alone": count_classes(target, 5).tolist(),
+    "lopsided": count_classes(lopsided, 5, group=dist.group.WORLD).tolist(),
+}
+dist.destroy_process_group()
+print(json.dumps(counted))
+"""
+
+
+def test_counts_are_summed_over_a_group_and_only_over_a_group(tmp_path):
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK_PROGRAM, str(rank), str(tmp_path / "store")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [rank.communicate(timeout=60) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    first, second = (json.loads(stdout) for stdout, _ in outputs)
+    for rank, alone in ((first, [2, 0, 0, 1, 0]), (second, [0, 0, 0, 1, 0])):
+        assert rank["world"] == [2, 0, 0, 2, 0]
+        assert rank["alone"] == alone
+        assert rank["lopsided"] == [2, 0, 0, 1, 0]
+
+
+@pytest.fixture
+def lone_group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_without_a_group_nothing_is_communicated(lone_group, monkeypatch):
+    def all_reduce(*args, **kwargs):
+        raise AssertionError("communicated")
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    assert count_classes([0], 2).tolist() == [1, 0]
+    with pytest.raises(AssertionError, match="communicated"):
+        count_classes([0], 2, group=lone_group)
+
+
+@pytest.mark.parametrize(
+    ("backend_config", "device_type"),
+    [("meta:nccl", "meta"), ("cpu:gloo,meta:nccl", "cpu"), ("meta:nccl,cpu:gloo", "cpu")],
+)
+def test_counts_are_reduced_on_a_device_that_the_backend_supports(
+    lone_group, monkeypatch, backend_config, device_type
+):
+    """Labels on the CPU under NCCL; "meta" stands in for the device that such a backend needs."""
+    reduced_on = []
+
+    class Reduced(Exception):
+        pass
+
+    def all_reduce(tensor, **kwargs):
+        reduced_on.append(tensor.device.type)
+        raise Reduced
+
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: backend_config)
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    with pytest.raises(Reduced):
+        count_classes([0], 2, group=lone_group)
+    assert reduced_on == [device_type]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_nccl_counts_come_back_on_the_device_of_the_target(device):
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        class_counts = count_classes(torch.tensor([0, 2], device=device), 3, group=dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()
+    assert class_counts.device.type == device
+    assert class_counts.tolist() == [1, 0, 1]
+
+
+# log_prior_from_counts
+
+
+def exact_log_prior(class_counts, pseudocount=0.0):
+    """log((n_c + a) / (sum n + C a)) with one rounding, that of the logarithm."""
+    smoothed = [Fraction(count) + Fraction(pseudocount) for count in class_counts]
+    priors = [count / sum(smoothed) for count in smoothed]
+    return [math.log(prior) if prior < 0.5 else math.log1p(prior - 1) for prior in priors]
+
+
+def assert_close_to_exact(log_prior, exact):
+    """Within half an ulp of float32, plus what a float64 quotient loses (seen where pi is near 1)."""
+    exact = np.array(exact)
+    tolerance = 0.5001 * np.spacing(np.abs(exact).astype(np.float32)).astype(np.float64) + 4 * 2.0**-52
+    assert log_prior.dtype == torch.float32
+    assert (np.abs(log_prior.double().numpy() - exact) <= tolerance).all()
+
+
+counts_of_integers = st.lists(st.integers(1, 10) | st.integers(1, 2 * 10**10), min_size=1, max_size=40)
+
+
+@no_deadline
+@given(counts_of_integers)
+def test_log_prior_is_the_log_of_the_frequency(class_counts):
+    assert_close_to_exact(log_prior_from_counts(class_counts), exact_log_prior(class_counts))
+
+
+@no_deadline
+@given(
+    st.lists(st.integers(0, 5) | st.integers(0, 2 * 10**10), min_size=1, max_size=40).filter(any),
+    st.floats(1e-3, 1e3),
+)
+def test_pseudocount_credits_every_class_with_examples(class_counts, pseudocount):
+    log_prior = log_prior_from_counts(class_counts, pseudocount=pseudocount)
+    assert_close_to_exact(log_prior, exact_log_prior(class_counts, pseudocount))
+
+
+@no_deadline
+@given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=40))
+def test_fractional_counts_are_frequencies_too(class_counts):
+    assert_close_to_exact(log_prior_from_counts(class_counts), exact_log_prior(class_counts))
+
+
+@no_deadline
+@given(counts_of_integers)
+def test_the_prior_sums_to_one(class_counts):
+    total = log_prior_from_counts(class_counts).double().exp().sum().item()
+    assert total == pytest.approx(1, abs=1e-6)
+
+
+@no_deadline
+@given(counts_of_integers, st.randoms())
+def test_the_order_of_the_classes_does_not_matter(class_counts, random):
+    order = random.sample(range(len(class_counts)), len(class_counts))
+    log_prior = log_prior_from_counts(class_counts)
+    assert torch.equal(log_prior_from_counts([class_counts[c] for c in order]), log_prior[order])
+
+
+@no_deadline
+@given(
+    st.lists(st.floats(0, allow_infinity=False), min_size=1, max_size=8).filter(any),
+    st.floats(0, allow_infinity=False),
+)
+@example([1e308, 1e308], 0.0)  # the sum overflows
+@example([1e308, 1e308], 1e308)  # each term does
+@example([1e-300, 1e300], 0.0)  # the quotient underflows
+def test_counts_give_finite_log_priors_or_an_error(class_counts, pseudocount):
+    """Also where sums overflow and quotients underflow."""
+    try:
+        log_prior = log_prior_from_counts(class_counts, pseudocount=pseudocount)
+    except ValueError:
+        return
+    assert log_prior.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", TORCH_INTEGERS + TORCH_FLOATS, ids=str)
+def test_the_dtype_of_a_tensor_of_counts_does_not_matter(dtype):
+    class_counts = torch.tensor([100, 7, 1]).to(dtype)
+    assert torch.equal(log_prior_from_counts(class_counts), log_prior_from_counts([100, 7, 1]))
+
+
+@pytest.mark.parametrize("dtype", NUMPY_INTEGERS + NUMPY_FLOATS, ids=str)
+def test_the_dtype_of_an_array_of_counts_does_not_matter(dtype):
+    class_counts = np.array([100, 7, 1], dtype)
+    for array in (class_counts, class_counts[::-1][::-1], class_counts.astype(dtype.newbyteorder())):
+        assert torch.equal(log_prior_from_counts(array), log_prior_from_counts((100, 7, 1)))
+
+
+def test_float16_counts_lose_nothing_below_their_overflow():
+    class_counts = torch.tensor([65504.0, 1.0], dtype=torch.float16)
+    assert_close_to_exact(log_prior_from_counts(class_counts), exact_log_prior([65504, 1]))
+
+
+@pytest.mark.parametrize(
+    "class_counts",
+    [np.array([2**64 - 1, 2**63, 1], np.uint64), torch.tensor([2**64 - 1, 2**63, 1], dtype=torch.uint64)],
+    ids=["array", "tensor"],
+)
+def test_uint64_counts_do_not_turn_negative(class_counts):
+    assert_close_to_exact(log_prior_from_counts(class_counts), exact_log_prior([2**64 - 1, 2**63, 1]))
+
+
+def test_the_deep_tail_keeps_its_prior():
+    """iNaturalist 2018, the rarest class: a constant added inside the logarithm would cap it."""
+    log_prior = log_prior_from_counts([437_511, 2])
+    assert log_prior[1].item() == pytest.approx(math.log(2 / 437_513), rel=1e-7)
+
+
+def test_pixel_counts_beyond_int32_keep_their_prior():
+    assert_close_to_exact(log_prior_from_counts([16_000_000_000, 3]), exact_log_prior([16_000_000_000, 3]))
+
+
+def test_a_single_class_is_certain():
+    assert log_prior_from_counts([5]).tolist() == [0.0]
+
+
+def test_counts_that_require_grad_give_a_log_prior_that_does_not():
+    class_counts = torch.tensor([1.0, 3.0], requires_grad=True)
+    assert not log_prior_from_counts(class_counts).requires_grad
+    assert class_counts.tolist() == [1.0, 3.0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_results_come_back_on_the_device_of_the_argument():
+    target = torch.tensor([0, 1, 1, 2], device="cuda")
+    class_counts = count_classes(target, 3)
+    log_prior = log_prior_from_counts(class_counts)
+    assert class_counts.device == log_prior.device == target.device
+    assert torch.equal(log_prior.cpu(), log_prior_from_counts([1, 2, 1]))
+
+
+@pytest.mark.parametrize("pseudocount", [1, 1.0, np.float32(1), np.int64(1), Fraction(1)], ids=repr)
+def test_any_real_number_is_a_pseudocount(pseudocount):
+    log_prior = log_prior_from_counts([3, 0], pseudocount=pseudocount)
+    assert_close_to_exact(log_prior, exact_log_prior([3, 0], 1))
+
+
+NO_EXAMPLES = "; pass pseudocount > 0 (say 1) or leave such classes out"
+MANY_ZEROS = ", ".join(f"0 for class {c}" for c in range(1, 11)) + " and 2 more (12 of 13 classes)"
+
+
+@pytest.mark.parametrize(
+    ("class_counts", "error", "message"),
+    [
+        (torch.tensor([True]), TypeError, "class_counts must be integer or floating, got bool"),
+        ([True, False], TypeError, "class_counts must be integer or floating, got bool"),
+        (torch.tensor([1j]), TypeError, "class_counts must be integer or floating, got complex64"),
+        ([1j], TypeError, "class_counts must be integer or floating, got complex128"),
+        (["9"], TypeError, "class_counts must be integer or floating, got <U1"),
+        ({0: 9}, TypeError, "class_counts must be integer or floating, got dict"),
+        (None, TypeError, "class_counts must be integer or floating, got NoneType"),
+        (
+            [[1], [2, 3]],
+            ValueError,
+            "class_counts must be rectangular, got nested sequences of different lengths",
+        ),
+        (3, ValueError, "class_counts must have shape (n_classes,), got ()"),
+        ([[1, 2]], ValueError, "class_counts must have shape (n_classes,), got (1, 2)"),
+        (torch.ones(2, 3), ValueError, "class_counts must have shape (n_classes,), got (2, 3)"),
+        ([], ValueError, "class_counts must have at least one class, got shape (0,)"),
+        (torch.empty(0), ValueError, "class_counts must have at least one class, got shape (0,)"),
+        (
+            [1, math.nan, -1, math.inf],
+            ValueError,
+            "class_counts must have no NaN, got nan for class 1 (1 of 4 classes)",
+        ),
+        (
+            [math.inf, 1, -math.inf],
+            ValueError,
+            "class_counts must be finite, got inf for class 0, -inf for class 2 (2 of 3 classes)",
+        ),
+        (
+            torch.tensor([1.0, 65520.0]).half(),
+            ValueError,
+            "class_counts must be finite, got inf for class 1 (1 of 2 classes) "
+            "(float16 counts overflow past 65504: count in int64)",
+        ),
+        (
+            np.array([np.inf, 1], np.float16),
+            ValueError,
+            "class_counts must be finite, got inf for class 0 (1 of 2 classes) "
+            "(float16 counts overflow past 65504: count in int64)",
+        ),
+        (
+            [-12345678901, 5, -2.5],
+            ValueError,
+            "class_counts must be non-negative, "
+            "got -12345678901 for class 0, -2.5 for class 2 (2 of 3 classes)",
+        ),
+        ([0, 0], ValueError, "class_counts must have a positive count, got 0 for all 2 classes"),
+        (
+            [4, 0, 1],
+            ValueError,
+            "class_counts must have examples of every class, "
+            f"got 0 for class 1 (1 of 3 classes){NO_EXAMPLES}",
+        ),
+        (
+            [1] + 12 * [0],
+            ValueError,
+            f"class_counts must have examples of every class, got {MANY_ZEROS}{NO_EXAMPLES}",
+        ),
+    ],
+)
+def test_class_counts_that_give_no_prior_are_named(class_counts, error, message):
+    with pytest.raises(error) as caught:
+        log_prior_from_counts(class_counts)
+    assert str(caught.value) == message
+
+
+def test_no_examples_at_all_are_an_error_whatever_the_pseudocount():
+    with pytest.raises(ValueError, match="class_counts must have a positive count, got 0 for all 2 classes"):
+        log_prior_from_counts([0, 0], pseudocount=1.0)
+
+
+@pytest.mark.parametrize(
+    ("pseudocount", "error", "message"),
+    [
+        (-0.5, ValueError, "pseudocount must be finite and non-negative, got -0.5"),
+        (math.nan, ValueError, "pseudocount must be finite and non-negative, got nan"),
+        (math.inf, ValueError, "pseudocount must be finite and non-negative, got inf"),
+        ("1", TypeError, "pseudocount must be a number, got str"),
+        (True, TypeError, "pseudocount must be a number, got bool"),
+        (None, TypeError, "pseudocount must be a number, got NoneType"),
+        (1j, TypeError, "pseudocount must be a number, got complex"),
+    ],
+)
+def test_wrong_pseudocounts_are_named(pseudocount, error, message):
+    with pytest.raises(error) as caught:
+        log_prior_from_counts([1, 2], pseudocount=pseudocount)
+    assert str(caught.value) == message
