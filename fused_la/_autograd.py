@@ -1,9 +1,12 @@
 """Where the implementations that compute their own gradient meet autograd, torch.func and torch.compile.
 
 An implementation is a module with three functions, `forward`, `backward` and `forward_gradient` (`_blocked`, `_triton`);
-this file is the only one that calls them. First derivatives are theirs. Second derivatives and forward-mode tangents
-come from `reference.gradient`, the same gradient as differentiable PyTorch. Under torch.compile the two passes are
-opaque operators, so a compiled graph holds the same kernels.
+this file is the only one that calls them. First derivatives are theirs; second derivatives come from
+`reference.gradient`, the same gradient as differentiable PyTorch. Under torch.compile the two passes are opaque
+operators, so a compiled graph holds the same kernels.
+
+Forward mode over this Function is for forward-over-reverse (`torch.func.hessian`). A `jvp` runs with forward mode
+switched off, so that nested tangents would silently be 0: the door hands inputs with tangents to the reference.
 """
 
 from __future__ import annotations
@@ -24,7 +27,8 @@ _N_FIELDS = len(Problem._fields)
 def fused_loss(problem: Problem, reduction: str, impl: str) -> Tensor:
     """The reduced loss, or (N, P) rows, by the implementation named `impl`."""
     if torch.compiler.is_compiling():
-        return _forward_op(*problem, reduction, impl)[0]
+        # An operator's float is a constant of the graph: multiplied outside, tau may change without a recompilation.
+        return _forward_op(*problem._replace(log_prior=problem.offset(), tau=1.0), reduction, impl)[0]
     needs_gradient = torch.is_grad_enabled() and problem.logits.requires_grad
     learns_prior = problem.log_prior is not None and problem.log_prior.requires_grad
     with_gradient = needs_gradient and not learns_prior and _load(impl).forward_gradient(problem, reduction)
@@ -77,17 +81,18 @@ class _Loss(torch.autograd.Function):
         return tuple(grads)
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, None, None, None]:
-        logits_tangent, prior_tangent = tangents[3], tangents[4]
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, None, None, None]:
         problem, _, normalizer = _saved(ctx)
         z_tangent = torch.zeros_like(problem.logits, dtype=problem.compute_dtype)
-        if logits_tangent is not None:
-            z_tangent = z_tangent + logits_tangent
-        if prior_tangent is not None:
-            z_tangent = z_tangent + problem.tau * prior_tangent
+        if tangents[3] is not None:
+            z_tangent = z_tangent + tangents[3]
+        if tangents[4] is not None:
+            z_tangent = z_tangent + problem.tau * tangents[4]
         gradient = reference.gradient(problem, torch.ones_like(z_tangent[..., 0]))
-        rows = torch.where(gradient == 0, 0.0, gradient * z_tangent).sum(-1)
-        return reduce_tangent(rows, normalizer, ctx.reduction), None, None, None
+        rows = (gradient * z_tangent).sum(-1)
+        if ctx.reduction != "none":
+            rows = rows.sum()
+        return rows / normalizer if ctx.reduction == "mean" else rows, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, impl: str, reduction: str, with_gradient: bool, *fields: Any) -> tuple:
@@ -140,12 +145,6 @@ def _differentiable_gradient(
     if problem.log_prior is None:
         return grad_logits, None
     return grad_logits, (grad_z.sum((0, 1)) * problem.tau).to(problem.log_prior.dtype)
-
-
-def reduce_tangent(rows: Tensor, normalizer: Tensor, reduction: str) -> Tensor:
-    if reduction == "none":
-        return rows
-    return rows.sum() / normalizer if reduction == "mean" else rows.sum()
 
 
 # torch.compile --------------------------------------------------------------------------------------------------------

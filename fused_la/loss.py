@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from fused_la import _checks, reference
 from fused_la._autograd import fused_loss
@@ -58,7 +59,8 @@ def logit_adjusted_cross_entropy(
         smoothing_distribution: (C,) probabilities; None is uniform, which makes the loss inconsistent on long-tailed
             data and infinite if a class is at -inf. `log_prior.exp()` smooths toward the prior and keeps it consistent.
         impl: "auto" is "triton" on a GPU, "blocked" on a CPU, and "reference" for anything else: while torch.compile
-            traces a CPU graph, or when a target or a weight requires grad. A named one works or raises.
+            traces a CPU graph, or when a target or a weight requires grad. A named one works or raises. Second
+            derivatives and forward-mode tangents are the reference formula's in every implementation.
 
     Returns:
         float32 (float64 for float64 logits): a scalar, or with reduction "none" one loss a row in the shape that index
@@ -91,7 +93,7 @@ def logit_adjusted_cross_entropy(
         _checks.check_class_vector("weight", weight, logits)
     if smoothing_distribution is not None:
         _checks.check_smoothing_distribution(smoothing_distribution, logits)
-    impl = _choose(impl, logits, target, target_weight, weight, smoothing_distribution)
+    impl = _choose(impl, logits, log_prior, target, target_weight, weight, smoothing_distribution)
 
     problem = Problem(
         _rows_by_classes(logits),
@@ -217,9 +219,11 @@ class LogitAdjustedCrossEntropyLoss(nn.Module):
 # Choice ---------------------------------------------------------------------------------------------------------------
 
 
-def _choose(impl: str, logits: Tensor, *constants: Tensor | None) -> str:
+def _choose(impl: str, logits: Tensor, log_prior: Tensor, *constants: Tensor | None) -> str:
     """The implementation that runs; `constants` are the tensors for which only the reference has a gradient."""
     _checks.check_choice("impl", impl, _checks.IMPLEMENTATIONS)
+    if any(t is not None and _has_tangent(t) for t in (logits, log_prior, *constants)):
+        return "reference"
     learned = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in constants)
     on_cpu = logits.device.type == "cpu"
     on_gpu = logits.device.type == "cuda"  # ROCm's too
@@ -249,6 +253,11 @@ def _choose(impl: str, logits: Tensor, *constants: Tensor | None) -> str:
                 "interpreter if TRITON_INTERPRET=1 is set before the first use"
             )
     return impl
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    """Whether forward-mode differentiation is under way for this tensor."""
+    return not torch.compiler.is_compiling() and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def _has_triton() -> bool:

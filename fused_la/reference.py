@@ -72,7 +72,7 @@ def loss_rows(problem: Problem) -> tuple[Tensor, Tensor]:
 def gradient(problem: Problem, grad_rows: Tensor) -> Tensor:
     """d(sum grad_rows * loss)/dz, (N, P, C), in closed form; itself differentiable in logits, log_prior, grad_rows.
 
-    It serves second derivatives and forward-mode differentiation of the fused implementations.
+    It serves the second derivatives of the fused implementations.
     """
     labels = None if problem.has_probabilities else read_labels(problem)
     row = _row(problem, None if labels is None else labels.live)
