@@ -110,9 +110,7 @@ def split_digits(images: Tensor, target: Tensor, profile: list[int], n_test: int
     return Split(images[train], target[train], images[test], target[test], class_of_rank)
 
 
-def train(
-    new_model: Callable[[], nn.Sequential], loss_fn: nn.Module, split: Split, seed: int
-) -> nn.Sequential:
+def train(new_model: Callable[[], nn.Sequential], loss_fn: nn.Module, split: Split, seed: int) -> nn.Sequential:
     torch.manual_seed(seed)  # every loss starts from the same weights
     model = new_model()
     optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, MOMENTUM, weight_decay=WEIGHT_DECAY)
@@ -247,9 +245,7 @@ def plot_error_against_tau(wrong: Wrong, n_test: int, title: str) -> Figure:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=10, help="number of repetitions (default: %(default)s)")
     parser.add_argument(
         "--imb-factor",

@@ -1,6 +1,6 @@
 """Where the implementations that compute their own gradient meet autograd, torch.func and torch.compile.
 
-An implementation is a module with three functions, `forward`, `backward` and `forward_gradient` (`_blocked`, `_triton`);
+An implementation is a module (`_blocked`, `_triton`) with three functions, `forward`, `backward` and `forward_gradient`;
 this file is the only one that calls them. First derivatives are theirs; second derivatives come from
 `reference.gradient`, the same gradient as differentiable PyTorch. Under torch.compile the two passes are opaque
 operators, so a compiled graph holds the same kernels.
@@ -40,7 +40,7 @@ def _load(impl: str) -> ModuleType:
 
 
 class _Loss(torch.autograd.Function):
-    """(loss, row state, denominator of the mean, gradient for an upstream of 1 or nothing); only loss has a gradient."""
+    """(loss, row state, denominator of a mean, gradient for an upstream of 1 or nothing); only loss has a gradient."""
 
     @staticmethod
     def forward(impl: str, reduction: str, with_gradient: bool, *fields: Any) -> tuple[Tensor, ...]:
@@ -100,12 +100,11 @@ class _Loss(torch.autograd.Function):
         dims = Problem(*in_dims[3:])
         batched = [field.movedim(dim, 0) if dim is not None else field for field, dim in zip(fields, dims, strict=True)]
         problem = Problem(*batched)
-        class_vectors = (dims.log_prior, dims.weight, dims.smoothing_distribution)
-        if any(dim is not None for dim in class_vectors):
-            each = [
-                _Loss.apply(impl, reduction, False, *(f[b] if d is not None else f for f, d in zip(batched, dims, strict=True)))
-                for b in range(info.batch_size)
-            ]  # fmt: skip
+        if any(dim is not None for dim in (dims.log_prior, dims.weight, dims.smoothing_distribution)):
+            each = []
+            for b in range(info.batch_size):
+                one = [field if dim is None else field[b] for field, dim in zip(batched, dims, strict=True)]
+                each.append(_Loss.apply(impl, reduction, False, *one))
             return tuple(torch.stack(parts) for parts in zip(*each, strict=True)), (0, 0, 0, 0)
 
         # Only rows are batched: fold the batch into them.
@@ -165,7 +164,15 @@ def _forward_op(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     problem = Problem(
-        logits, log_prior, target, target_weight, weight, smoothing_distribution, tau, label_smoothing, ignore_index
+        logits,
+        log_prior,
+        target,
+        target_weight,
+        weight,
+        smoothing_distribution,
+        tau,
+        label_smoothing,
+        ignore_index,
     )
     return _load(impl).forward(problem, reduction, False)[:3]
 
@@ -197,7 +204,15 @@ def _backward_op(
     needs_log_prior: bool,
 ) -> tuple[Tensor, Tensor]:
     problem = Problem(
-        logits, log_prior, target, target_weight, weight, smoothing_distribution, tau, label_smoothing, ignore_index
+        logits,
+        log_prior,
+        target,
+        target_weight,
+        weight,
+        smoothing_distribution,
+        tau,
+        label_smoothing,
+        ignore_index,
     )
     grad_logits, grad_prior = _load(impl).backward(problem, state, grad_loss, normalizer, True, needs_log_prior)
     return grad_logits, logits.new_empty(0) if grad_prior is None else grad_prior

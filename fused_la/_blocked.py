@@ -45,8 +45,8 @@ class _Rows(NamedTuple):
 class _Candidates(NamedTuple):
     """The columns with a gradient of their own; K = 1 for class probabilities."""
 
-    index: Tensor  # (N, P, K) int64
-    uses: Tensor  # (N, P, K) bool: the label counts, and no earlier one of the row is equal
+    classes: Tensor  # (N, P, K) int64
+    uses: Tensor  # (N, P, K) bool: it counts, and no earlier one of the row is equal
     z: Tensor  # (N, P, K) adjusted logits
 
 
@@ -69,9 +69,7 @@ def forward_gradient(problem: Problem, reduction: str) -> bool:
     return reduction != "none" and problem.logits.dtype != torch.float16
 
 
-def forward(
-    problem: Problem, reduction: str, with_gradient: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward(problem: Problem, reduction: str, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, row state (3, N, P), the mean's denominator, and the gradient for an upstream of 1 (empty without)."""
     rows = _prepare(problem)
     shape = problem.logits.shape[:2]
@@ -138,17 +136,17 @@ def _prepare(problem: Problem) -> _Rows:
         candidates = _Candidates(one_each.long(), one_each == 0, one_each)
     else:
         labels = read_labels(problem)
-        z = problem.logits.gather(-1, labels.index).to(problem.compute_dtype)
+        z = problem.logits.gather(-1, labels.classes).to(problem.compute_dtype)
         if offset is not None:
-            label_offset = offset[labels.index]
+            label_offset = offset[labels.classes]
             z = torch.where(label_offset == -math.inf, -math.inf, z + label_offset)
-        candidates = _Candidates(labels.index, labels.counts & ~_same_label(labels).tril(-1).any(-1), z)
+        candidates = _Candidates(labels.classes, labels.counts & ~_same_label(labels).tril(-1).any(-1), z)
     return _Rows(problem, offset, dropped, weight, smoothing, labels, candidates)
 
 
 def _same_label(labels: Labels) -> Tensor:
     """(N, P, K, K) bool: which counting labels of a row are equal."""
-    same = labels.index.unsqueeze(-1) == labels.index.unsqueeze(-2)
+    same = labels.classes.unsqueeze(-1) == labels.classes.unsqueeze(-2)
     return same & labels.counts.unsqueeze(-1) & labels.counts.unsqueeze(-2)
 
 
@@ -161,7 +159,9 @@ class _Scratch:
         self.height = max(4, BLOCK_ELEMENTS // self.width)
         n_elements = min(self.height, n_outer * n_inner) * self.width
         has_dense_mass = problem.has_probabilities or problem.label_smoothing > 0.0
-        self._buffers = [torch.empty(n_elements, dtype=problem.compute_dtype) for _ in range(3 if has_dense_mass else 1)]
+        self._buffers = [
+            torch.empty(n_elements, dtype=problem.compute_dtype) for _ in range(3 if has_dense_mass else 1)
+        ]
 
     def view(self, which: int, shape: torch.Size) -> Tensor:
         return self._buffers[which][: shape.numel()].view(shape)
@@ -260,7 +260,7 @@ def _adjusted(rows: _Rows, block: _Block, classes: slice, scratch: _Scratch) -> 
 
 
 def _dense_mass(rows: _Rows, block: _Block, classes: slice, scratch: _Scratch) -> Tensor | None:
-    """Target mass spread over all classes, broadcastable to the block: smoothing (for a share of 1) or probabilities."""
+    """Target mass over all classes, broadcastable to the block: smoothing (for a share of 1) or probabilities."""
     smoothing = None if rows.smoothing is None else rows.smoothing[classes]
     if rows.labels is not None:
         return smoothing

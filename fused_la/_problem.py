@@ -74,7 +74,7 @@ class Problem(NamedTuple):
 class Labels(NamedTuple):
     """The (N, P, K) index labels of a problem, read once."""
 
-    index: Tensor  # (N, P, K) int64, 0 where a label does not count
+    classes: Tensor  # (N, P, K) int64, 0 where a label does not count
     mass: Tensor  # (N, P, K) what the label asks of its class, smoothing apart; 0 ignored, NaN out of range
     counts: Tensor  # (N, P, K) bool: not ignored
     share: Tensor  # (N, P) sum of the counting labels' target_weight: the row's multiple of the smoothing mass
@@ -89,7 +89,7 @@ def read_labels(problem: Problem) -> Labels:
     target = problem.target
     counts = target != problem.ignore_index
     in_range = (target >= 0) & (target < n_classes)
-    index = torch.where(in_range & counts, target, 0)
+    classes = torch.where(in_range & counts, target, 0)
 
     label_weight = counts.to(dtype)
     if problem.target_weight is not None:
@@ -97,10 +97,10 @@ def read_labels(problem: Problem) -> Labels:
     label_weight = torch.where(in_range | ~counts, label_weight, math.nan)
     share = label_weight.sum(-1)
     weight = problem.class_weight()
-    weighted = label_weight if weight is None else label_weight * weight[index]
+    weighted = label_weight if weight is None else label_weight * weight[classes]
     # A row counts as the mean class weight of its labels: 1 without class weights, weight[y] for a single label.
     row_weight = torch.where(share == 0, 0.0, weighted.sum(-1) / torch.where(share == 0, 1.0, share))
-    return Labels(index, weighted * (1.0 - problem.label_smoothing), counts, share, counts.any(-1), row_weight)
+    return Labels(classes, weighted * (1.0 - problem.label_smoothing), counts, share, counts.any(-1), row_weight)
 
 
 def row_weights(problem: Problem) -> Tensor:

@@ -80,9 +80,7 @@ def count_classes(
     return class_counts if group is None else _sum_over_group(class_counts, group)
 
 
-def log_prior_from_counts(
-    class_counts: Tensor | np.ndarray | Sequence[float], *, pseudocount: float = 0.0
-) -> Tensor:
+def log_prior_from_counts(class_counts: Tensor | np.ndarray | Sequence[float], *, pseudocount: float = 0.0) -> Tensor:
     """Turn class counts into the logarithm of the class prior.
 
         log_prior_c = log((n_c + a) / (sum_k n_k + C * a)),    a = pseudocount

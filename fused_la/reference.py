@@ -62,7 +62,7 @@ def loss_rows(problem: Problem) -> tuple[Tensor, Tensor]:
     nll = torch.where(row.is_top, 0.0, row.m - row.z) + row.rest.log1p()
     if labels is None:
         return _weigh(_probability_mass(problem), nll).sum(-1), torch.ones_like(row.m[..., 0])
-    loss = _weigh(labels.mass, nll.gather(-1, labels.index)).sum(-1)
+    loss = _weigh(labels.mass, nll.gather(-1, labels.classes)).sum(-1)
     smoothing = problem.smoothing_mass()
     if smoothing is not None:
         loss = loss + labels.share * _weigh(smoothing, nll).sum(-1)
@@ -81,7 +81,7 @@ def gradient(problem: Problem, grad_rows: Tensor) -> Tensor:
     else:
         smoothing = problem.smoothing_mass()
         mass = torch.zeros_like(row.z) if smoothing is None else labels.share.unsqueeze(-1) * smoothing
-        mass = mass.scatter_add(-1, labels.index, labels.mass)
+        mass = mass.scatter_add(-1, labels.classes, labels.mass)
     total = mass.sum(-1, keepdim=True)
     d = 1.0 + row.rest
     p = row.e / d

@@ -29,9 +29,7 @@ TORCH_FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 NUMPY_INTEGERS = [np.dtype(f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)]
 NUMPY_FLOATS = [np.dtype(name) for name in ("float16", "float32", "float64", "longdouble")]
 
-no_deadline = settings(
-    deadline=None
-)  # the first example pays for PyTorch's start: a limit would measure that
+no_deadline = settings(deadline=None)  # the first example pays for PyTorch's start: a limit would measure that
 
 
 def test_docstring_examples_run():
@@ -100,9 +98,7 @@ def test_any_shape_and_container_is_counted(target):
     assert count_classes(target, 2).tolist() == [0, 1]
 
 
-@pytest.mark.parametrize(
-    "target", [[], [[], []], torch.empty(0, 3, dtype=torch.int32), np.empty(0, np.uint8)]
-)
+@pytest.mark.parametrize("target", [[], [[], []], torch.empty(0, 3, dtype=torch.int32), np.empty(0, np.uint8)])
 def test_an_empty_target_counts_nothing(target):
     assert count_classes(target, 3).tolist() == [0, 0, 0]
 
@@ -150,8 +146,7 @@ def test_a_label_out_of_range_is_named_with_its_position(target, value, position
     with pytest.raises(IndexError) as caught:
         count_classes(target, 3)
     assert str(caught.value) == (
-        "target must have entries in [0, 3) or equal to ignore_index = -100, "
-        f"got {value} at flat index {position}"
+        f"target must have entries in [0, 3) or equal to ignore_index = -100, got {value} at flat index {position}"
     )
 
 
@@ -259,9 +254,7 @@ def test_without_a_group_nothing_is_communicated(lone_group, monkeypatch):
     ("backend_config", "device_type"),
     [("meta:nccl", "meta"), ("cpu:gloo,meta:nccl", "cpu"), ("meta:nccl,cpu:gloo", "cpu")],
 )
-def test_counts_are_reduced_on_a_device_that_the_backend_supports(
-    lone_group, monkeypatch, backend_config, device_type
-):
+def test_counts_are_reduced_on_a_device_that_the_backend_supports(lone_group, monkeypatch, backend_config, device_type):
     """Labels on the CPU under NCCL; "meta" stands in for the device that such a backend needs."""
     reduced_on = []
 
@@ -479,15 +472,13 @@ MANY_ZEROS = ", ".join(f"0 for class {c}" for c in range(1, 11)) + " and 2 more 
         (
             [-12345678901, 5, -2.5],
             ValueError,
-            "class_counts must be non-negative, "
-            "got -12345678901 for class 0, -2.5 for class 2 (2 of 3 classes)",
+            "class_counts must be non-negative, got -12345678901 for class 0, -2.5 for class 2 (2 of 3 classes)",
         ),
         ([0, 0], ValueError, "class_counts must have a positive count, got 0 for all 2 classes"),
         (
             [4, 0, 1],
             ValueError,
-            "class_counts must have examples of every class, "
-            f"got 0 for class 1 (1 of 3 classes){NO_EXAMPLES}",
+            f"class_counts must have examples of every class, got 0 for class 1 (1 of 3 classes){NO_EXAMPLES}",
         ),
         (
             [1] + 12 * [0],

@@ -49,7 +49,11 @@ def _gradient_tile(
     m = tl.load(state + rows, mask_rows, other=0.0)[:, None]
     rest = tl.load(state + n_rows + rows, mask_rows, other=0.0)[:, None]
     total = tl.load(state + 2 * tl.cast(n_rows, tl.int64) + rows, mask_rows, other=0.0)[:, None]
-    g = tl.load(grad_loss + row_offsets(rows, n_inner, stride_grad_loss_outer, stride_grad_loss_inner), mask_rows, other=0.0)
+    g = tl.load(
+        grad_loss + row_offsets(rows, n_inner, stride_grad_loss_outer, stride_grad_loss_inner),
+        mask_rows,
+        other=0.0,
+    )
     g = g.to(COMPUTE)
     if normalizer is not None:
         g = g / tl.load(normalizer)
@@ -162,7 +166,12 @@ def _grad_log_prior_kernel(
 
 
 def launch_backward(
-    problem: Problem, state: Tensor, grad_loss: Tensor, normalizer: Tensor | None, needs_logits: bool, needs_log_prior: bool
+    problem: Problem,
+    state: Tensor,
+    grad_loss: Tensor,
+    normalizer: Tensor | None,
+    needs_logits: bool,
+    needs_log_prior: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of logits (N, P, C) and log_prior (C,), None where not needed.
 

@@ -5,8 +5,8 @@
     rest = sum of exp(z_c - m) over all classes but one that attains m
     loss = sum_c t_c * (m - z_c) + A * log1p(rest),      A = sum_c t_c
 
-One program passes over BLOCK_ROWS rows, BLOCK_C classes at a time. Each lane of the tile keeps its own running (m, rest)
-with one exponential an element: with f = exp(-|z - m|),
+One program passes over BLOCK_ROWS rows, BLOCK_C classes at a time. Each lane of the tile keeps its own running m and
+rest with one exponential an element: with f = exp(-|z - m|),
 
     z >  m:  the old top joins the rest,  rest = (rest + 1) * f,  m = z
     z <= m:  z joins the rest,            rest = rest + f

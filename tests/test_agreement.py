@@ -1,0 +1,157 @@
+"""With a zero log prior the loss is `F.cross_entropy`: over PyTorch's own sample inputs and over all options."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import DEVICE
+from torch import Tensor
+
+from fused_la import LogitAdjustedCrossEntropyLoss, log_prior_from_counts, logit_adjusted_cross_entropy
+
+
+def pytorch_samples() -> list[tuple[Tensor, tuple, dict]]:
+    """(logits, args, kwargs) of every float64 sample that PyTorch tests its own cross entropy on."""
+    try:
+        from torch.testing._internal.common_methods_invocations import op_db
+    except ImportError as error:
+        pytest.skip(f"this PyTorch does not ship its operator samples: {error}")
+    ops = [op for op in op_db if op.name == "nn.functional.cross_entropy"]
+    if not ops:
+        pytest.skip("this PyTorch has no samples for nn.functional.cross_entropy")
+    return [(s.input, s.args, s.kwargs) for s in ops[0].sample_inputs(DEVICE, torch.float64, requires_grad=True)]
+
+
+def outcome(function, logits: Tensor) -> tuple[Tensor, Tensor]:
+    logits = logits.detach().requires_grad_()
+    loss = function(logits)
+    return loss.detach(), torch.autograd.grad(loss.sum(), logits)[0]
+
+
+def test_every_sample_input_of_pytorch(impl):
+    samples = pytorch_samples()
+    assert len(samples) >= 10
+    for logits, args, kwargs in samples:
+        (target,) = args
+        n_classes = logits.shape[0 if logits.dim() == 1 else 1]
+        prior = torch.zeros(n_classes, dtype=torch.float64, device=DEVICE)
+        expected = outcome(lambda x, t=target, k=kwargs: F.cross_entropy(x, t, **k), logits)
+        actual = outcome(
+            lambda x, t=target, p=prior, k=kwargs: logit_adjusted_cross_entropy(x, t.detach(), p, impl=impl, **k),
+            logits,
+        )
+        for a, e in zip(actual, expected, strict=True):
+            torch.testing.assert_close(
+                a, e, equal_nan=True, msg=lambda m, k=kwargs, x=logits: f"{tuple(x.shape)} {k}: {m}"
+            )
+
+
+@pytest.mark.parametrize("shape", [(7,), (5, 7), (3, 7, 2, 4)], ids=str)
+def test_every_combination_of_options(impl, shape):
+    """Against eager with the prior added: reduction x weight x ignored labels x smoothing x kind of target."""
+    dim = 0 if len(shape) == 1 else 1
+    n_classes = shape[dim]
+    prior = log_prior_from_counts([500, 200, 100, 40, 20, 6, 1]).double().to(DEVICE)
+    offset = 1.7 * prior.view(-1, *[1] * (len(shape) - 2))
+    logits = torch.randn(shape, dtype=torch.float64, device=DEVICE) * 3
+    index = torch.randint(n_classes, shape[:dim] + shape[dim + 1 :], device=DEVICE)
+    ignored = torch.where(torch.rand(index.shape, device=DEVICE) < 0.3, 2, index)
+    probabilities = torch.softmax(torch.randn(shape, dtype=torch.float64, device=DEVICE), dim)
+    weight = torch.rand(n_classes, dtype=torch.float64, device=DEVICE)
+    targets = [(index, {}), (ignored, {"ignore_index": 2}), (probabilities, {})]
+    for reduction, w, smoothing, (target, extra) in itertools.product(
+        ("none", "mean", "sum"), (None, weight), (0.0, 0.15), targets
+    ):
+        options = {"reduction": reduction, "weight": w, "label_smoothing": smoothing} | extra
+        expected = outcome(lambda x, t=target, o=options: F.cross_entropy(x + offset, t, **o), logits)
+        actual = outcome(
+            lambda x, t=target, o=options: logit_adjusted_cross_entropy(x, t, prior, 1.7, impl=impl, **o),
+            logits,
+        )
+        for a, e in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, e, equal_nan=True, msg=lambda m, o=options: f"{o}: {m}")
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_weighted_labels_are_the_weighted_sum_of_single_labels(impl, reduction, smoothing):
+    """Mixup as people write it: lam * loss(y1) + (1 - lam) * loss(y2)."""
+    logits = torch.randn(6, 9, dtype=torch.float64, device=DEVICE)
+    prior = torch.log_softmax(torch.randn(9, dtype=torch.float64, device=DEVICE), 0)
+    first, second = torch.randint(9, (2, 6), device=DEVICE)
+    lam = 0.3
+    share = torch.tensor([lam, 1 - lam], dtype=torch.float64, device=DEVICE).expand(6, 2)
+    options = {"reduction": reduction, "label_smoothing": smoothing}
+    expected = outcome(
+        lambda x: (
+            lam * F.cross_entropy(x + prior, first, **options)
+            + (1 - lam) * F.cross_entropy(x + prior, second, **options)
+        ),
+        logits,
+    )
+    actual = outcome(
+        lambda x: logit_adjusted_cross_entropy(
+            x, torch.stack([first, second], 1), prior, target_weight=share, impl=impl, **options
+        ),
+        logits,
+    )
+    torch.testing.assert_close(actual, expected)
+
+
+def test_a_mean_over_weighted_labels_counts_rows(impl):
+    """With shares that do not add up to 1 a row is still one row, as for class probabilities that do not."""
+    logits = torch.randn(4, 5, dtype=torch.float64, device=DEVICE)
+    prior = torch.zeros(5, dtype=torch.float64, device=DEVICE)
+    target = torch.tensor([[0, 1], [2, 3], [4, 0], [1, 1]], device=DEVICE)
+    share = torch.rand(4, 2, dtype=torch.float64, device=DEVICE) * 3
+    dense = torch.zeros(4, 5, dtype=torch.float64, device=DEVICE).scatter_add(1, target, share)
+    actual = logit_adjusted_cross_entropy(logits, target, prior, target_weight=share, impl=impl)
+    torch.testing.assert_close(actual, F.cross_entropy(logits, dense))
+
+
+def test_the_module_is_the_function(impl):
+    counts = [900, 90, 10, 3]
+    weight = torch.tensor([1.0, 2.0, 0.5, 3.0], device=DEVICE)
+    smoothing_distribution = torch.tensor([0.4, 0.3, 0.2, 0.1], device=DEVICE)
+    criterion = LogitAdjustedCrossEntropyLoss(
+        counts, 0.7, pseudocount=1.0, weight=weight.cpu(), ignore_index=3, reduction="sum", label_smoothing=0.1,
+        smoothing_distribution=smoothing_distribution.cpu(), impl=impl,
+    ).to(DEVICE)  # fmt: skip
+    logits = torch.randn(6, 4, device=DEVICE)
+    prior = log_prior_from_counts(counts, pseudocount=1.0).to(DEVICE)
+    options = dict(weight=weight, ignore_index=3, reduction="sum", label_smoothing=0.1, impl=impl)
+    target = torch.tensor([0, 1, 2, 3, 3, 0], device=DEVICE)
+    expected = logit_adjusted_cross_entropy(
+        logits, target, prior, 0.7, smoothing_distribution=smoothing_distribution, **options
+    )
+    assert torch.equal(criterion(logits, target), expected)
+    labels, share = torch.randint(3, (6, 2), device=DEVICE), torch.rand(6, 2, device=DEVICE)
+    expected = logit_adjusted_cross_entropy(
+        logits,
+        labels,
+        prior,
+        0.7,
+        target_weight=share,
+        smoothing_distribution=smoothing_distribution,
+        **options,
+    )
+    assert torch.equal(criterion(logits, labels, share), expected)
+
+
+def test_auto_is_the_device_s_own(monkeypatch):
+    """ "auto" runs Triton on a GPU and blocks on a CPU; the reference formula where a target learns."""
+    import fused_la.loss
+
+    chosen = []
+    monkeypatch.setattr(
+        fused_la.loss, "fused_loss", lambda problem, reduction, impl: chosen.append(impl) or torch.zeros(())
+    )
+    logits, target = torch.randn(3, 4, device=DEVICE), torch.tensor([0, 1, 2], device=DEVICE)
+    prior = torch.zeros(4, device=DEVICE)
+    logit_adjusted_cross_entropy(logits, target, prior)
+    assert chosen == ["triton" if DEVICE == "cuda" else "blocked"]
+    logit_adjusted_cross_entropy(logits, torch.softmax(logits, 1).requires_grad_(), prior)
+    assert len(chosen) == 1
