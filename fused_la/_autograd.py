@@ -1,6 +1,6 @@
 """Where the implementations that compute their own gradient meet autograd, torch.func and torch.compile.
 
-An implementation is a module (`_blocked`, `_triton`) with three functions, `forward`, `backward` and `forward_gradient`;
+An implementation is a module (`_blocked`, `_triton`) with the functions `forward`, `backward` and `forward_gradient`;
 this file is the only one that calls them. First derivatives are theirs; second derivatives come from
 `reference.gradient`, the same gradient as differentiable PyTorch. Under torch.compile the two passes are opaque
 operators, so a compiled graph holds the same kernels.
@@ -60,7 +60,8 @@ class _Loss(torch.autograd.Function):
         ctx.gradient = gradient if with_gradient and gradient.numel() > 0 else None
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple:
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple:
+        grad_loss = grad_outputs[0]
         grads: list[Tensor | None] = [None] * (3 + _N_FIELDS)
         if grad_loss is None:
             return tuple(grads)
@@ -95,8 +96,8 @@ class _Loss(torch.autograd.Function):
         return rows / normalizer if ctx.reduction == "mean" else rows, None, None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple, impl: str, reduction: str, with_gradient: bool, *fields: Any) -> tuple:
-        del with_gradient
+    def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple:
+        impl, reduction, _, *fields = args
         dims = Problem(*in_dims[3:])
         batched = [field.movedim(dim, 0) if dim is not None else field for field, dim in zip(fields, dims, strict=True)]
         problem = Problem(*batched)

@@ -74,7 +74,7 @@ def forward(problem: Problem, reduction: str, with_gradient: bool) -> tuple[Tens
     rows = _prepare(problem)
     shape = problem.logits.shape[:2]
     stacked = torch.empty(3, *shape, dtype=problem.compute_dtype)
-    state = _State(*stacked.unbind())
+    state = _State(stacked[0], stacked[1], stacked[2])
     gap = torch.zeros_like(state.m)
     row_weight = torch.ones_like(state.m) if rows.labels is None else rows.labels.row_weight
     normalizer = row_weight.sum()
@@ -106,7 +106,7 @@ def backward(
     grad_rows = grad_loss.to(problem.compute_dtype)
     grad_rows = grad_rows if normalizer is None else grad_rows / normalizer
     rows = _prepare(problem)
-    state = _State(*stacked.unbind())
+    state = _State(stacked[0], stacked[1], stacked[2])
     grad_logits = torch.empty_like(problem.logits) if needs_logits else None
     # Summed in float64: over many rows a float32 sum would lose what the rows' gradients hold.
     grad_offset = torch.zeros(problem.logits.shape[-1], dtype=torch.float64) if needs_log_prior else None
@@ -236,7 +236,7 @@ def _reduce_block(rows: _Rows, block: _Block, scratch: _Scratch, state: _State, 
         rest = rest + _candidates_but_top(candidate_z, uses, m)
     state.rest.copy_(rest + (m - m))  # an infinite maximum makes the row NaN
 
-    dense_total = _sum_in_order(masses) if masses else 0.0
+    dense_total = _sum_in_order(masses) if masses else torch.zeros_like(m)
     if rows.labels is None:
         state.total.copy_(dense_total)
     else:
