@@ -82,7 +82,7 @@ def forward(problem: Problem, reduction: str, with_gradient: bool) -> tuple[Tens
     grad_logits = torch.empty_like(problem.logits) if with_gradient else problem.logits.new_empty(0)
 
     scratch = _Scratch(problem)
-    for block in _row_blocks(*shape, scratch.height):
+    for block in _row_blocks(shape[0], shape[1], scratch.height):
         e = _reduce_block(rows, block, scratch, state.of(block), gap[block])
         if with_gradient:
             _spread_gradient(rows, block, scratch, state.of(block), grad_rows[block], grad_logits[block], None, e)
@@ -111,7 +111,7 @@ def backward(
     # Summed in float64: over many rows a float32 sum would lose what the rows' gradients hold.
     grad_offset = torch.zeros(problem.logits.shape[-1], dtype=torch.float64) if needs_log_prior else None
     scratch = _Scratch(problem)
-    for block in _row_blocks(*state.m.shape, scratch.height):
+    for block in _row_blocks(state.m.shape[0], state.m.shape[1], scratch.height):
         out = None if grad_logits is None else grad_logits[block]
         _spread_gradient(rows, block, scratch, state.of(block), grad_rows[block], out, grad_offset, None)
     _finish_gradient(rows, state, grad_rows, grad_logits, grad_offset)

@@ -1,0 +1,116 @@
+"""Forward + backward of the loss against what users write today.
+
+    pytest benchmarks/bench_loss.py --benchmark-columns=median,iqr,rounds --benchmark-group-by=param:case
+
+Every provider's loss and gradient are checked against float64 before it is timed. Each timed round is preceded by one
+of eager cross entropy, so that `extra_info["times_faster_than_eager"]` compares medians of alternating runs in one
+process. Bytes: the least that any implementation moves, logits read once and their gradient written once.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fused_la import log_prior_from_counts, logit_adjusted_cross_entropy
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Case(NamedTuple):
+    """Logits of (n_rows, n_classes)."""
+
+    n_rows: int
+    n_classes: int
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{self.n_rows}x{self.n_classes}-{str(self.dtype).removeprefix('torch.')}"
+
+
+CASES = [Case(512, 8142, torch.float32), Case(512, 8142, torch.bfloat16), Case(64, 262144, torch.float32)]
+
+
+def eager(logits: Tensor, target: Tensor, log_prior: Tensor) -> Tensor:
+    return F.cross_entropy(logits + log_prior, target)
+
+
+def fused(logits: Tensor, target: Tensor, log_prior: Tensor) -> Tensor:
+    return logit_adjusted_cross_entropy(logits, target, log_prior)
+
+
+def reference(logits: Tensor, target: Tensor, log_prior: Tensor) -> Tensor:
+    return logit_adjusted_cross_entropy(logits, target, log_prior, impl="reference")
+
+
+PROVIDERS: dict[str, Loss] = {
+    "eager": eager,
+    "torch.compile": torch.compile(eager, dynamic=False),
+    "fused_la": fused,
+    "fused_la reference": reference,
+}
+
+
+def make_inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, target and the log prior of counts that fall from 1000 to 2."""
+    generator = torch.Generator().manual_seed(0)
+    ranks = torch.arange(1, case.n_classes + 1, dtype=torch.float64)
+    log_prior = log_prior_from_counts((1000 * ranks**-0.7).clamp_min(2).round())
+    logits = torch.randn(case.n_rows, case.n_classes, generator=generator) * 3
+    target = torch.randint(case.n_classes, (case.n_rows,), generator=generator)
+    return logits.to(DEVICE, case.dtype), target.to(DEVICE), log_prior.to(DEVICE)
+
+
+def step(loss: Loss, logits: Tensor, target: Tensor, log_prior: Tensor) -> tuple[Tensor, Tensor]:
+    """One forward and backward pass; ends when the device has finished."""
+    value = loss(logits, target, log_prior)
+    (gradient,) = torch.autograd.grad(value, logits)
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return value.detach(), gradient
+
+
+def check_against_float64(loss: Loss, logits: Tensor, target: Tensor, log_prior: Tensor) -> None:
+    exact = logits.detach().double().requires_grad_()
+    expected, expected_gradient = step(eager, exact, target, log_prior.double())
+    value, gradient = step(loss, logits, target, log_prior)
+    # Eager rounds logits + prior to the dtype of the logits; the rest are held to it, not to each other.
+    eps = torch.finfo(logits.dtype).eps
+    torch.testing.assert_close(value.double(), expected, rtol=4 * eps + 1e-6, atol=0.0)
+    assert (gradient.double() - expected_gradient).norm() <= (8 * eps + 1e-5) * expected_gradient.norm()
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def bench_forward_backward(benchmark, case: Case, provider: str):
+    logits, target, log_prior = make_inputs(case)
+    logits.requires_grad_()
+    loss = PROVIDERS[provider]
+    check_against_float64(loss, logits, target, log_prior)
+
+    eager_seconds = []
+
+    def one_of_eager() -> None:
+        start = time.perf_counter()
+        step(eager, logits, target, log_prior)
+        eager_seconds.append(time.perf_counter() - start)
+
+    benchmark.pedantic(step, (loss, logits, target, log_prior), setup=one_of_eager, rounds=21, warmup_rounds=3)
+    median = benchmark.stats.stats.median
+    n_bytes = 2 * logits.numel() * logits.element_size()
+    benchmark.extra_info |= {
+        "gigabytes_per_second": round(n_bytes / median / 1e9, 2),
+        "times_faster_than_eager": round(statistics.median(eager_seconds) / median, 2),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+    print(f"\n{case} {provider}: {median * 1e3:.2f} ms, {benchmark.extra_info['times_faster_than_eager']}x eager")
