@@ -30,6 +30,18 @@ BLOCK_ELEMENTS = 1 << 19
 _Block = tuple[slice, slice]  # of the (N, P) rows
 
 
+class _Candidates(NamedTuple):
+    """The columns with a gradient of their own: the labels, or the top class, which is filled in as the blocks pass."""
+
+    classes: Tensor  # (N, P, K) int64
+    uses: Tensor  # (N, P, K) bool: it counts, and no earlier one of the row is equal
+    z: Tensor  # (N, P, K) adjusted logits
+    one_each: bool  # K = 1, all are used, and no chunk is less than a row
+
+    def of(self, block: _Block) -> _Candidates:
+        return _Candidates(self.classes[block], self.uses[block], self.z[block], self.one_each)
+
+
 class _Rows(NamedTuple):
     """What the passes share, prepared once a call."""
 
@@ -39,15 +51,8 @@ class _Rows(NamedTuple):
     weight: Tensor | None  # (C,)
     smoothing: Tensor | None  # (C,) mass that a row of share 1 gives each class
     labels: Labels | None  # None for class probabilities
-    candidates: _Candidates  # the labels, or the top class, filled in as the blocks pass
-
-
-class _Candidates(NamedTuple):
-    """The columns with a gradient of their own; K = 1 for class probabilities."""
-
-    classes: Tensor  # (N, P, K) int64
-    uses: Tensor  # (N, P, K) bool: it counts, and no earlier one of the row is equal
-    z: Tensor  # (N, P, K) adjusted logits
+    all_live: bool  # every row counts
+    candidates: _Candidates
 
 
 class _State(NamedTuple):
@@ -58,7 +63,7 @@ class _State(NamedTuple):
     total: Tensor  # A, the sum of the target mass
 
     def of(self, block: _Block) -> _State:
-        return _State(*(part[block] for part in self))
+        return _State(self.m[block], self.rest[block], self.total[block])
 
 
 def forward_gradient(problem: Problem, reduction: str) -> bool:
@@ -72,17 +77,17 @@ def forward_gradient(problem: Problem, reduction: str) -> bool:
 def forward(problem: Problem, reduction: str, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, row state (3, N, P), the mean's denominator, and the gradient for an upstream of 1 (empty without)."""
     rows = _prepare(problem)
-    shape = problem.logits.shape[:2]
-    stacked = torch.empty(3, *shape, dtype=problem.compute_dtype)
-    state = _State(stacked[0], stacked[1], stacked[2])
+    n_outer, n_inner, _ = problem.logits.shape
+    stacked = torch.empty(3, n_outer, n_inner, dtype=problem.compute_dtype)
+    state = _State(stacked[0], stacked[1], _label_total(rows, out=stacked[2]))
     gap = torch.zeros_like(state.m)
     row_weight = torch.ones_like(state.m) if rows.labels is None else rows.labels.row_weight
     normalizer = row_weight.sum()
-    grad_rows = (1.0 / normalizer if reduction == "mean" else torch.ones_like(normalizer)).expand(shape)
+    grad_rows = (1.0 / normalizer if reduction == "mean" else torch.ones_like(normalizer)).expand(n_outer, n_inner)
     grad_logits = torch.empty_like(problem.logits) if with_gradient else problem.logits.new_empty(0)
 
     scratch = _Scratch(problem)
-    for block in _row_blocks(shape[0], shape[1], scratch.height):
+    for block in _row_blocks(n_outer, n_inner, scratch.height):
         e = _reduce_block(rows, block, scratch, state.of(block), gap[block])
         if with_gradient:
             _spread_gradient(rows, block, scratch, state.of(block), grad_rows[block], grad_logits[block], None, e)
@@ -129,25 +134,38 @@ def _prepare(problem: Problem) -> _Rows:
     if offset is not None:
         is_dropped = offset == -math.inf
         dropped = is_dropped if bool(is_dropped.any()) else None
-
+    one_chunk = problem.logits.shape[-1] <= BLOCK_ELEMENTS
     if problem.has_probabilities:
-        labels = None
-        one_each = torch.zeros(*problem.logits.shape[:2], 1, dtype=problem.compute_dtype)
-        candidates = _Candidates(one_each.long(), one_each == 0, one_each)
-    else:
-        labels = read_labels(problem)
-        z = problem.logits.gather(-1, labels.classes).to(problem.compute_dtype)
-        if offset is not None:
-            label_offset = offset[labels.classes]
-            z = torch.where(label_offset == -math.inf, -math.inf, z + label_offset)
-        candidates = _Candidates(labels.classes, labels.counts & ~_same_label(labels).tril(-1).any(-1), z)
-    return _Rows(problem, offset, dropped, weight, smoothing, labels, candidates)
+        z = torch.zeros(*problem.logits.shape[:2], 1, dtype=problem.compute_dtype)
+        candidates = _Candidates(z.long(), z == 0, z, one_chunk)
+        return _Rows(problem, offset, dropped, weight, smoothing, None, True, candidates)
+
+    labels = read_labels(problem)
+    all_live = bool(labels.live.all())
+    z = problem.logits.gather(-1, labels.classes).to(problem.compute_dtype)
+    if offset is not None:
+        z = z + offset[labels.classes]
+    if dropped is not None:
+        z = z.masked_fill_(dropped[labels.classes], -math.inf)
+    one_label = labels.classes.shape[-1] == 1
+    uses = labels.counts if one_label else labels.counts & ~_same_label(labels).tril(-1).any(-1)
+    candidates = _Candidates(labels.classes, uses, z, one_label and all_live and one_chunk)
+    return _Rows(problem, offset, dropped, weight, smoothing, labels, all_live, candidates)
 
 
 def _same_label(labels: Labels) -> Tensor:
     """(N, P, K, K) bool: which counting labels of a row are equal."""
     same = labels.classes.unsqueeze(-1) == labels.classes.unsqueeze(-2)
     return same & labels.counts.unsqueeze(-1) & labels.counts.unsqueeze(-2)
+
+
+def _label_total(rows: _Rows, out: Tensor) -> Tensor:
+    """A of every row with labels; that of class probabilities is summed as their blocks pass."""
+    if rows.labels is not None:
+        torch.sum(rows.labels.mass, -1, out=out)
+        if rows.smoothing is not None:
+            out.addcmul_(rows.labels.share, rows.smoothing.sum())
+    return out
 
 
 class _Scratch:
@@ -185,23 +203,23 @@ def _class_chunks(n_classes: int, width: int) -> Iterator[slice]:
 
 
 def _reduce_block(rows: _Rows, block: _Block, scratch: _Scratch, state: _State, gap: Tensor) -> Tensor | None:
-    """Fill in a block's state, its gap sum_c t_c * (m - z_c) over the dense mass, and with class probabilities its top.
+    """Fill in a block's m and rest, and of its dense target mass the total and the gap sum_c t_c * (m - z_c).
 
     Returns exp(z - m), 0 in the candidates' columns, where scratch holds whole rows of it.
     """
-    index, uses, candidate_z = (part[block] for part in rows.candidates)
+    candidates = rows.candidates.of(block)
     maxima, sums, gaps, masses, tops = [], [], [], [], []
     e = None
-    for classes in _class_chunks(rows.problem.logits.shape[-1], scratch.width):
-        z = _adjusted(rows, block, classes, scratch)
+    for chunk in _class_chunks(rows.problem.logits.shape[-1], scratch.width):
+        z = _adjusted(rows, block, chunk, scratch)
         if rows.labels is None:
             m, top = z.max(-1, keepdim=True)
-            tops.append(top + classes.start)
+            tops.append(top + chunk.start)
         else:
             m, top = z.amax(-1, keepdim=True), None
         # A chunk that is -inf throughout adds nothing; a row that is so throughout becomes NaN by m - m below.
         z.sub_(m.masked_fill(m == -math.inf, 0.0))
-        mass = _dense_mass(rows, block, classes, scratch)
+        mass = _dense_mass(rows, block, chunk, scratch)
         if mass is not None:
             product = torch.mul(z, mass, out=scratch.view(2, z.shape))
             product.masked_fill_((mass == 0) & (z == -math.inf), 0.0)
@@ -209,7 +227,7 @@ def _reduce_block(rows: _Rows, block: _Block, scratch: _Scratch, state: _State, 
             masses.append(_row_sum(mass.expand_as(z)))
         e = z.exp_()
         if top is None:
-            e[_columns(index, uses, classes)] = 0.0
+            _put(e, candidates, chunk, 0.0)
         else:
             e.scatter_(-1, top, 0.0)
         sums.append(_row_sum(e))
@@ -224,57 +242,57 @@ def _reduce_block(rows: _Rows, block: _Block, scratch: _Scratch, state: _State, 
         rest = _sum_in_order([part * shift.exp() for part, shift in zip(sums, shifts, strict=True)])
         if masses:
             gaps += [torch.where(mass == 0, 0.0, -mass * by) for mass, by in zip(masses, shifts, strict=True)]
-    state.m.copy_(m)
-
     if rows.labels is None:
         every = torch.stack(maxima, -1)
         first = every.argmax(-1, keepdim=True)
-        index.copy_(torch.cat(tops, -1).gather(-1, first))
-        candidate_z.copy_(m.unsqueeze(-1))
+        candidates.classes.copy_(torch.cat(tops, -1).gather(-1, first))
+        candidates.z.copy_(m.unsqueeze(-1))
         rest = rest + (every - m.unsqueeze(-1)).exp().scatter(-1, first, 0.0).sum(-1)
+        state.total.copy_(_sum_in_order(masses))
     else:
-        rest = rest + _candidates_but_top(candidate_z, uses, m)
-    state.rest.copy_(rest + (m - m))  # an infinite maximum makes the row NaN
-
-    dense_total = _sum_in_order(masses) if masses else torch.zeros_like(m)
-    if rows.labels is None:
-        state.total.copy_(dense_total)
-    else:
-        state.total.copy_(rows.labels.mass[block].sum(-1) + rows.labels.share[block] * dense_total)
+        rest = rest + _candidates_but_top(candidates, m)
+    state.m.copy_(m)
+    torch.add(rest, m - m, out=state.rest)  # an infinite maximum makes the row NaN
     if gaps:
         gap.copy_(_sum_in_order(gaps))
     return e
 
 
-def _adjusted(rows: _Rows, block: _Block, classes: slice, scratch: _Scratch) -> Tensor:
+def _adjusted(rows: _Rows, block: _Block, chunk: slice, scratch: _Scratch) -> Tensor:
     """z of a block, in scratch."""
-    logits = rows.problem.logits[block][..., classes]
+    logits = rows.problem.logits[block][..., chunk]
     z = scratch.view(0, logits.shape)
     if rows.offset is None:
         z.copy_(logits)
     else:
-        torch.add(logits, rows.offset[classes], out=z)
+        torch.add(logits, rows.offset[chunk], out=z)
     if rows.dropped is not None:
-        z.masked_fill_(rows.dropped[classes], -math.inf)
+        z.masked_fill_(rows.dropped[chunk], -math.inf)
     return z
 
 
-def _dense_mass(rows: _Rows, block: _Block, classes: slice, scratch: _Scratch) -> Tensor | None:
+def _dense_mass(rows: _Rows, block: _Block, chunk: slice, scratch: _Scratch) -> Tensor | None:
     """Target mass over all classes, broadcastable to the block: smoothing (for a share of 1) or probabilities."""
-    smoothing = None if rows.smoothing is None else rows.smoothing[classes]
+    smoothing = None if rows.smoothing is None else rows.smoothing[chunk]
     if rows.labels is not None:
         return smoothing
-    target = rows.problem.target[block][..., classes]
+    target = rows.problem.target[block][..., chunk]
     mass = scratch.view(1, target.shape).copy_(target).mul_(1.0 - rows.problem.label_smoothing)
     if rows.weight is not None:
-        mass.mul_(rows.weight[classes])
+        mass.mul_(rows.weight[chunk])
     return mass if smoothing is None else mass.add_(smoothing)
 
 
-def _columns(index: Tensor, uses: Tensor, classes: slice) -> tuple[Tensor, ...]:
-    """The used columns of `index` (.., K) as an advanced index into a chunk of an (.., C) tensor."""
-    at = (uses & (index >= classes.start) & (index < classes.stop)).nonzero(as_tuple=True)
-    return (*at[:-1], index[at] - classes.start)
+def _put(into: Tensor, candidates: _Candidates, chunk: slice, values: Tensor | float) -> None:
+    """Write a number, or values (.., K), to the used candidates' columns in a chunk of an (.., C) tensor."""
+    classes = candidates.classes
+    if isinstance(values, Tensor):
+        values = values.to(into.dtype)
+    if candidates.one_each:
+        into.scatter_(-1, classes, values)
+        return
+    at = (candidates.uses & (classes >= chunk.start) & (classes < chunk.stop)).nonzero(as_tuple=True)
+    into[(*at[:-1], classes[at] - chunk.start)] = values[at] if isinstance(values, Tensor) else values
 
 
 def _row_sum(x: Tensor) -> Tensor:
@@ -294,17 +312,19 @@ def _sum_in_order(parts: list[Tensor]) -> Tensor:
     return total
 
 
-def _candidates_but_top(z: Tensor, uses: Tensor, m: Tensor) -> Tensor:
+def _candidates_but_top(candidates: _Candidates, m: Tensor) -> Tensor:
     """Sum of exp(z_k - m) over the used candidates, less the 1 of the row's top class.
 
     Where a candidate is the top class it is left out, not subtracted. Elsewhere the top class has no label, and neither
     the loss nor a gradient shows the digits that the subtraction costs.
     """
-    m = m.unsqueeze(-1)
-    is_top = (z == m) & uses
-    if z.shape[-1] > 1:
-        is_top &= is_top.cumsum(-1) == 1
-    e = torch.where(uses & ~is_top, (z - m).exp(), 0.0)
+    z, m = candidates.z, m.unsqueeze(-1)
+    e, is_top = (z - m).exp(), z == m
+    if candidates.one_each:
+        return (e - 1.0).masked_fill_(is_top, 0.0).squeeze(-1)
+    is_top &= candidates.uses
+    is_top &= is_top.cumsum(-1) == 1
+    e = torch.where(candidates.uses & ~is_top, e, 0.0)
     return e.sum(-1) - torch.where(is_top.any(-1), 0.0, 1.0)
 
 
@@ -324,48 +344,50 @@ def _spread_gradient(
     """
     m, rest, total, g = (part.unsqueeze(-1) for part in (*state, grad_rows))
     scale = g * total / (1.0 + rest)
-    index, uses, candidate_z = (part[block] for part in rows.candidates)
-    if rows.labels is None and e is None:
-        uses.fill_(False)
-        candidate_z.copy_(m)
-    for classes in _class_chunks(rows.problem.logits.shape[-1], scratch.width):
-        part = _adjusted(rows, block, classes, scratch).sub_(m).exp_() if e is None else e
-        if rows.labels is None and e is None:  # find the top class again
+    candidates = rows.candidates.of(block)
+    find_top = rows.labels is None and e is None
+    if find_top:
+        candidates.uses.fill_(False)
+        candidates.z.copy_(m)
+    for chunk in _class_chunks(rows.problem.logits.shape[-1], scratch.width):
+        part = _adjusted(rows, block, chunk, scratch).sub_(m).exp_() if e is None else e
+        if find_top:
             top = part.argmax(-1, keepdim=True)
-            is_top = (part.gather(-1, top) == 1.0) & ~uses
-            index.copy_(torch.where(is_top, top + classes.start, index))
-            uses.logical_or_(is_top)
-        mass = _dense_mass(rows, block, classes, scratch)
+            is_top = (part.gather(-1, top) == 1.0) & ~candidates.uses
+            candidates.classes.copy_(torch.where(is_top, top + chunk.start, candidates.classes))
+            candidates.uses.logical_or_(is_top)
+        mass = _dense_mass(rows, block, chunk, scratch)
         grad = part
         if grad_logits is not None and grad_logits.dtype == part.dtype and grad_offset is None:
-            grad = grad_logits[..., classes]
+            grad = grad_logits[..., chunk]
         torch.mul(part, scale, out=grad)
         if mass is not None:
             grad.addcmul_(mass, g if rows.labels is None else g * rows.labels.share[block].unsqueeze(-1), value=-1.0)
             if rows.dropped is not None:
-                grad.masked_fill_(rows.dropped[classes], 0.0)
+                grad.masked_fill_(rows.dropped[chunk], 0.0)
         if grad_offset is not None:
-            grad[_columns(index, uses, classes)] = 0.0
-            if rows.labels is not None:
+            _put(grad, candidates, chunk, 0.0)
+            if not rows.all_live and rows.labels is not None:
                 grad.masked_fill_(~rows.labels.live[block].unsqueeze(-1), 0.0)
-            grad_offset[classes] += grad.sum((0, 1), dtype=torch.float64)
+            grad_offset[chunk] += grad.sum((0, 1), dtype=torch.float64)
         if grad_logits is not None and grad is part:
-            grad_logits[..., classes].copy_(grad)
+            grad_logits[..., chunk].copy_(grad)
 
 
 # All rows -------------------------------------------------------------------------------------------------------------
 
 
 def _loss(rows: _Rows, state: _State, gap: Tensor) -> Tensor:
-    loss = gap + state.total * state.rest.log1p()
+    loss = state.total * state.rest.log1p()
     if rows.labels is None:
-        return loss
-    labels = rows.labels
-    label_gap = state.m.unsqueeze(-1) - rows.candidates.z
-    label_gap = torch.where((labels.mass == 0) & (label_gap == math.inf), 0.0, label_gap)
-    label_loss = (labels.mass * label_gap).sum(-1)
-    loss = label_loss + labels.share * gap + state.total * state.rest.log1p()
-    return torch.where(labels.live, loss, 0.0)
+        return loss + gap
+    labels, label_gap = rows.labels, state.m.unsqueeze(-1) - rows.candidates.z
+    if rows.weight is not None or rows.problem.target_weight is not None:
+        label_gap = label_gap.masked_fill((labels.mass == 0) & (label_gap == math.inf), 0.0)
+    loss = loss + (labels.mass * label_gap).sum(-1)
+    if rows.smoothing is not None:
+        loss = loss + labels.share * gap
+    return loss if rows.all_live else torch.where(labels.live, loss, 0.0)
 
 
 def _finish_gradient(
@@ -373,28 +395,30 @@ def _finish_gradient(
 ) -> None:
     """The candidates' columns, in the form that keeps the digits of 1 - p, and zeros where a row does not count."""
     m, rest, total, g = (part.unsqueeze(-1) for part in (*state, grad_rows))
-    index, uses, z = rows.candidates
+    candidates = rows.candidates
     if rows.labels is None:
-        t = rows.problem.target.gather(-1, index).to(m.dtype) * (1.0 - rows.problem.label_smoothing)
+        t = rows.problem.target.gather(-1, candidates.classes).to(m.dtype) * (1.0 - rows.problem.label_smoothing)
         if rows.weight is not None:
-            t = t * rows.weight[index]
+            t = t * rows.weight[candidates.classes]
         if rows.smoothing is not None:
-            t = t + rows.smoothing[index]
+            t = t + rows.smoothing[candidates.classes]
     else:
-        t = torch.where(_same_label(rows.labels), rows.labels.mass.unsqueeze(-2), 0.0).sum(-1)
+        t = rows.labels.mass
+        if t.shape[-1] > 1:
+            t = torch.where(_same_label(rows.labels), t.unsqueeze(-2), 0.0).sum(-1)
         if rows.smoothing is not None:
-            t = t + rows.labels.share.unsqueeze(-1) * rows.smoothing[index]
+            t = t + rows.labels.share.unsqueeze(-1) * rows.smoothing[candidates.classes]
     d = 1.0 + rest
-    p = (z - m).exp() / d
-    not_p = torch.where(z == m, rest / d, 1.0 - p)
+    p = (candidates.z - m).exp() / d
+    not_p = torch.where(candidates.z == m, rest / d, 1.0 - p)
     grad = g * ((total - t) * p - t * not_p)
     if rows.dropped is not None:
-        grad.masked_fill_(rows.dropped[index], 0.0)
+        grad.masked_fill_(rows.dropped[candidates.classes], 0.0)
 
-    at = uses.nonzero(as_tuple=True)
     if grad_logits is not None:
-        grad_logits[at[0], at[1], index[at]] = grad[at].to(grad_logits.dtype)
-        if rows.labels is not None and not bool(rows.labels.live.all()):
-            grad_logits[~rows.labels.live] = 0.0
+        _put(grad_logits, candidates, slice(0, grad_logits.shape[-1]), grad)
+        if not rows.all_live and rows.labels is not None:
+            grad_logits.masked_fill_(~rows.labels.live.unsqueeze(-1), 0.0)
     if grad_offset is not None:
-        grad_offset.index_add_(0, index[at], grad[at].double())
+        at = candidates.uses.nonzero(as_tuple=True)
+        grad_offset.index_add_(0, candidates.classes[at], grad[at].double())

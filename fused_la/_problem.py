@@ -84,23 +84,26 @@ class Labels(NamedTuple):
 
 def read_labels(problem: Problem) -> Labels:
     """Resolve ignored and out-of-range labels, class weights and label weights of an index target."""
-    n_classes = problem.logits.shape[-1]
-    dtype = problem.compute_dtype
-    target = problem.target
+    target, n_classes, dtype = problem.target, problem.logits.shape[-1], problem.compute_dtype
     counts = target != problem.ignore_index
-    in_range = (target >= 0) & (target < n_classes)
-    classes = torch.where(in_range & counts, target, 0)
-
-    label_weight = counts.to(dtype)
-    if problem.target_weight is not None:
+    usable = counts & (target >= 0) & (target < n_classes)
+    classes = torch.where(usable, target, 0)
+    if problem.target_weight is None:
+        label_weight = counts.to(dtype)
+    else:
         label_weight = torch.where(counts, problem.target_weight.to(dtype), 0.0)
-    label_weight = torch.where(in_range | ~counts, label_weight, math.nan)
-    share = label_weight.sum(-1)
+    label_weight = label_weight.masked_fill(counts & ~usable, math.nan)
     weight = problem.class_weight()
     weighted = label_weight if weight is None else label_weight * weight[classes]
-    # A row counts as the mean class weight of its labels: 1 without class weights, weight[y] for a single label.
-    row_weight = torch.where(share == 0, 0.0, weighted.sum(-1) / torch.where(share == 0, 1.0, share))
-    return Labels(classes, weighted * (1.0 - problem.label_smoothing), counts, share, counts.any(-1), row_weight)
+    mass = weighted if problem.label_smoothing == 0.0 else weighted * (1.0 - problem.label_smoothing)
+
+    if target.shape[-1] == 1 and problem.target_weight is None:
+        share, live, row_weight = label_weight[..., 0], counts[..., 0], weighted[..., 0]
+    else:
+        # A row counts as the mean class weight of its labels, 1 without class weights.
+        share, live = label_weight.sum(-1), counts.any(-1)
+        row_weight = torch.where(share == 0, 0.0, weighted.sum(-1) / torch.where(share == 0, 1.0, share))
+    return Labels(classes, mass, counts, share, live, row_weight)
 
 
 def row_weights(problem: Problem) -> Tensor:
