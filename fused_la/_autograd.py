@@ -1,12 +1,13 @@
-"""Where the implementations that compute their own gradient meet autograd, torch.func and torch.compile.
+"""Where the implementations that compute their own gradient meet autograd and torch.compile.
 
 An implementation is a module (`_blocked`, `_triton`) with the functions `forward`, `backward` and `forward_gradient`;
-this file is the only one that calls them. First derivatives are theirs; second derivatives come from
+this file is the only one that calls them. First derivatives are theirs. Second derivatives come from
 `reference.gradient`, the same gradient as differentiable PyTorch. Under torch.compile the two passes are opaque
 operators, so a compiled graph holds the same kernels.
 
-Forward mode over this Function is for forward-over-reverse (`torch.func.hessian`). A `jvp` runs with forward mode
-switched off, so that nested tangents would silently be 0: the door hands inputs with tangents to the reference.
+The transforms of torch.func and forward mode never come here, the door hands them to the reference formula: the rules
+that PyTorch takes for an autograd.Function lose the outer of two nested tangents without a word, and hide from an inner
+transform what an outer one differentiates.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fused_la import reference
-from fused_la._problem import Problem, reduce_rows, row_weights
+from fused_la._problem import Problem
 
 _N_FIELDS = len(Problem._fields)
 
@@ -32,7 +33,12 @@ def fused_loss(problem: Problem, reduction: str, impl: str) -> Tensor:
     needs_gradient = torch.is_grad_enabled() and problem.logits.requires_grad
     learns_prior = problem.log_prior is not None and problem.log_prior.requires_grad
     with_gradient = needs_gradient and not learns_prior and _load(impl).forward_gradient(problem, reduction)
-    return _Loss.apply(impl, reduction, with_gradient, *problem)[0]
+    return _Loss.apply(impl, reduction, with_gradient, *problem)
+
+
+def under_transform() -> bool:
+    """Whether a transform of torch.func (vmap, grad, jvp, ...) is under way."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def _load(impl: str) -> ModuleType:
@@ -40,95 +46,46 @@ def _load(impl: str) -> ModuleType:
 
 
 class _Loss(torch.autograd.Function):
-    """(loss, row state, denominator of a mean, gradient for an upstream of 1 or nothing); only loss has a gradient."""
+    @staticmethod
+    def forward(ctx: Any, impl: str, reduction: str, with_gradient: bool, *fields: Any) -> Tensor:
+        loss, state, normalizer, gradient = _load(impl).forward(Problem(*fields), reduction, with_gradient)
+        _save(ctx, fields, state, normalizer, impl, reduction)
+        ctx.gradient = gradient if with_gradient else None
+        return loss
 
     @staticmethod
-    def forward(impl: str, reduction: str, with_gradient: bool, *fields: Any) -> tuple[Tensor, ...]:
-        return _load(impl).forward(Problem(*fields), reduction, with_gradient)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        impl, reduction, with_gradient, *fields = inputs
-        _, state, normalizer, gradient = output
-        ctx.mark_non_differentiable(state, normalizer, gradient)
-        ctx.set_materialize_grads(False)
-        tensors = [field if isinstance(field, Tensor) else None for field in fields]
-        ctx.scalars = [None if isinstance(field, Tensor) else field for field in fields]
-        ctx.save_for_backward(*tensors, state, normalizer)
-        ctx.save_for_forward(*tensors, state, normalizer)
-        ctx.impl, ctx.reduction = impl, reduction
-        ctx.gradient = gradient if with_gradient and gradient.numel() > 0 else None
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple:
-        grad_loss = grad_outputs[0]
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple:
         grads: list[Tensor | None] = [None] * (3 + _N_FIELDS)
-        if grad_loss is None:
-            return tuple(grads)
-        if ctx.gradient is not None and not torch.is_grad_enabled():
+        grad_loss = grad_outputs[0]
+        batched = torch._C._functorch.is_legacy_batchedtensor(grad_loss)  # torch.autograd.grad(is_grads_batched=True)
+        differentiable = torch.is_grad_enabled() or under_transform() or batched
+        if ctx.gradient is not None and not differentiable:
             # Handed over, not kept: a caller may write into it, and a second backward recomputes.
             gradient, ctx.gradient = ctx.gradient, None
             grads[3] = _scale_(gradient, grad_loss)
             return tuple(grads)
         problem, state, normalizer = _saved(ctx)
         grad_rows = grad_loss if ctx.reduction == "none" else grad_loss.expand(state.shape[1:])
-        normalizer = normalizer if ctx.reduction == "mean" else None
-        if torch.is_grad_enabled():
+        if differentiable:
             grads[3], grads[4] = _differentiable_gradient(problem, grad_rows, normalizer)
         else:
-            grads[3], grads[4] = _load(ctx.impl).backward(
-                problem, state, grad_rows, normalizer, ctx.needs_input_grad[3], ctx.needs_input_grad[4]
-            )
+            needs = ctx.needs_input_grad[3:5]
+            grads[3], grads[4] = _load(ctx.impl).backward(problem, state, grad_rows, normalizer, *needs)
         return tuple(grads)
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, None, None, None]:
-        problem, _, normalizer = _saved(ctx)
-        z_tangent = torch.zeros_like(problem.logits, dtype=problem.compute_dtype)
-        if tangents[3] is not None:
-            z_tangent = z_tangent + tangents[3]
-        if tangents[4] is not None:
-            z_tangent = z_tangent + problem.tau * tangents[4]
-        gradient = reference.gradient(problem, torch.ones_like(z_tangent[..., 0]))
-        rows = (gradient * z_tangent).sum(-1)
-        if ctx.reduction != "none":
-            rows = rows.sum()
-        return rows / normalizer if ctx.reduction == "mean" else rows, None, None, None
 
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple:
-        impl, reduction, _, *fields = args
-        dims = Problem(*in_dims[3:])
-        batched = [field.movedim(dim, 0) if dim is not None else field for field, dim in zip(fields, dims, strict=True)]
-        problem = Problem(*batched)
-        if any(dim is not None for dim in (dims.log_prior, dims.weight, dims.smoothing_distribution)):
-            each = []
-            for b in range(info.batch_size):
-                one = [field if dim is None else field[b] for field, dim in zip(batched, dims, strict=True)]
-                each.append(_Loss.apply(impl, reduction, False, *one))
-            return tuple(torch.stack(parts) for parts in zip(*each, strict=True)), (0, 0, 0, 0)
-
-        # Only rows are batched: fold the batch into them.
-        rows = {}
-        for name in ("logits", "target", "target_weight"):
-            field = getattr(problem, name)
-            if field is not None and getattr(dims, name) is None:
-                field = field.expand(info.batch_size, *field.shape)
-            rows[name] = None if field is None else field.flatten(0, 1)
-        n_outer = rows["logits"].shape[0] // info.batch_size
-        folded = problem._replace(**rows)
-        loss, state, *_ = _Loss.apply(impl, "none", False, *folded)
-        loss = loss.unflatten(0, (info.batch_size, n_outer))
-        state = state.unflatten(1, (info.batch_size, n_outer))
-        weights = row_weights(folded).unflatten(0, (info.batch_size, n_outer))
-        normalizer = weights.sum((1, 2))
-        return (reduce_rows(loss, weights, reduction), state, normalizer, loss.new_empty(0)), (0, 1, 0, None)
+def _save(ctx: Any, fields: tuple, state: Tensor, normalizer: Tensor, impl: str, reduction: str) -> None:
+    tensors = [field if isinstance(field, Tensor) else None for field in fields]
+    ctx.scalars = [None if isinstance(field, Tensor) else field for field in fields]
+    ctx.save_for_backward(*tensors, state, normalizer)
+    ctx.impl, ctx.reduction = impl, reduction
 
 
-def _saved(ctx: Any) -> tuple[Problem, Tensor, Tensor]:
+def _saved(ctx: Any) -> tuple[Problem, Tensor, Tensor | None]:
+    """What `_save` kept; the denominator of the mean only where it divides."""
     *tensors, state, normalizer = ctx.saved_tensors
     fields = [tensor if tensor is not None else value for tensor, value in zip(tensors, ctx.scalars, strict=True)]
-    return Problem(*fields), state, normalizer
+    return Problem(*fields), state, normalizer if ctx.reduction == "mean" else None
 
 
 def _scale_(gradient: Tensor, grad_loss: Tensor) -> Tensor:
@@ -227,11 +184,8 @@ def _(logits, log_prior, target, target_weight, weight, smoothing_distribution, 
 
 def _setup_op_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     *fields, reduction, impl = inputs
-    _, state, normalizer = output
     ctx.set_materialize_grads(False)
-    ctx.scalars = [None if isinstance(field, Tensor) else field for field in fields]
-    ctx.save_for_backward(*(field if isinstance(field, Tensor) else None for field in fields), state, normalizer)
-    ctx.impl, ctx.reduction = impl, reduction
+    _save(ctx, tuple(fields), output[1], output[2], impl, reduction)
 
 
 def _op_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple:
@@ -241,10 +195,8 @@ def _op_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple:
     problem, state, normalizer = _saved(ctx)
     grad_rows = grad_loss if ctx.reduction == "none" else grad_loss.expand(state.shape[1:])
     needs_log_prior = ctx.needs_input_grad[1]
-    grad_logits, grad_prior = _backward_op(
-        *problem, ctx.impl, state, grad_rows, normalizer if ctx.reduction == "mean" else None, needs_log_prior
-    )
-    grads[0], grads[1] = grad_logits, grad_prior if needs_log_prior else None
+    grads[0], grad_prior = _backward_op(*problem, ctx.impl, state, grad_rows, normalizer, needs_log_prior)
+    grads[1] = grad_prior if needs_log_prior else None
     return tuple(grads)
 
 

@@ -288,8 +288,8 @@ def _put(into: Tensor, candidates: _Candidates, chunk: slice, values: Tensor | f
     classes = candidates.classes
     if isinstance(values, Tensor):
         values = values.to(into.dtype)
-    if candidates.one_each:
-        into.scatter_(-1, classes, values)
+    if candidates.one_each and into.dtype in (torch.float32, torch.float64):
+        into.scatter_(-1, classes, values)  # in half precision it would make a float copy of all of `into`
         return
     at = (candidates.uses & (classes >= chunk.start) & (classes < chunk.stop)).nonzero(as_tuple=True)
     into[(*at[:-1], classes[at] - chunk.start)] = values[at] if isinstance(values, Tensor) else values

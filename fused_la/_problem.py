@@ -106,16 +106,8 @@ def read_labels(problem: Problem) -> Labels:
     return Labels(classes, mass, counts, share, live, row_weight)
 
 
-def row_weights(problem: Problem) -> Tensor:
-    """(N, P): each row's part in the denominator of `reduction="mean"`."""
-    if problem.has_probabilities:
-        return torch.ones_like(problem.logits[..., 0], dtype=problem.compute_dtype)
-    return read_labels(problem).row_weight
-
-
 def reduce_rows(loss: Tensor, row_weight: Tensor, reduction: str) -> Tensor:
-    """Reduce (..., N, P) row losses as `F.cross_entropy` does: a weighted mean (NaN over no rows), a sum, or not."""
+    """Reduce (N, P) row losses as `F.cross_entropy` does: a weighted mean (NaN over no rows), a sum, or not at all."""
     if reduction == "none":
         return loss
-    total = loss.sum((-2, -1))
-    return total if reduction == "sum" else total / row_weight.sum((-2, -1))
+    return loss.sum() if reduction == "sum" else loss.sum() / row_weight.sum()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from fused_la import _checks, reference
-from fused_la._autograd import fused_loss
+from fused_la._autograd import fused_loss, under_transform
 from fused_la._problem import Problem, reduce_rows
 from fused_la.prior import log_prior_from_counts
 
@@ -60,7 +60,8 @@ def logit_adjusted_cross_entropy(
             data and infinite if a class is at -inf. `log_prior.exp()` smooths toward the prior and keeps it consistent.
         impl: "auto" is "triton" on a GPU, "blocked" on a CPU, and "reference" for anything else: while torch.compile
             traces a CPU graph, or when a target or a weight requires grad. A named one works or raises. Second
-            derivatives and forward-mode tangents are the reference formula's in every implementation.
+            derivatives, forward mode and the transforms of torch.func (vmap, grad, jvp, ...) compute by the reference
+            formula whichever is named.
 
     Returns:
         float32 (float64 for float64 logits): a scalar, or with reduction "none" one loss a row in the shape that index
@@ -222,7 +223,7 @@ class LogitAdjustedCrossEntropyLoss(nn.Module):
 def _choose(impl: str, logits: Tensor, log_prior: Tensor, *constants: Tensor | None) -> str:
     """The implementation that runs; `constants` are the tensors for which only the reference has a gradient."""
     _checks.check_choice("impl", impl, _checks.IMPLEMENTATIONS)
-    if any(t is not None and _has_tangent(t) for t in (logits, log_prior, *constants)):
+    if under_transform() or any(t is not None and _has_tangent(t) for t in (logits, log_prior, *constants)):
         return "reference"
     learned = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in constants)
     on_cpu = logits.device.type == "cpu"

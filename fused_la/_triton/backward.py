@@ -125,7 +125,7 @@ def _grad_logits_kernel(
         N_LABELS, HAS_SMOOTHING, COMPUTE,
     )  # fmt: skip
     bases = row_offsets(rows, n_inner, stride_grad_logits_outer, stride_grad_logits_inner)
-    at = grad_logits + bases[:, None] + cols[None, :] * stride_grad_logits_class
+    at = grad_logits + bases[:, None] + cols.to(tl.int64)[None, :] * stride_grad_logits_class
     tl.store(at, grad.to(grad_logits.dtype.element_ty), (rows < n_rows)[:, None] & (cols < n_classes)[None, :])
 
 

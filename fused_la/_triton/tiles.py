@@ -30,6 +30,7 @@ def scalar(bits):
 @triton.jit
 def row_offsets(rows, n_inner, stride_outer, stride_inner):
     """Where each of the (N, P) rows begins, in 64 bits: N * C may pass 2^31."""
+    rows = rows.to(tl.int64)
     outer = rows // n_inner
     return outer * stride_outer + (rows - outer * n_inner) * stride_inner
 
@@ -53,7 +54,7 @@ def adjust(logits, log_prior, tau, COMPUTE: tl.constexpr):
 def load_z(logits, log_prior, bases, cols, mask_rows, mask_cols, stride_class, tau, COMPUTE: tl.constexpr):
     """z of a tile: rows that begin at `bases`, classes `cols`; -inf outside."""
     mask = mask_rows[:, None] & mask_cols[None, :]
-    values = tl.load(logits + bases[:, None] + cols[None, :] * stride_class, mask, other=float("-inf"))
+    values = tl.load(logits + bases[:, None] + cols.to(tl.int64)[None, :] * stride_class, mask, other=float("-inf"))
     prior = None
     if log_prior is not None:
         prior = tl.load(log_prior + cols, mask_cols, other=0.0)[None, :]
@@ -110,7 +111,7 @@ def probability_mass(
 ):  # fmt: skip
     """(1 - eps) * target_c * weight_c of a tile."""
     mask = mask_rows[:, None] & mask_cols[None, :]
-    mass = tl.load(target + bases[:, None] + cols[None, :] * stride_class, mask, other=0.0).to(COMPUTE)
+    mass = tl.load(target + bases[:, None] + cols.to(tl.int64)[None, :] * stride_class, mask, other=0.0).to(COMPUTE)
     mass = mass * (1.0 - smoothing).to(COMPUTE)
     if weight is not None:
         mass = mass * tl.load(weight + cols, mask_cols, other=0.0).to(COMPUTE)[None, :]
