@@ -15,19 +15,14 @@ A row's bits do not depend on its block: every reduction runs along one row, in 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fused_la import _blocks
+from fused_la._blocks import Block, Scratch, class_chunks, row_blocks, row_sum, sum_in_order
 from fused_la._problem import Labels, Problem, read_labels, reduce_rows
-
-# Elements of the scratch block: 2 MB in float32. On two cores of an AMD EPYC (512 KB L2 a core, 32 MB L3) the forward +
-# backward at (512, 8142) float32 took 6.4 ms with 2**16 elements, 4.5 ms with 2**18 and 4.3 ms with 2**19.
-BLOCK_ELEMENTS = 1 << 19
-
-_Block = tuple[slice, slice]  # of the (N, P) rows
 
 
 class _Candidates(NamedTuple):
@@ -38,7 +33,7 @@ class _Candidates(NamedTuple):
     z: Tensor  # (N, P, K) adjusted logits
     one_each: bool  # K = 1, all are used, and no chunk is less than a row
 
-    def of(self, block: _Block) -> _Candidates:
+    def of(self, block: Block) -> _Candidates:
         return _Candidates(self.classes[block], self.uses[block], self.z[block], self.one_each)
 
 
@@ -62,7 +57,7 @@ class _State(NamedTuple):
     rest: Tensor
     total: Tensor  # A, the sum of the target mass
 
-    def of(self, block: _Block) -> _State:
+    def of(self, block: Block) -> _State:
         return _State(self.m[block], self.rest[block], self.total[block])
 
 
@@ -86,8 +81,8 @@ def forward(problem: Problem, reduction: str, with_gradient: bool) -> tuple[Tens
     grad_rows = (1.0 / normalizer if reduction == "mean" else torch.ones_like(normalizer)).expand(n_outer, n_inner)
     grad_logits = torch.empty_like(problem.logits) if with_gradient else problem.logits.new_empty(0)
 
-    scratch = _Scratch(problem)
-    for block in _row_blocks(n_outer, n_inner, scratch.height):
+    scratch = Scratch(problem)
+    for block in row_blocks(n_outer, n_inner, scratch.height):
         e = _reduce_block(rows, block, scratch, state.of(block), gap[block])
         if with_gradient:
             _spread_gradient(rows, block, scratch, state.of(block), grad_rows[block], grad_logits[block], None, e)
@@ -115,8 +110,8 @@ def backward(
     grad_logits = torch.empty_like(problem.logits) if needs_logits else None
     # Summed in float64: over many rows a float32 sum would lose what the rows' gradients hold.
     grad_offset = torch.zeros(problem.logits.shape[-1], dtype=torch.float64) if needs_log_prior else None
-    scratch = _Scratch(problem)
-    for block in _row_blocks(state.m.shape[0], state.m.shape[1], scratch.height):
+    scratch = Scratch(problem)
+    for block in row_blocks(state.m.shape[0], state.m.shape[1], scratch.height):
         out = None if grad_logits is None else grad_logits[block]
         _spread_gradient(rows, block, scratch, state.of(block), grad_rows[block], out, grad_offset, None)
     _finish_gradient(rows, state, grad_rows, grad_logits, grad_offset)
@@ -134,7 +129,7 @@ def _prepare(problem: Problem) -> _Rows:
     if offset is not None:
         is_dropped = offset == -math.inf
         dropped = is_dropped if bool(is_dropped.any()) else None
-    one_chunk = problem.logits.shape[-1] <= BLOCK_ELEMENTS
+    one_chunk = problem.logits.shape[-1] <= _blocks.BLOCK_ELEMENTS
     if problem.has_probabilities:
         z = torch.zeros(*problem.logits.shape[:2], 1, dtype=problem.compute_dtype)
         candidates = _Candidates(z.long(), z == 0, z, one_chunk)
@@ -164,45 +159,14 @@ def _label_total(rows: _Rows, out: Tensor) -> Tensor:
     if rows.labels is not None:
         torch.sum(rows.labels.mass, -1, out=out)
         if rows.smoothing is not None:
-            out.addcmul_(rows.labels.share, rows.smoothing.sum())
+            out.addcmul_(rows.labels.share, row_sum(rows.smoothing))
     return out
-
-
-class _Scratch:
-    """One block's float32 (float64) buffers, allocated once a call and reused by every block."""
-
-    def __init__(self, problem: Problem):
-        n_outer, n_inner, n_classes = problem.logits.shape
-        self.width = min(n_classes, BLOCK_ELEMENTS)
-        self.height = max(4, BLOCK_ELEMENTS // self.width)
-        n_elements = min(self.height, n_outer * n_inner) * self.width
-        has_dense_mass = problem.has_probabilities or problem.label_smoothing > 0.0
-        self._buffers = [
-            torch.empty(n_elements, dtype=problem.compute_dtype) for _ in range(3 if has_dense_mass else 1)
-        ]
-
-    def view(self, which: int, shape: torch.Size) -> Tensor:
-        return self._buffers[which][: shape.numel()].view(shape)
-
-
-def _row_blocks(n_outer: int, n_inner: int, height: int) -> Iterator[_Block]:
-    """Cover (N, P) by rectangles of at most `height` rows."""
-    inner = max(1, min(n_inner, height))
-    outer = max(1, height // inner)
-    for i in range(0, n_outer, outer):
-        for j in range(0, n_inner, inner):
-            yield slice(i, min(i + outer, n_outer)), slice(j, min(j + inner, n_inner))
-
-
-def _class_chunks(n_classes: int, width: int) -> Iterator[slice]:
-    for start in range(0, n_classes, width):
-        yield slice(start, min(start + width, n_classes))
 
 
 # A block --------------------------------------------------------------------------------------------------------------
 
 
-def _reduce_block(rows: _Rows, block: _Block, scratch: _Scratch, state: _State, gap: Tensor) -> Tensor | None:
+def _reduce_block(rows: _Rows, block: Block, scratch: Scratch, state: _State, gap: Tensor) -> Tensor | None:
     """Fill in a block's m and rest, and of its dense target mass the total and the gap sum_c t_c * (m - z_c).
 
     Returns exp(z - m), 0 in the candidates' columns, where scratch holds whole rows of it.
@@ -210,7 +174,7 @@ def _reduce_block(rows: _Rows, block: _Block, scratch: _Scratch, state: _State, 
     candidates = rows.candidates.of(block)
     maxima, sums, gaps, masses, tops = [], [], [], [], []
     e = None
-    for chunk in _class_chunks(rows.problem.logits.shape[-1], scratch.width):
+    for chunk in class_chunks(rows.problem.logits.shape[-1], scratch.width):
         z = _adjusted(rows, block, chunk, scratch)
         if rows.labels is None:
             m, top = z.max(-1, keepdim=True)
@@ -223,14 +187,14 @@ def _reduce_block(rows: _Rows, block: _Block, scratch: _Scratch, state: _State, 
         if mass is not None:
             product = torch.mul(z, mass, out=scratch.view(2, z.shape))
             product.masked_fill_((mass == 0) & (z == -math.inf), 0.0)
-            gaps.append(-_row_sum(product))
-            masses.append(_row_sum(mass.expand_as(z)))
+            gaps.append(-row_sum(product))
+            masses.append(row_sum(mass.expand_as(z)))
         e = z.exp_()
         if top is None:
             _put(e, candidates, chunk, 0.0)
         else:
             e.scatter_(-1, top, 0.0)
-        sums.append(_row_sum(e))
+        sums.append(row_sum(e))
         maxima.append(m.squeeze(-1))
 
     if len(maxima) == 1:
@@ -239,7 +203,7 @@ def _reduce_block(rows: _Rows, block: _Block, scratch: _Scratch, state: _State, 
         e = None
         m = torch.stack(maxima).amax(0)
         shifts = [torch.where(part == -math.inf, -math.inf, part - m) for part in maxima]
-        rest = _sum_in_order([part * shift.exp() for part, shift in zip(sums, shifts, strict=True)])
+        rest = sum_in_order([part * shift.exp() for part, shift in zip(sums, shifts, strict=True)])
         if masses:
             gaps += [torch.where(mass == 0, 0.0, -mass * by) for mass, by in zip(masses, shifts, strict=True)]
     if rows.labels is None:
@@ -248,17 +212,17 @@ def _reduce_block(rows: _Rows, block: _Block, scratch: _Scratch, state: _State, 
         candidates.classes.copy_(torch.cat(tops, -1).gather(-1, first))
         candidates.z.copy_(m.unsqueeze(-1))
         rest = rest + (every - m.unsqueeze(-1)).exp().scatter(-1, first, 0.0).sum(-1)
-        state.total.copy_(_sum_in_order(masses))
+        state.total.copy_(sum_in_order(masses))
     else:
         rest = rest + _candidates_but_top(candidates, m)
     state.m.copy_(m)
     torch.add(rest, m - m, out=state.rest)  # an infinite maximum makes the row NaN
     if gaps:
-        gap.copy_(_sum_in_order(gaps))
+        gap.copy_(sum_in_order(gaps))
     return e
 
 
-def _adjusted(rows: _Rows, block: _Block, chunk: slice, scratch: _Scratch) -> Tensor:
+def _adjusted(rows: _Rows, block: Block, chunk: slice, scratch: Scratch) -> Tensor:
     """z of a block, in scratch."""
     logits = rows.problem.logits[block][..., chunk]
     z = scratch.view(0, logits.shape)
@@ -271,7 +235,7 @@ def _adjusted(rows: _Rows, block: _Block, chunk: slice, scratch: _Scratch) -> Te
     return z
 
 
-def _dense_mass(rows: _Rows, block: _Block, chunk: slice, scratch: _Scratch) -> Tensor | None:
+def _dense_mass(rows: _Rows, block: Block, chunk: slice, scratch: Scratch) -> Tensor | None:
     """Target mass over all classes, broadcastable to the block: smoothing (for a share of 1) or probabilities."""
     smoothing = None if rows.smoothing is None else rows.smoothing[chunk]
     if rows.labels is not None:
@@ -295,23 +259,6 @@ def _put(into: Tensor, candidates: _Candidates, chunk: slice, values: Tensor | f
     into[(*at[:-1], classes[at] - chunk.start)] = values[at] if isinstance(values, Tensor) else values
 
 
-def _row_sum(x: Tensor) -> Tensor:
-    """Sum over the last dimension in an order that depends on its length alone.
-
-    PyTorch splits a sum to a single number over its threads; a sum to two numbers runs along each row.
-    """
-    if x.numel() == x.shape[-1]:
-        return x.expand(2, *x.shape).sum(-1)[0]
-    return x.sum(-1)
-
-
-def _sum_in_order(parts: list[Tensor]) -> Tensor:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
-
-
 def _candidates_but_top(candidates: _Candidates, m: Tensor) -> Tensor:
     """Sum of exp(z_k - m) over the used candidates, less the 1 of the row's top class.
 
@@ -330,8 +277,8 @@ def _candidates_but_top(candidates: _Candidates, m: Tensor) -> Tensor:
 
 def _spread_gradient(
     rows: _Rows,
-    block: _Block,
-    scratch: _Scratch,
+    block: Block,
+    scratch: Scratch,
     state: _State,
     grad_rows: Tensor,
     grad_logits: Tensor | None,
@@ -349,7 +296,7 @@ def _spread_gradient(
     if find_top:
         candidates.uses.fill_(False)
         candidates.z.copy_(m)
-    for chunk in _class_chunks(rows.problem.logits.shape[-1], scratch.width):
+    for chunk in class_chunks(rows.problem.logits.shape[-1], scratch.width):
         part = _adjusted(rows, block, chunk, scratch).sub_(m).exp_() if e is None else e
         if find_top:
             top = part.argmax(-1, keepdim=True)

@@ -1,0 +1,64 @@
+"""How a CPU passes over rows: blocks that fit the cache, chunks of classes, and sums in an order of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fused_la._problem import Problem
+
+# Elements of the scratch block: 2 MB in float32. On two cores of an AMD EPYC (512 KB L2 a core, 32 MB L3) the forward +
+# backward at (512, 8142) float32 took 6.4 ms with 2**16 elements, 4.5 ms with 2**18 and 4.3 ms with 2**19.
+BLOCK_ELEMENTS = 1 << 19
+
+Block = tuple[slice, slice]  # of the (N, P) rows
+
+
+class Scratch:
+    """One block's float32 (float64) buffers, allocated once a call and reused by every block."""
+
+    def __init__(self, problem: Problem):
+        n_outer, n_inner, n_classes = problem.logits.shape
+        self.width = min(n_classes, BLOCK_ELEMENTS)
+        self.height = max(4, BLOCK_ELEMENTS // self.width)
+        n_elements = min(self.height, n_outer * n_inner) * self.width
+        has_dense_mass = problem.has_probabilities or problem.label_smoothing > 0.0
+        self._buffers = [
+            torch.empty(n_elements, dtype=problem.compute_dtype) for _ in range(3 if has_dense_mass else 1)
+        ]
+
+    def view(self, which: int, shape: torch.Size) -> Tensor:
+        return self._buffers[which][: shape.numel()].view(shape)
+
+
+def row_blocks(n_outer: int, n_inner: int, height: int) -> Iterator[Block]:
+    """Cover (N, P) by rectangles of at most `height` rows."""
+    inner = max(1, min(n_inner, height))
+    outer = max(1, height // inner)
+    for i in range(0, n_outer, outer):
+        for j in range(0, n_inner, inner):
+            yield slice(i, min(i + outer, n_outer)), slice(j, min(j + inner, n_inner))
+
+
+def class_chunks(n_classes: int, width: int) -> Iterator[slice]:
+    for start in range(0, n_classes, width):
+        yield slice(start, min(start + width, n_classes))
+
+
+def row_sum(x: Tensor) -> Tensor:
+    """Sum over the last dimension in an order that depends on its length alone.
+
+    PyTorch splits a sum to a single number over its threads; a sum to two numbers runs along each row.
+    """
+    if x.numel() == x.shape[-1]:
+        return x.expand(2, *x.shape).sum(-1)[0]
+    return x.sum(-1)
+
+
+def sum_in_order(parts: list[Tensor]) -> Tensor:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total

@@ -1,0 +1,356 @@
+"""The package as a whole: it imports without Triton, its modules import in one direction, its docstrings are true.
+
+Sources are read with `ast`, so that an import inside a function, in a branch that no test takes, counts as well.
+"""
+
+import ast
+import doctest
+import importlib.util
+import inspect
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+import fused_la
+
+PACKAGE = Path(fused_la.__file__).resolve().parent
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+MAX_LINES = 400
+
+
+def module_of(source):
+    """ "fused_la._triton.forward" for fused_la/_triton/forward.py."""
+    parts = source.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+# Without Triton -------------------------------------------------------------------------------------------------------
+
+TRITON_IS_NONE = """
+import sys
+sys.modules["triton"] = None
+"""
+TRITON_IS_NOT_FOUND = """
+import sys
+
+class NoTriton:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "triton":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, NoTriton())
+"""
+WITHOUT_TRITON = """
+import torch
+from fused_la import LogitAdjustedCrossEntropyLoss, logit_adjusted_cross_entropy
+
+logits = torch.tensor([[2.0, 1.0, 1.5], [0.5, 0.0, 1.0]], requires_grad=True)
+target = torch.tensor([0, 2])
+log_prior = torch.tensor([0.9, 0.09, 0.01]).log()
+expected = torch.nn.functional.cross_entropy(logits + log_prior, target).item()
+for impl in ("auto", "reference", "blocked"):
+    loss = logit_adjusted_cross_entropy(logits, target, log_prior, impl=impl)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert abs(loss.item() - expected) < 1e-5, loss
+    assert gradient.isfinite().all() and (gradient != 0).all()
+    assert torch.equal(LogitAdjustedCrossEntropyLoss([900, 90, 10], impl=impl)(logits, target), loss)
+try:
+    logit_adjusted_cross_entropy(logits, target, log_prior, impl="triton")
+except ModuleNotFoundError as error:
+    assert "triton" in str(error), error
+else:
+    raise AssertionError("impl='triton' ran without triton")
+assert sys.modules.get("triton") is None
+assert "fused_la._triton" not in sys.modules
+"""
+
+
+def run_python(script):
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+@pytest.mark.parametrize("how", [TRITON_IS_NONE, TRITON_IS_NOT_FOUND], ids=["triton is None", "triton is not found"])
+def test_everything_but_the_kernels_works_without_triton(how):
+    run_python(how + WITHOUT_TRITON)
+
+
+def test_importing_the_package_imports_neither_triton_nor_what_only_some_need():
+    """Nor does a call on a CPU; PyTorch's own imports do not count."""
+    script = """
+import sys
+import torch
+before = set(sys.modules)
+import fused_la
+fused_la.logit_adjusted_cross_entropy(torch.zeros(2, 3), torch.zeros(2).long(), torch.zeros(3)).item()
+print(*sorted({name.partition(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)))
+print(*sorted(name for name in sys.modules if name.startswith("fused_la._triton")))
+"""
+    new, kernels = run_python(script).split("\n")[:2]
+    assert set(new.split()) <= {"fused_la", "torch", "numpy"}
+    assert kernels == ""
+
+
+# Imports --------------------------------------------------------------------------------------------------------------
+
+# What a module may import from the package, inside functions too. `_triton` stands for all its modules.
+MAY_IMPORT = {
+    "__init__": {"loss", "prior"},
+    "loss": {"_checks", "_autograd", "reference", "_problem", "_triton", "prior"},
+    "prior": set(),
+    "_checks": set(),
+    "_autograd": {"reference", "_problem"},  # and implementations by name, see below
+    "reference": {"_problem"},
+    "_blocked": {"_problem", "_blocks"},
+    "_blocks": {"_problem"},
+    "_triton": {"_problem", "_triton"},
+    "_problem": set(),
+}
+# Modules that import others by a name that they make up.
+MAY_IMPORT_BY_NAME = {"_autograd"}
+IMPLEMENTATIONS = {"reference", "_blocked", "_triton"}
+
+
+def unit_of(module):
+    """The row of MAY_IMPORT that "fused_la._triton.forward" and the like belong to."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+def imports_of(source):
+    """(absolute module, whether at import time) of every import statement, names from a package resolved to modules."""
+    tree = ast.parse(source.read_text())
+    in_functions = {
+        id(node)
+        for function in ast.walk(tree)
+        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        for node in ast.walk(function)
+    }
+    typing_only = {
+        id(node)
+        for branch in ast.walk(tree)
+        if isinstance(branch, ast.If) and ast.unparse(branch.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+        for statement in branch.body
+        for node in ast.walk(statement)
+    }
+    modules = {module_of(path) for path in SOURCES}
+    package = module_of(source) if source.name == "__init__.py" else module_of(source).rpartition(".")[0]
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level > 0:
+                base = importlib.util.resolve_name("." * node.level + base, package)
+            for alias in node.names:
+                submodule = f"{base}.{alias.name}"
+                names.append(submodule if submodule in modules else base)
+        for name in names:
+            yield name, id(node) not in in_functions and id(node) not in typing_only
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=module_of)
+def test_imports_follow_the_one_arrow(source):
+    unit = unit_of(module_of(source))
+    assert unit in MAY_IMPORT, "a new module: say in MAY_IMPORT what it may import"
+    inside = {unit_of(name) for name, _ in imports_of(source) if name.partition(".")[0] == "fused_la"}
+    assert inside <= MAY_IMPORT[unit]
+
+
+def test_the_arrow_has_no_way_back():
+    """Nothing imports the door, implementations import neither one another nor what calls them, there is no circle."""
+    above = {"__init__", "loss", "_autograd", "_checks"}
+    for implementation in IMPLEMENTATIONS:
+        assert not MAY_IMPORT[implementation] & (above | IMPLEMENTATIONS - {implementation})
+    below = {}
+    while len(below) < len(MAY_IMPORT):
+        placed = {
+            unit for unit, imports in MAY_IMPORT.items() if unit not in below and imports - {unit} <= below.keys()
+        }
+        assert placed, f"a circle among {MAY_IMPORT.keys() - below.keys()}"
+        below |= dict.fromkeys(placed)
+
+
+def test_the_table_of_imports_has_no_entry_that_is_not_used():
+    """Or it would come to allow everything."""
+    used = {unit: set() for unit in MAY_IMPORT}
+    for source in SOURCES:
+        inside = {unit_of(name) for name, _ in imports_of(source) if name.partition(".")[0] == "fused_la"}
+        used[unit_of(module_of(source))] |= inside
+    assert used == MAY_IMPORT
+
+
+def test_only_the_kernels_import_triton_and_only_functions_import_the_kernels():
+    for source in SOURCES:
+        if unit_of(module_of(source)) == "_triton":
+            continue
+        for name, at_import in imports_of(source):
+            assert name.partition(".")[0] != "triton", source
+            assert not (at_import and unit_of(name) == "_triton" and name.startswith("fused_la")), source
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=module_of)
+def test_the_package_needs_pytorch_numpy_and_triton_alone(source):
+    outside = {name.partition(".")[0] for name, _ in imports_of(source)} - set(sys.stdlib_module_names)
+    assert outside <= {"fused_la", "torch", "numpy", "triton"}, "in particular no tests, benchmarks, examples"
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=module_of)
+def test_only_the_dispatch_imports_by_name(source):
+    called = {ast.unparse(node.func) for node in ast.walk(ast.parse(source.read_text())) if isinstance(node, ast.Call)}
+    by_name = {name for name in called if name.rpartition(".")[2] in ("import_module", "__import__", "exec", "eval")}
+    assert not by_name or unit_of(module_of(source)) in MAY_IMPORT_BY_NAME
+
+
+# Names and signatures -------------------------------------------------------------------------------------------------
+
+OPTIONS = (
+    "target_weight=None, weight=None, ignore_index=-100, reduction='mean', label_smoothing=0.0, "
+    "smoothing_distribution=None, impl='auto'"
+)
+CLASS_OPTIONS = OPTIONS.replace("weight=None, ignore", "class_weight=None, ignore")
+# The public interface; what is not written yet is simply not there.
+INTERFACE = {
+    "logit_adjusted_cross_entropy": f"(logits, target, log_prior, tau=1.0, *, {OPTIONS})",
+    "margin_cross_entropy": f"(logits, target, margin, *, {OPTIONS})",
+    "linear_logit_adjusted_cross_entropy": (
+        f"(features, weight, target, log_prior, tau=1.0, *, bias=None, {CLASS_OPTIONS})"
+    ),
+    "linear_margin_cross_entropy": f"(features, weight, target, margin, *, bias=None, {CLASS_OPTIONS})",
+    "LogitAdjustedCrossEntropyLoss": (
+        f"(class_counts, tau=1.0, *, pseudocount=0.0, {OPTIONS.removeprefix('target_weight=None, ')})"
+    ),
+    "count_classes": "(target, n_classes, *, ignore_index=-100, group=None)",
+    "log_prior_from_counts": "(class_counts, *, pseudocount=0.0)",
+    "adjust_logits": "(logits, log_prior, tau=1.0)",
+    "normalize_classifier": "(weight, tau=1.0)",
+    "PairwiseMargin": None,
+    "margins": None,
+}
+WRITTEN = {
+    "logit_adjusted_cross_entropy",
+    "LogitAdjustedCrossEntropyLoss",
+    "count_classes",
+    "log_prior_from_counts",
+}
+
+
+def public_callables():
+    return [name for name in fused_la.__all__ if callable(getattr(fused_la, name))]
+
+
+def test_all_names_are_of_the_interface_and_resolve():
+    assert len(set(fused_la.__all__)) == len(fused_la.__all__)
+    assert set(fused_la.__all__) >= WRITTEN
+    assert set(fused_la.__all__) <= INTERFACE.keys()
+    for name in fused_la.__all__:
+        assert getattr(fused_la, name) is not None
+
+
+def test_what_the_top_level_imports_is_what_it_exports():
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    imported = {
+        alias.asname or alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    assert imported == set(fused_la.__all__)
+
+
+@pytest.mark.parametrize("name", public_callables())
+def test_signatures_are_those_of_the_interface(name):
+    if INTERFACE[name] is None:
+        pytest.skip("has no signature of its own")
+    signature = inspect.signature(getattr(fused_la, name))
+    bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()]
+    assert str(signature.replace(parameters=bare, return_annotation=inspect.Signature.empty)) == INTERFACE[name]
+
+
+@pytest.mark.parametrize("name", public_callables())
+def test_public_signatures_are_typed(name):
+    signature = inspect.signature(getattr(fused_la, name))
+    untyped = [p.name for p in signature.parameters.values() if p.annotation is inspect.Parameter.empty]
+    assert untyped == []
+
+
+def test_the_marker_of_typed_packages_is_there():
+    assert resources.files(fused_la).joinpath("py.typed").is_file()
+
+
+def test_the_version_is_a_release_number():
+    assert re.fullmatch(r"\d+\.\d+\.\d+", fused_la.__version__)
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=module_of)
+def test_no_module_outgrows_one_idea(source):
+    assert len(source.read_text().splitlines()) <= MAX_LINES
+
+
+# Docstrings -----------------------------------------------------------------------------------------------------------
+
+
+def sections_of(docstring):
+    """{"Args": its text, ...}: a section begins with its name and a colon, and goes on while it is indented."""
+    sections, name = {}, None
+    for line in inspect.cleandoc(docstring).splitlines():
+        heading = re.match(r"([A-Z][a-z]+):(?!:)\s*(.*)$", line)
+        if heading:
+            name = heading[1]
+            sections[name] = heading[2]
+        elif name and (line.startswith(" ") or not line):
+            sections[name] += "\n" + line
+        else:
+            name = None
+    return {name: text.strip("\n") for name, text in sections.items()}
+
+
+@pytest.mark.parametrize("name", public_callables())
+def test_public_docstrings_have_every_section(name):
+    sections = sections_of(getattr(fused_la, name).__doc__)
+    for wanted in (("Args",), ("Returns", "Shape"), ("Raises",), ("Example",), ("Source",)):
+        assert any(sections.get(section, "").strip() for section in wanted), wanted
+    assert ">>>" in sections["Example"]
+    assert re.search(r"\b(TypeError|ValueError)\b", sections["Raises"])
+
+
+@pytest.mark.parametrize("name", public_callables())
+def test_public_docstrings_begin_with_one_line_that_says_what_it_is(name):
+    first, _, rest = inspect.cleandoc(getattr(fused_la, name).__doc__).partition("\n")
+    assert first.endswith(".")
+    assert rest.startswith("\n")
+
+
+@pytest.mark.parametrize("name", public_callables())
+def test_public_docstrings_describe_every_argument_in_order(name):
+    arguments = sections_of(getattr(fused_la, name).__doc__)["Args"]
+    indent = re.match(r" +", arguments)[0]
+    described = []
+    for line in re.findall(rf"^{indent}(\w[\w, ]*):", arguments, re.MULTILINE):
+        described += line.split(", ")
+    assert described == list(inspect.signature(getattr(fused_la, name)).parameters)
+
+
+def modules_with_examples():
+    """Every module but the kernels, which need Triton; a docstring in them has no example."""
+    found = pkgutil.walk_packages([str(PACKAGE)], "fused_la.", onerror=lambda name: None)
+    return ["fused_la", *(module.name for module in found if "._triton" not in module.name)]
+
+
+@pytest.mark.parametrize("name", modules_with_examples())
+def test_examples_in_docstrings_run(name):
+    module = importlib.import_module(name)
+    results = doctest.testmod(module)
+    assert results.failed == 0
+    own = [value for key, value in vars(module).items() if key in fused_la.__all__ and value.__module__ == name]
+    assert results.attempted >= len(own), "every public name has an example"
+
+
+def test_modules_with_examples_are_all_modules_but_the_kernels():
+    assert set(modules_with_examples()) == {m for m in map(module_of, SOURCES) if unit_of(m) != "_triton"}
