@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor  # what torch.autograd.grad(is_grads_batched=True) passes
 
 from fused_la import reference
 from fused_la._problem import Problem
@@ -57,8 +58,7 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple:
         grads: list[Tensor | None] = [None] * (3 + _N_FIELDS)
         grad_loss = grad_outputs[0]
-        batched = torch._C._functorch.is_legacy_batchedtensor(grad_loss)  # torch.autograd.grad(is_grads_batched=True)
-        differentiable = torch.is_grad_enabled() or under_transform() or batched
+        differentiable = torch.is_grad_enabled() or under_transform() or is_legacy_batchedtensor(grad_loss)
         if ctx.gradient is not None and not differentiable:
             # Handed over, not kept: a caller may write into it, and a second backward recomputes.
             gradient, ctx.gradient = ctx.gradient, None

@@ -108,7 +108,7 @@ def backward(
     rows = _prepare(problem)
     state = _State(stacked[0], stacked[1], stacked[2])
     grad_logits = torch.empty_like(problem.logits) if needs_logits else None
-    # Summed in float64: over many rows a float32 sum would lose what the rows' gradients hold.
+    # Blocks are added up in float64: over many rows a float32 sum would lose what the rows' gradients hold.
     grad_offset = torch.zeros(problem.logits.shape[-1], dtype=torch.float64) if needs_log_prior else None
     scratch = Scratch(problem)
     for block in row_blocks(state.m.shape[0], state.m.shape[1], scratch.height):
@@ -181,13 +181,14 @@ def _reduce_block(rows: _Rows, block: Block, scratch: Scratch, state: _State, ga
             tops.append(top + chunk.start)
         else:
             m, top = z.amax(-1, keepdim=True), None
-        # A chunk that is -inf throughout adds nothing; a row that is so throughout becomes NaN by m - m below.
-        z.sub_(m.masked_fill(m == -math.inf, 0.0))
+        whole = chunk.stop - chunk.start == rows.problem.logits.shape[-1]
+        # A chunk that is -inf throughout adds nothing; a row that is so throughout is NaN.
+        z.sub_(m if whole else m.masked_fill(m == -math.inf, 0.0))
         mass = _dense_mass(rows, block, chunk, scratch)
         if mass is not None:
-            product = torch.mul(z, mass, out=scratch.view(2, z.shape))
+            product = torch.mul(z, mass, out=scratch.view(2, z.shape)).neg_()
             product.masked_fill_((mass == 0) & (z == -math.inf), 0.0)
-            gaps.append(-row_sum(product))
+            gaps.append(row_sum(product))
             masses.append(row_sum(mass.expand_as(z)))
         e = z.exp_()
         if top is None:
@@ -297,12 +298,15 @@ def _spread_gradient(
         candidates.uses.fill_(False)
         candidates.z.copy_(m)
     for chunk in class_chunks(rows.problem.logits.shape[-1], scratch.width):
-        part = _adjusted(rows, block, chunk, scratch).sub_(m).exp_() if e is None else e
-        if find_top:
-            top = part.argmax(-1, keepdim=True)
-            is_top = (part.gather(-1, top) == 1.0) & ~candidates.uses
-            candidates.classes.copy_(torch.where(is_top, top + chunk.start, candidates.classes))
-            candidates.uses.logical_or_(is_top)
+        part = e
+        if part is None:
+            part = _adjusted(rows, block, chunk, scratch)
+            if find_top:
+                top = part.argmax(-1, keepdim=True)
+                is_top = (part.gather(-1, top) == m) & ~candidates.uses
+                candidates.classes.copy_(torch.where(is_top, top + chunk.start, candidates.classes))
+                candidates.uses.logical_or_(is_top)
+            part.sub_(m).exp_()
         mass = _dense_mass(rows, block, chunk, scratch)
         grad = part
         if grad_logits is not None and grad_logits.dtype == part.dtype and grad_offset is None:
@@ -316,7 +320,7 @@ def _spread_gradient(
             _put(grad, candidates, chunk, 0.0)
             if not rows.all_live and rows.labels is not None:
                 grad.masked_fill_(~rows.labels.live[block].unsqueeze(-1), 0.0)
-            grad_offset[chunk] += grad.sum((0, 1), dtype=torch.float64)
+            grad_offset[chunk] += grad.sum((0, 1))
         if grad_logits is not None and grad is part:
             grad_logits[..., chunk].copy_(grad)
 
