@@ -83,9 +83,12 @@ def forward(problem: Problem, reduction: str, with_gradient: bool) -> tuple[Tens
 
     scratch = Scratch(problem)
     for block in row_blocks(n_outer, n_inner, scratch.height):
-        e = _reduce_block(rows, block, scratch, state.of(block), gap[block])
-        if with_gradient:
-            _spread_gradient(rows, block, scratch, state.of(block), grad_rows[block], grad_logits[block], None, e)
+        if not with_gradient:
+            _reduce_block(rows, block, scratch, state.of(block), gap[block], None)
+            continue
+        out = grad_logits[block]
+        e = _reduce_block(rows, block, scratch, state.of(block), gap[block], out)
+        _spread_gradient(rows, block, scratch, state.of(block), grad_rows[block], out, None, e)
     if with_gradient:
         _finish_gradient(rows, state, grad_rows, grad_logits, None)
     return reduce_rows(_loss(rows, state, gap), row_weight, reduction), stacked, normalizer, grad_logits
@@ -108,7 +111,7 @@ def backward(
     rows = _prepare(problem)
     state = _State(stacked[0], stacked[1], stacked[2])
     grad_logits = torch.empty_like(problem.logits) if needs_logits else None
-    # Blocks are added up in float64: over many rows a float32 sum would lose what the rows' gradients hold.
+    # Summed in float64: over many rows a float32 sum would lose what the rows' gradients hold.
     grad_offset = torch.zeros(problem.logits.shape[-1], dtype=torch.float64) if needs_log_prior else None
     scratch = Scratch(problem)
     for block in row_blocks(state.m.shape[0], state.m.shape[1], scratch.height):
@@ -166,22 +169,25 @@ def _label_total(rows: _Rows, out: Tensor) -> Tensor:
 # A block --------------------------------------------------------------------------------------------------------------
 
 
-def _reduce_block(rows: _Rows, block: Block, scratch: Scratch, state: _State, gap: Tensor) -> Tensor | None:
+def _reduce_block(
+    rows: _Rows, block: Block, scratch: Scratch, state: _State, gap: Tensor, grad_logits: Tensor | None
+) -> Tensor | None:
     """Fill in a block's m and rest, and of its dense target mass the total and the gap sum_c t_c * (m - z_c).
 
-    Returns exp(z - m), 0 in the candidates' columns, where scratch holds whole rows of it.
+    Works where the gradient will stand if it can, and in scratch otherwise. Returns exp(z - m), 0 in the candidates'
+    columns, where whole rows of it are left.
     """
     candidates = rows.candidates.of(block)
     maxima, sums, gaps, masses, tops = [], [], [], [], []
     e = None
     for chunk in class_chunks(rows.problem.logits.shape[-1], scratch.width):
-        z = _adjusted(rows, block, chunk, scratch)
+        whole = chunk.stop - chunk.start == rows.problem.logits.shape[-1]
+        z = _adjusted(rows, block, chunk, scratch, grad_logits if whole else None)
         if rows.labels is None:
             m, top = z.max(-1, keepdim=True)
             tops.append(top + chunk.start)
         else:
             m, top = z.amax(-1, keepdim=True), None
-        whole = chunk.stop - chunk.start == rows.problem.logits.shape[-1]
         # A chunk that is -inf throughout adds nothing; a row that is so throughout is NaN.
         z.sub_(m if whole else m.masked_fill(m == -math.inf, 0.0))
         mass = _dense_mass(rows, block, chunk, scratch)
@@ -223,10 +229,13 @@ def _reduce_block(rows: _Rows, block: Block, scratch: Scratch, state: _State, ga
     return e
 
 
-def _adjusted(rows: _Rows, block: Block, chunk: slice, scratch: Scratch) -> Tensor:
-    """z of a block, in scratch."""
+def _adjusted(rows: _Rows, block: Block, chunk: slice, scratch: Scratch, into: Tensor | None = None) -> Tensor:
+    """z of a block, written into a tensor of its shape if that is fit for it, else into scratch."""
     logits = rows.problem.logits[block][..., chunk]
-    z = scratch.view(0, logits.shape)
+    if into is not None and into.dtype == rows.problem.compute_dtype and into.is_contiguous():
+        z = into
+    else:
+        z = scratch.view(0, logits.shape)
     if rows.offset is None:
         z.copy_(logits)
     else:
@@ -320,7 +329,7 @@ def _spread_gradient(
             _put(grad, candidates, chunk, 0.0)
             if not rows.all_live and rows.labels is not None:
                 grad.masked_fill_(~rows.labels.live[block].unsqueeze(-1), 0.0)
-            grad_offset[chunk] += grad.sum((0, 1))
+            grad_offset[chunk] += grad.sum((0, 1), dtype=torch.float64)
         if grad_logits is not None and grad is part:
             grad_logits[..., chunk].copy_(grad)
 
