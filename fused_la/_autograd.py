@@ -141,7 +141,8 @@ def _(logits, log_prior, target, target_weight, weight, smoothing_distribution, 
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     rows = logits.shape[:2]
     loss = logits.new_empty(rows if reduction == "none" else (), dtype=dtype)
-    return loss, logits.new_empty((3, *rows), dtype=dtype), logits.new_empty((), dtype=dtype)
+    normalizer = logits.new_empty(0 if reduction == "none" else (), dtype=dtype)
+    return loss, logits.new_empty((3, *rows), dtype=dtype), normalizer
 
 
 @torch.library.custom_op("fused_la::loss_backward", mutates_args=())

@@ -70,7 +70,10 @@ def forward_gradient(problem: Problem, reduction: str) -> bool:
 
 
 def forward(problem: Problem, reduction: str, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, row state (3, N, P), the mean's denominator, and the gradient for an upstream of 1 (empty without)."""
+    """Loss, row state (3, N, P), the mean's denominator, and the gradient for an upstream of 1.
+
+    The denominator is empty for reduction "none", the gradient without `with_gradient`.
+    """
     rows = _prepare(problem)
     n_outer, n_inner, _ = problem.logits.shape
     stacked = torch.empty(3, n_outer, n_inner, dtype=problem.compute_dtype)
@@ -91,6 +94,8 @@ def forward(problem: Problem, reduction: str, with_gradient: bool) -> tuple[Tens
         _spread_gradient(rows, block, scratch, state.of(block), grad_rows[block], out, None, e)
     if with_gradient:
         _finish_gradient(rows, state, grad_rows, grad_logits, None)
+    if reduction == "none":
+        normalizer = normalizer.new_empty(0)
     return reduce_rows(_loss(rows, state, gap), row_weight, reduction), stacked, normalizer, grad_logits
 
 

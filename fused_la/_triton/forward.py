@@ -205,7 +205,7 @@ def launch_forward(problem: Problem, reduction: str, with_gradient: bool) -> tup
                 BLOCK_ROWS=launch.block_rows, BLOCK_C=launch.block_c, num_warps=launch.num_warps,
             )  # fmt: skip
         if reduction == "none":
-            return loss, state, normalizer, no_gradient
+            return loss, state, loss.new_empty(0), no_gradient
         _reduce_kernel[(1,)](
             loss, row_weight, reduced, normalizer, n_rows,
             MEAN=reduction == "mean", COMPUTE=triton_dtype(dtype), BLOCK=1024,
