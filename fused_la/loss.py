@@ -258,7 +258,7 @@ def _choose(impl: str, logits: Tensor, log_prior: Tensor, *constants: Tensor | N
 
 def _has_tangent(tensor: Tensor) -> bool:
     """Whether forward-mode differentiation is under way for this tensor."""
-    return not torch.compiler.is_compiling() and forward_ad.unpack_dual(tensor).tangent is not None
+    return forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def _has_triton() -> bool:
