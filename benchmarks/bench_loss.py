@@ -82,10 +82,11 @@ def check_against_float64(loss: Loss, logits: Tensor, target: Tensor, log_prior:
     exact = logits.detach().double().requires_grad_()
     expected, expected_gradient = step(eager, exact, target, log_prior.double())
     value, gradient = step(loss, logits, target, log_prior)
-    # Eager rounds logits + prior to the dtype of the logits; the rest are held to it, not to each other.
+    # Float32 in between, and a gradient rounded to the dtype of the logits. Eager's float32 loss over 262,144 classes
+    # is off by 2e-6 of itself.
+    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=0.0)
     eps = torch.finfo(logits.dtype).eps
-    torch.testing.assert_close(value.double(), expected, rtol=4 * eps + 1e-6, atol=0.0)
-    assert (gradient.double() - expected_gradient).norm() <= (8 * eps + 1e-5) * expected_gradient.norm()
+    assert (gradient.double() - expected_gradient).norm() <= (eps + 1e-5) * expected_gradient.norm()
 
 
 @pytest.mark.filterwarnings("default")
