@@ -2,8 +2,8 @@
 
     python -m benchmarks.alternate
 
-Every case runs in five processes of its own with nothing else on their heaps, so that the C library does with the memory
-of a step what it does in a plain script; how much it hands back to the system, and so how many page faults a step pays
+Every case runs in five processes with nothing else on their heaps, so that the C library does with the memory of a step
+what it does in a plain script; how much it hands back to the system, and so how many page faults a step pays
 for, differs from process to process. Both are checked against float64 on the same rows in another process. Printed: the
 median over processes of each one's median of 31 alternating forward + backward passes, and the ratios from the lowest
 to the highest.

@@ -135,6 +135,5 @@ def bench_forward_backward(benchmark, case: Case, provider: str, memory: str):
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
-    print(
-        f"\n{case} {provider}, memory {memory}: {median * 1e3:.2f} ms, {benchmark.extra_info['times_faster_than_eager']}x eager"
-    )
+    times = benchmark.extra_info["times_faster_than_eager"]
+    print(f"\n{case} {provider}, memory {memory}: {median * 1e3:.2f} ms, {times}x eager")
