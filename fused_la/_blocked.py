@@ -281,10 +281,10 @@ def _candidates_but_top(candidates: _Candidates, m: Tensor) -> Tensor:
     the loss nor a gradient shows the digits that the subtraction costs.
     """
     z, m = candidates.z, m.unsqueeze(-1)
-    e, is_top = (z - m).exp(), z == m
+    e = (z - m).exp()
     if candidates.one_each:
-        return (e - 1.0).masked_fill_(is_top, 0.0).squeeze(-1)
-    is_top &= candidates.uses
+        return (e - 1.0).squeeze(-1)  # exactly 0 for the top class
+    is_top = (z == m) & candidates.uses
     is_top &= is_top.cumsum(-1) == 1
     e = torch.where(candidates.uses & ~is_top, e, 0.0)
     return e.sum(-1) - torch.where(is_top.any(-1), 0.0, 1.0)

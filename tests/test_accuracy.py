@@ -400,6 +400,20 @@ def test_a_confident_row_keeps_its_digits(impl, n_classes, lead):
     assert normal[torch.arange(4), target.cpu()].all() or lead > 60
 
 
+def test_a_confident_row_keeps_its_digits_in_a_gradient_that_is_differentiated_again(impl):
+    """With create_graph the gradient is the reference's closed form."""
+    logits, target, prior = randn(4, 300, scale=1.0), torch.tensor([0, 299, 150, 1], device=DEVICE), long_tail(300)
+    logits.scatter_add_(1, target[:, None], (25 - prior[target])[:, None])
+    exact = truth(logits, target, prior, reduction="none")
+    x = logits.detach().requires_grad_()
+    loss = logit_adjusted_cross_entropy(x, target, prior, reduction="none", impl=impl)
+    (gradient,) = torch.autograd.grad(loss.sum(), x, create_graph=True)
+    eps = torch.finfo(torch.float32).eps * z_bound(logits, prior)
+    at_label = torch.arange(4), target.cpu()
+    error = (gradient.detach().cpu().double() - exact.grad_logits).abs()
+    assert (error <= eps * exact.grad_logits.abs())[at_label].all()
+
+
 @pytest.mark.parametrize("form", ["two equal labels", "label and nothing", "one-hot probabilities"])
 def test_a_confident_row_keeps_its_digits_for_every_kind_of_target(impl, form):
     logits = randn(4, 300, scale=1.0)
