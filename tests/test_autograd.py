@@ -246,13 +246,34 @@ def test_what_stands_in_a_row_or_class_that_does_not_count_has_no_derivative(dev
     for filler in (bad, 0.0):
         x, p = leaf(logits.where(counts, filler)), leaf(log_prior)
         loss = logit_adjusted_cross_entropy(x, target, p, TAU, impl=impl)
+        plain = torch.autograd.grad(loss, (x, p), retain_graph=True)
         first = torch.autograd.grad(loss, (x, p), create_graph=True)
         second = torch.autograd.grad(first[0].square().sum() + first[1].square().sum(), (x, p))
-        results.append([loss.detach(), *(g.detach() for g in first), *second])
+        alone = leaf(x)  # an implementation may have made this gradient in the forward pass
+        logit_adjusted_cross_entropy(alone, target, p.detach(), TAU, impl=impl).backward()
+        of_logits, of_log_prior = zip(plain, first, second, strict=True)
+        results.append((loss, [alone.grad, *of_logits], of_log_prior))
     assert_close(*results, rtol=0, atol=0)
-    for gradient in results[0][1::2]:  # of the logits
+    for gradient in results[0][1]:
         assert (gradient[~counts] == 0).all()
         assert (gradient[counts] != 0).all()
+
+
+def test_a_label_of_a_dropped_class_costs_infinity_and_has_a_gradient_of_numbers(device, impl):
+    """Nothing can raise the probability of that class; the others are asked to fall."""
+    logits = torch.randn(2, 4, dtype=torch.float64, device=device)
+    target = torch.tensor([1, 2], device=device)
+    log_prior = LOG_PRIOR.to(device).index_fill(0, torch.tensor(1, device=device), -torch.inf)
+    p = (logits + TAU * log_prior).softmax(1)
+    want = p - F.one_hot(target, 4) * (log_prior > -torch.inf)
+    for create_graph in (False, True):
+        for learns_prior in (False, True):
+            x = leaf(logits)
+            prior = leaf(log_prior, learns_prior)
+            loss = logit_adjusted_cross_entropy(x, target, prior, TAU, reduction="sum", impl=impl)
+            assert loss.item() == torch.inf
+            (gradient,) = torch.autograd.grad(loss, x, create_graph=create_graph)
+            assert_close(gradient.detach(), want, **EXACT)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
