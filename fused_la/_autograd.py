@@ -49,7 +49,8 @@ def _load(impl: str) -> ModuleType:
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, impl: str, reduction: str, with_gradient: bool, *fields: Any) -> Tensor:
-        loss, state, normalizer, gradient = _load(impl).forward(Problem(*fields), reduction, with_gradient)
+        problem = _in_memory(Problem(*fields))
+        loss, state, normalizer, gradient = _load(impl).forward(problem, reduction, with_gradient)
         _save(ctx, fields, state, normalizer, impl, reduction)
         ctx.gradient = gradient if with_gradient else None
         return loss
@@ -70,8 +71,14 @@ class _Loss(torch.autograd.Function):
             grads[3], grads[4] = _differentiable_gradient(problem, grad_rows, normalizer)
         else:
             needs = ctx.needs_input_grad[3:5]
-            grads[3], grads[4] = _load(ctx.impl).backward(problem, state, grad_rows, normalizer, *needs)
+            run = _load(ctx.impl).backward
+            grads[3], grads[4] = run(_in_memory(problem), state, grad_rows.resolve_neg(), normalizer, *needs)
         return tuple(grads)
+
+
+def _in_memory(problem: Problem) -> Problem:
+    """The problem with every tensor as its memory has it: a lazy negation (`x.conj().imag`) carried out."""
+    return Problem._make(field.resolve_neg() if isinstance(field, Tensor) else field for field in problem)
 
 
 def _save(ctx: Any, fields: tuple, state: Tensor, normalizer: Tensor, impl: str, reduction: str) -> None:
@@ -132,7 +139,7 @@ def _forward_op(
         label_smoothing,
         ignore_index,
     )
-    return _load(impl).forward(problem, reduction, False)[:3]
+    return _load(impl).forward(_in_memory(problem), reduction, False)[:3]
 
 
 @_forward_op.register_fake
@@ -173,7 +180,9 @@ def _backward_op(
         label_smoothing,
         ignore_index,
     )
-    grad_logits, grad_prior = _load(impl).backward(problem, state, grad_loss, normalizer, True, needs_log_prior)
+    run = _load(impl).backward
+    grad_loss = grad_loss.resolve_neg()
+    grad_logits, grad_prior = run(_in_memory(problem), state, grad_loss, normalizer, True, needs_log_prior)
     return grad_logits, logits.new_empty(0) if grad_prior is None else grad_prior
 
 

@@ -347,7 +347,7 @@ def _loss(rows: _Rows, state: _State, gap: Tensor) -> Tensor:
     if rows.labels is None:
         return loss + gap
     labels, label_gap = rows.labels, state.m.unsqueeze(-1) - rows.candidates.z
-    if rows.weight is not None or rows.problem.target_weight is not None:
+    if rows.weight is not None or rows.problem.target_weight is not None or rows.problem.label_smoothing == 1.0:
         label_gap = label_gap.masked_fill((labels.mass == 0) & (label_gap == math.inf), 0.0)
     loss = loss + (labels.mass * label_gap).sum(-1)
     if rows.smoothing is not None:

@@ -52,7 +52,8 @@ class Problem(NamedTuple):
         if self.log_prior is None:
             return None
         wide = torch.promote_types(self.log_prior.dtype, self.compute_dtype)
-        return (self.log_prior.to(wide) * self.tau).to(self.compute_dtype)
+        offset = (self.log_prior.to(wide) * self.tau).to(self.compute_dtype)
+        return offset.masked_fill(self.log_prior == -math.inf, -math.inf)  # a tau that rounds to 0 makes it NaN
 
     def class_weight(self) -> Tensor | None:
         return None if self.weight is None else self.weight.to(self.compute_dtype)

@@ -59,9 +59,10 @@ def logit_adjusted_cross_entropy(
         smoothing_distribution: (C,) probabilities; None is uniform, which makes the loss inconsistent on long-tailed
             data and infinite if a class is at -inf. `log_prior.exp()` smooths toward the prior and keeps it consistent.
         impl: "auto" is "triton" on a GPU, "blocked" on a CPU, and "reference" for anything else: while torch.compile
-            traces a CPU graph, or when a target or a weight requires grad. A named one works or raises. Second
+            traces a CPU graph, where Triton is not installed, or when a target or a weight requires grad. A named
+            one works or raises. Whichever is named, second
             derivatives, forward mode and the transforms of torch.func (vmap, grad, jvp, ...) compute by the reference
-            formula whichever is named.
+            formula.
 
     Returns:
         float32 (float64 for float64 logits): a scalar, or with reduction "none" one loss a row in the shape that index
@@ -69,8 +70,8 @@ def logit_adjusted_cross_entropy(
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, dtype, shape, device or range; the message names it.
-        IndexError: a label outside [0, C) that is not ignore_index, on a CPU. On a GPU nothing outside the row is read
-            and the row's loss and gradient are NaN, without a synchronisation.
+        IndexError: a label outside [0, C) that is not ignore_index, on a CPU. On a GPU, and where a transform or
+            torch.compile hides the value, nothing outside the row is read and the row's loss and gradient are NaN.
 
     Example:
         >>> import torch
@@ -173,7 +174,12 @@ class LogitAdjustedCrossEntropyLoss(nn.Module):
         impl: str = "auto",
     ):
         super().__init__()
-        self.register_buffer("log_prior", log_prior_from_counts(class_counts, pseudocount=pseudocount))
+        log_prior = log_prior_from_counts(class_counts, pseudocount=pseudocount)
+        if weight is not None:
+            _checks.check_class_vector("weight", weight, log_prior)
+        if smoothing_distribution is not None:
+            _checks.check_smoothing_distribution(smoothing_distribution, log_prior)
+        self.register_buffer("log_prior", log_prior)
         self.register_buffer("weight", weight)
         self.register_buffer("smoothing_distribution", smoothing_distribution)
         self.tau = _checks.check_tau(tau)
@@ -183,10 +189,6 @@ class LogitAdjustedCrossEntropyLoss(nn.Module):
         self.impl = impl
         _checks.check_choice("reduction", reduction, _checks.REDUCTIONS)
         _checks.check_choice("impl", impl, _checks.IMPLEMENTATIONS)
-        if weight is not None:
-            _checks.check_class_vector("weight", weight, self.log_prior)
-        if smoothing_distribution is not None:
-            _checks.check_smoothing_distribution(smoothing_distribution, self.log_prior)
 
     def forward(self, logits: Tensor, target: Tensor, target_weight: Tensor | None = None) -> Tensor:
         return logit_adjusted_cross_entropy(
@@ -223,20 +225,21 @@ class LogitAdjustedCrossEntropyLoss(nn.Module):
 def _choose(impl: str, logits: Tensor, log_prior: Tensor, *constants: Tensor | None) -> str:
     """The implementation that runs; `constants` are the tensors for which only the reference has a gradient."""
     _checks.check_choice("impl", impl, _checks.IMPLEMENTATIONS)
-    if under_transform() or any(t is not None and _has_tangent(t) for t in (logits, log_prior, *constants)):
-        return "reference"
+    differentiated = under_transform() or any(
+        t is not None and _has_tangent(t) for t in (logits, log_prior, *constants)
+    )
     learned = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in constants)
     on_cpu = logits.device.type == "cpu"
     on_gpu = logits.device.type == "cuda"  # ROCm's too
     if impl == "auto":
-        if learned or (on_cpu and torch.compiler.is_compiling()):
+        if differentiated or learned or (on_cpu and torch.compiler.is_compiling()):
             return "reference"
         if on_gpu and _has_triton():
             return "triton"
         return "blocked" if on_cpu else "reference"
     if impl == "reference":
         return impl
-    if learned:
+    if learned and not differentiated:
         raise ValueError(
             f"impl must be 'reference' or 'auto' for a gradient of target, target_weight, weight or "
             f"smoothing_distribution, got {impl!r}"
@@ -253,7 +256,7 @@ def _choose(impl: str, logits: Tensor, log_prior: Tensor, *constants: Tensor | N
                 f"impl must not be 'triton' for logits on {logits.device}: it runs on a GPU, or on a CPU in Triton's "
                 "interpreter if TRITON_INTERPRET=1 is set before the first use"
             )
-    return impl
+    return "reference" if differentiated else impl
 
 
 def _has_tangent(tensor: Tensor) -> bool:

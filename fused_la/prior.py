@@ -112,7 +112,10 @@ def log_prior_from_counts(class_counts: Tensor | np.ndarray | Sequence[float], *
     """
     if isinstance(pseudocount, bool) or not isinstance(pseudocount, numbers.Real):
         raise TypeError(f"pseudocount must be a number, got {type(pseudocount).__name__}")
-    pseudocount = float(pseudocount)
+    try:
+        pseudocount = float(pseudocount)
+    except OverflowError:
+        pseudocount = math.inf
     if not (math.isfinite(pseudocount) and pseudocount >= 0):
         raise ValueError(f"pseudocount must be finite and non-negative, got {pseudocount:g}")
     counts, dtype = _to_float64(class_counts)
@@ -132,6 +135,8 @@ def log_prior_from_counts(class_counts: Tensor | np.ndarray | Sequence[float], *
         raise ValueError(f"class_counts must have a positive count, got 0 for all {counts.numel()} classes")
 
     smoothed = counts + pseudocount
+    if smoothed.sum().isinf():
+        raise ValueError("class_counts must have a sum below 1.8e308 with pseudocount, got a larger one")
     prior = smoothed / smoothed.sum()
     # Asked of the quotient, not of the counts: one that underflows is caught too, so the result is finite.
     if not (prior > 0).all():
@@ -143,17 +148,27 @@ def log_prior_from_counts(class_counts: Tensor | np.ndarray | Sequence[float], *
     return prior.log().to(torch.float32).to(device)
 
 
+def _check_dense(tensor: Tensor, name: str) -> None:
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized or tensor.is_meta:
+        raise TypeError(f"{name} must be a dense tensor with values, got {tensor.layout} on {tensor.device}")
+
+
 def _to_int(value: Any, name: str) -> int:
     if isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got bool")
     try:
-        return operator.index(value)
+        number = operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}") from None
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"{name} must fit in int64, got a larger number")
+    return number
 
 
 def _to_array(value: Any, name: str, kinds: str, expected: str) -> np.ndarray:
     """An array whose `dtype.kind` is one of `kinds`, or the error that says what came instead."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name} must not be a masked array, got one: its mask would be ignored")
     try:
         array = np.asarray(value)
     except ValueError:
@@ -169,6 +184,7 @@ def _to_array(value: Any, name: str, kinds: str, expected: str) -> np.ndarray:
 def _to_flat_int64(target: Any) -> tuple[Tensor, bool]:
     """`target` as (n,) int64, and whether it was uint64, whose upper half turns negative here."""
     if isinstance(target, Tensor):
+        _check_dense(target, "target")
         if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
             raise TypeError(f"target must be integer, got {_dtype_name(target)}")
         return target.reshape(-1).to(torch.int64), target.dtype == torch.uint64
@@ -180,6 +196,7 @@ def _to_flat_int64(target: Any) -> tuple[Tensor, bool]:
 def _to_float64(class_counts: Any) -> tuple[Tensor, str]:
     """`class_counts` as float64 on the CPU (some devices have no float64), and the name of its own dtype."""
     if isinstance(class_counts, Tensor):
+        _check_dense(class_counts, "class_counts")
         if class_counts.is_complex() or class_counts.dtype == torch.bool:
             raise TypeError(f"class_counts must be integer or floating, got {_dtype_name(class_counts)}")
         return class_counts.detach().cpu().to(torch.float64), _dtype_name(class_counts)

@@ -92,7 +92,6 @@ def source(kernel: Any, dtype: torch.dtype, variant: Variant) -> tuple[ASTSource
             "target_weight",
             "weight",
             "smoothing_distribution",
-            "grad_log_prior",
         ):
             signature[name] = "*fp32"
         else:

@@ -155,3 +155,65 @@ def test_auto_is_the_device_s_own(monkeypatch):
     assert chosen == ["triton" if DEVICE == "cuda" else "blocked"]
     logit_adjusted_cross_entropy(logits, torch.softmax(logits, 1).requires_grad_(), prior)
     assert len(chosen) == 1
+
+
+@pytest.mark.parametrize("negated", ["logits", "log_prior", "target", "target_weight", "probabilities", "upstream"])
+def test_a_lazy_negation_is_carried_out(impl, negated):
+    """`x.conj().imag` is a view with a bit that says "negate me": raw memory has the other sign."""
+
+    def lazily(name: str, x: Tensor) -> Tensor:
+        return torch._neg_view(-x) if name == negated else x
+
+    logits = lazily("logits", torch.randn(3, 4, dtype=torch.float64, device=DEVICE))
+    prior = lazily("log_prior", torch.log_softmax(torch.randn(4, dtype=torch.float64, device=DEVICE), 0))
+    options = {}
+    if negated == "probabilities":
+        target = plain = lazily(negated, torch.softmax(torch.randn(3, 4, dtype=torch.float64, device=DEVICE), 1))
+    elif negated == "target_weight":
+        plain = torch.tensor([0, 1, 3], device=DEVICE)
+        target = torch.stack([plain, plain], 1)
+        options["target_weight"] = lazily(negated, torch.full((3, 2), 0.5, dtype=torch.float64, device=DEVICE))
+    else:
+        target = plain = lazily("target", torch.tensor([0, 1, 3], device=DEVICE))
+    upstream = lazily("upstream", torch.tensor([1.0, 2.0, -3.0], dtype=torch.float64, device=DEVICE))
+    results = []
+    for function in (
+        lambda x: logit_adjusted_cross_entropy(x, target, prior, reduction="none", impl=impl, **options),
+        lambda x: F.cross_entropy(x + prior, plain, reduction="none"),
+    ):
+        x = logits.detach().requires_grad_()
+        loss = function(x)
+        results.append((loss.detach(), *torch.autograd.grad(loss, x, upstream)))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("prior_dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_a_learned_prior_may_have_another_dtype(impl, dtype, prior_dtype):
+    logits = torch.randn(3, 5, device=DEVICE).to(dtype)
+    prior = torch.tensor([-1.0, -2.0, -3.0, -0.5, -4.0], device=DEVICE).to(prior_dtype).requires_grad_()
+    target = torch.tensor([0, 4, 2], device=DEVICE)
+    (gradient,) = torch.autograd.grad(logit_adjusted_cross_entropy(logits, target, prior, impl=impl), prior)
+    exact = prior.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad(F.cross_entropy(logits.double() + exact, target), exact)
+    assert gradient.dtype == prior_dtype
+    eps = max(torch.finfo(prior_dtype).eps, torch.finfo(torch.float32).eps * (dtype != torch.float64))
+    torch.testing.assert_close(gradient.double(), expected, rtol=4 * eps, atol=4 * eps)
+
+
+def test_a_tau_that_rounds_to_zero_keeps_dropped_classes_out(impl):
+    logits = torch.randn(2, 3, device=DEVICE)
+    prior = torch.tensor([-1.0, -2.0, -torch.inf], device=DEVICE)
+    target = torch.tensor([0, 1], device=DEVICE)
+    loss = logit_adjusted_cross_entropy(logits, target, prior, 1e-46, impl=impl)
+    torch.testing.assert_close(loss, F.cross_entropy(logits[:, :2], target))
+
+
+def test_a_label_without_mass_may_be_a_dropped_class(impl):
+    """With label_smoothing = 1 the label itself is asked for nothing."""
+    logits = torch.randn(2, 3, device=DEVICE)
+    prior = torch.tensor([0.0, 0.0, -torch.inf], device=DEVICE)
+    q = torch.tensor([0.25, 0.75, 0.0], device=DEVICE)
+    target = torch.tensor([2, 0], device=DEVICE)
+    loss = logit_adjusted_cross_entropy(logits, target, prior, label_smoothing=1.0, smoothing_distribution=q, impl=impl)
+    torch.testing.assert_close(loss, F.cross_entropy(logits[:, :2], q[:2].expand(2, 2)))

@@ -162,7 +162,7 @@ def _grad_log_prior_kernel(
             N_LABELS, HAS_SMOOTHING, COMPUTE,
         )  # fmt: skip
     grad = tl.sum(grad_sum, 0) * scalar(tau_bits).to(COMPUTE)
-    tl.store(grad_log_prior + cols, grad.to(grad_log_prior.dtype.element_ty), cols < n_classes)
+    tl.store(grad_log_prior + cols, grad, cols < n_classes)
 
 
 def launch_backward(
@@ -203,6 +203,7 @@ def launch_backward(
                 outs = (grad_logits, *strides, *grad_logits.stride())
                 _grad_logits_kernel[grid](*tensors, *outs, *sizes, *scalars, **constants)
         if needs_log_prior and log_prior is not None:
-            grad_log_prior = torch.empty_like(log_prior)
+            grad_log_prior = torch.empty_like(log_prior, dtype=problem.compute_dtype)
             _grad_log_prior_kernel[(n_col_tiles,)](*tensors, grad_log_prior, *strides, *sizes, *scalars, **constants)
+            grad_log_prior = grad_log_prior.to(log_prior.dtype)
     return grad_logits, grad_log_prior
