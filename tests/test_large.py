@@ -64,12 +64,16 @@ def outcome(impl, logits, target, log_prior, upstream, **options):
 
 
 def assert_same_outcome(large, small):
-    """Of the same values with and without huge strides; the layout may set the order of a sum, hence the ulps."""
+    """Of an implementation with huge strides and of the reference without, so that a shared fault cannot hide.
+
+    Values of up to 10 are rounded some times in float32 on the way, and gradients once more to their dtype; what stands
+    at a wrong place differs in the first digits.
+    """
     for got, expected in zip(large, small, strict=True):
         assert got.shape == expected.shape
         assert expected.any()
-        allowed = 4 * torch.finfo(expected.dtype).eps * expected.abs().max()
-        assert (got - expected).abs().max() <= allowed, f"{got} instead of {expected}"
+        eps = 32 * torch.finfo(torch.float32).eps + 2 * torch.finfo(expected.dtype).eps
+        assert (got - expected).abs().max() <= eps * expected.abs().max(), f"{got} instead of {expected}"
 
 
 LAYOUTS = {
@@ -107,7 +111,7 @@ def test_logits_past_2_31_elements_are_read_where_they_are(impl, sparse, layout,
     assert sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) > LIMIT
     upstream = torch.ones(()).expand(target.shape)
     assert_same_outcome(
-        outcome(impl, large, target, log_prior, upstream), outcome(impl, logits, target, log_prior, upstream)
+        outcome(impl, large, target, log_prior, upstream), outcome("reference", logits, target, log_prior, upstream)
     )
 
 
@@ -117,9 +121,9 @@ def test_the_gradient_of_a_scalar_reads_logits_past_2_31_elements_where_they_are
     shape, strides = LAYOUTS[layout]
     logits, target, log_prior = small_problem(shape, torch.float32)
     gradients = []
-    for values in (sparse.view(logits, strides), logits):
+    for impl, values in (("blocked", sparse.view(logits, strides)), ("reference", logits)):
         values = values.detach().requires_grad_()
-        loss = logit_adjusted_cross_entropy(values, target, log_prior, impl="blocked")
+        loss = logit_adjusted_cross_entropy(values, target, log_prior, impl=impl)
         gradients.append(torch.autograd.grad(loss, values))
     assert_same_outcome(*gradients)
 
@@ -133,7 +137,7 @@ def test_probabilities_past_2_31_elements_are_read_where_they_are(impl, sparse, 
     large = sparse.view(probabilities, strides)
     assert_same_outcome(
         outcome(impl, logits, large, log_prior, upstream, label_smoothing=0.1),
-        outcome(impl, logits, probabilities, log_prior, upstream, label_smoothing=0.1),
+        outcome("reference", logits, probabilities, log_prior, upstream, label_smoothing=0.1),
     )
 
 
@@ -146,7 +150,7 @@ def test_upstream_gradients_past_2_31_elements_are_read_where_they_are(impl, spa
     upstream = 1 + torch.rand(target.shape, generator=torch.Generator().manual_seed(1))
     large = sparse.view(upstream, (strides[0], *strides[2:]))
     assert_same_outcome(
-        outcome(impl, logits, target, log_prior, large), outcome(impl, logits, target, log_prior, upstream)
+        outcome(impl, logits, target, log_prior, large), outcome("reference", logits, target, log_prior, upstream)
     )
 
 
@@ -162,7 +166,7 @@ def test_labels_and_class_vectors_past_2_31_elements_are_read_where_they_are(imp
         label_smoothing=0.1, smoothing_distribution=sparse.view(log_prior.softmax(0), classes),
     )  # fmt: skip
     small = outcome(
-        impl, logits, target, log_prior, upstream,
+        "reference", logits, target, log_prior, upstream,
         target_weight=share, weight=weight, label_smoothing=0.1, smoothing_distribution=log_prior.softmax(0),
     )  # fmt: skip
     assert_same_outcome(large, small)

@@ -128,15 +128,16 @@ def problems(draw, device, dtype=torch.float64, kinds=KINDS, dropped=True, ignor
 
 
 def holds(impl, check, **strategies):
-    """Ask `check` of drawn values: the same ones in every run, and few of them in Triton's interpreter."""
+    """Ask `check` of drawn values: the same ones in every run, and few of them in Triton's interpreter.
+
+    To shrink a failure takes minutes there, to explain one (by a trace of every line) everywhere.
+    """
+    phases = [Phase.generate] if impl == "triton" else [Phase.generate, Phase.shrink]
     limits = settings(
         max_examples=8 if impl == "triton" else 60,
         deadline=None,
         derandomize=True,
-        phases=[
-            Phase.generate,
-            Phase.shrink,
-        ],  # to explain a failure it traces every line, in the interpreter for minutes
+        phases=phases,
         suppress_health_check=[HealthCheck.too_slow],
     )
     limits(given(**strategies)(check))()
