@@ -145,6 +145,18 @@ def test_jacobian_of_autograd_functional_may_be_vectorized(logits, target, log_p
     )
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_a_graph_built_before_may_be_differentiated_inside_a_batch(logits, target, log_prior, impl, reduction):
+    upstream = torch.randn(4, *[3] * (reduction == "none"), dtype=torch.float64, device=logits.device)
+
+    def gradients(function):
+        x = logits.clone().requires_grad_()
+        loss = function(x, target, log_prior)
+        return vmap(lambda u: torch.autograd.grad(loss, x, u, retain_graph=True)[0])(upstream)
+
+    compare(gradients, losses(impl, reduction))
+
+
 @pytest.mark.parametrize("argument", ["logits", "log_prior"])
 def test_tangents_of_the_loss_itself_survive_a_graph_below_them(logits, target, log_prior, impl, argument):
     """The loss that `grad_and_value` returns has second derivatives as any other."""
