@@ -60,19 +60,18 @@ class _Loss(torch.autograd.Function):
         grads: list[Tensor | None] = [None] * (3 + _N_FIELDS)
         grad_loss = grad_outputs[0]
         differentiable = torch.is_grad_enabled() or under_transform() or is_legacy_batchedtensor(grad_loss)
-        if ctx.gradient is not None and not differentiable:
-            # Handed over, not kept: a caller may write into it, and a second backward recomputes.
-            gradient, ctx.gradient = ctx.gradient, None
-            grads[3] = _scale_(gradient, grad_loss)
-            return tuple(grads)
         problem, state, normalizer = _saved(ctx)
         grad_rows = grad_loss if ctx.reduction == "none" else grad_loss.expand(state.shape[1:])
         if differentiable:
             grads[3], grads[4] = _differentiable_gradient(problem, grad_rows, normalizer)
         else:
+            # Handed over, not kept: a caller may write into it, and a second backward recomputes.
+            made_for_one, ctx.gradient = ctx.gradient, None
             needs = ctx.needs_input_grad[3:5]
             run = _load(ctx.impl).backward
-            grads[3], grads[4] = run(_in_memory(problem), state, grad_rows.resolve_neg(), normalizer, *needs)
+            grads[3], grads[4] = run(
+                _in_memory(problem), state, grad_rows.resolve_neg(), normalizer, *needs, made_for_one
+            )
         return tuple(grads)
 
 
@@ -93,11 +92,6 @@ def _saved(ctx: Any) -> tuple[Problem, Tensor, Tensor | None]:
     *tensors, state, normalizer = ctx.saved_tensors
     fields = [tensor if tensor is not None else value for tensor, value in zip(tensors, ctx.scalars, strict=True)]
     return Problem(*fields), state, normalizer if ctx.reduction == "mean" else None
-
-
-def _scale_(gradient: Tensor, grad_loss: Tensor) -> Tensor:
-    """Multiply a gradient made for an upstream of 1 by the upstream that came; nothing is rewritten for a 1."""
-    return gradient if grad_loss.item() == 1.0 else gradient.mul_(grad_loss)
 
 
 def _differentiable_gradient(

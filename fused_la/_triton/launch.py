@@ -1,44 +1,191 @@
-"""Which tile a kernel runs: one pure function of the shape, so that no result depends on a timing.
+"""Which tile a kernel runs: pure functions of the shape and the device, so that no result depends on a timing.
 
-The order in which a row is summed follows from BLOCK_C and num_warps, so both are functions of the number of classes,
-the dtype and whether classes are adjacent in memory; never of the number of rows.
+The order in which a row is summed follows from the fields VEC, BLOCK_C, CHUNK_TILES and num_warps, and those are
+functions of the number of classes, the dtype and the layout in memory. Who sums it (BLOCK_ROWS, SPLITS, PERIOD) may
+also depend on the number of rows and on the device: it changes no bit of a row.
 """
 
 from __future__ import annotations
 
 import contextlib
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-
-class Launch(NamedTuple):
-    """A tile of BLOCK_ROWS rows by BLOCK_C classes for one program."""
-
-    block_rows: int
-    block_c: int
-    num_warps: int
-
-
 # Kernels run in Triton's interpreter, on a CPU: decided when they are defined, by TRITON_INTERPRET=1.
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
-# Elements a program holds at a time: 16 a thread with 4 warps. Not tuned on a GPU yet.
-TILE = 2048
+VECTOR_BYTES = 16
 
 
-def choose_launch(n_classes: int, dtype: torch.dtype, classes_adjacent: bool) -> Launch:
-    """The tile for rows of `n_classes` logits.
+class Layout(NamedTuple):
+    """How rows lie in memory, as far as 16-byte vectors are concerned; counts are elements."""
 
-    Adjacent classes are read along a row. Otherwise (images, (N, C, d1, ...)) neighbouring rows are adjacent, and the
-    tile is tall so that a warp still reads neighbouring addresses.
+    adjacent: bool  # neighbouring classes are neighbours in memory
+    shift: int | None  # from a 16-byte boundary to the first element; None where no pointer may stand on that boundary
+    row_step: int | None  # from every row to the next; None where they are not evenly spaced
+
+    def is_aligned(self, n_classes: int, vec: int) -> bool:
+        """Whether every row begins and ends on a vector's boundary."""
+        return self.shift == 0 and self.row_step is not None and self.row_step % vec == 0 and n_classes % vec == 0
+
+
+class Device(NamedTuple):
+    n_multiprocessors: int
+    l2_bytes: int
+
+
+class Launch(NamedTuple):
+    """A program passes over BLOCK_ROWS rows, BLOCK_C classes at a time; its fields are the kernels' constants."""
+
+    vec: int  # classes in one load of a thread, and in the group that shares a running maximum
+    edges: bool  # rows may begin or end between the boundaries of vectors
+    block_rows: int
+    block_c: int
+    chunk_tiles: int  # tiles after which a row's partial sum is closed
+    splits: int  # programs that share a row, chunk by chunk
+    period: int  # the rows of a program are so many apart: they lie alike towards the boundaries
+    num_warps: int
+
+    def n_chunks(self, n_classes: int) -> int:
+        return triton.cdiv(triton.cdiv(n_classes, self.block_c), self.chunk_tiles)
+
+    def n_groups(self, n_rows: int) -> int:
+        """Groups of rows, each one program's (or `splits` programs'); every group has a row."""
+        blocks, rest = divmod(n_rows, self.block_rows * self.period)
+        return blocks * self.period + min(rest, self.period)
+
+    def constants(self) -> dict[str, Any]:
+        """As the kernels name them."""
+        return {
+            "VEC": self.vec,
+            "EDGES": self.edges,
+            "BLOCK_ROWS": self.block_rows,
+            "BLOCK_C": self.block_c,
+            "CHUNK_TILES": self.chunk_tiles,
+            "SPLITS": self.splits,
+            "num_warps": self.num_warps,
+        }
+
+
+# None of the numbers below is tuned on a GPU yet.
+CHUNK = 1 << 14  # classes of a partial sum, or more where a row would have over MAX_CHUNKS of them
+MAX_CHUNKS = 32
+ROWS = 2  # that share each load of the offset; with 4, kernels took up to 168 registers (sm_90, 1001 classes)
+GRAD_TILES = 8  # tiles of a backward program, at most
+NARROW_TILE = 2048  # elements of a tile without 16-byte vectors
+PROGRAMS_A_MULTIPROCESSOR = 2  # fewer leave multiprocessors idle: rows are split, or fewer share a program
+RESIDENT_THREADS = 768  # on a multiprocessor, at up to 80 registers each
+
+
+def choose_launch(
+    n_rows: int, n_classes: int, dtype: torch.dtype, layout: Layout, device: Device, read_twice: bool = False
+) -> Launch:
+    """The launch of a kernel over (n_rows, n_classes) logits.
+
+    `read_twice` keeps the rows in flight few enough for L2 to hold them until their second pass; see `fits_l2`.
     """
-    tile = TILE // 2 if dtype == torch.float64 else TILE
-    padded = triton.next_power_of_2(n_classes)
-    block_c = min(padded, tile if classes_adjacent else 32)
-    return Launch(block_rows=max(1, tile // block_c), block_c=block_c, num_warps=4)
+    vec = VECTOR_BYTES // dtype.itemsize
+    if not layout.adjacent or layout.shift is None or layout.row_step is None:
+        wide = False
+    else:
+        # A short row is mostly edges: its neighbours in memory serve a warp as well.
+        wide = layout.is_aligned(n_classes, vec) or n_classes >= 32 * vec
+    if not wide:
+        # Where classes are not adjacent (images, (N, C, d1, ...)) neighbouring rows are: the tile is tall.
+        block_c = min(triton.next_power_of_2(n_classes), NARROW_TILE if layout.adjacent else 32)
+        block_rows = max(1, NARROW_TILE // block_c)
+        tiles = _chunk_tiles(n_classes, block_c)
+        launch = Launch(1, False, block_rows, block_c, tiles, 1, 1, num_warps=4)
+        return launch._replace(splits=_splits(launch, n_rows, n_classes, device))
+
+    assert layout.row_step is not None
+    edges = not layout.is_aligned(n_classes, vec)
+    row_bytes = n_classes * dtype.itemsize
+    num_warps = 4 if row_bytes <= 1 << 15 else 8 if row_bytes <= 1 << 16 else 16
+    full_tile = vec * 32 * num_warps
+    block_c = min(triton.next_power_of_2(n_classes), full_tile)
+    launch = Launch(vec, edges, 1, block_c, _chunk_tiles(n_classes, block_c), 1, 1, num_warps)
+    period = vec // math.gcd(layout.row_step, vec)
+    if n_classes <= full_tile:
+        # Several short rows fill the threads; how many must not depend on the number of rows.
+        return launch._replace(block_rows=ROWS * full_tile // block_c, period=period)
+    taller = launch._replace(block_rows=ROWS, period=period)
+    enough = taller.n_groups(n_rows) * taller.n_chunks(n_classes) >= _n_programs(device)
+    if enough and (not read_twice or fits_l2(taller, n_classes, dtype, device)):
+        launch = taller
+    return launch._replace(splits=_splits(launch, n_rows, n_classes, device))
+
+
+def fits_l2(launch: Launch, n_classes: int, dtype: torch.dtype, device: Device) -> bool:
+    """Whether the rows in flight stay in L2 until they are read again."""
+    programs = device.n_multiprocessors * max(1, RESIDENT_THREADS // (32 * launch.num_warps))
+    return programs * launch.block_rows * n_classes * dtype.itemsize <= 0.6 * device.l2_bytes
+
+
+def makes_gradient_in_forward(
+    n_rows: int, n_classes: int, dtype: torch.dtype, layout: Layout, device: Device, reduction: str
+) -> bool:
+    """Whether the forward kernel writes the gradient as well: 2 bytes moved a byte of logits, where a recomputing
+    backward pass makes it 3.
+
+    Not for float16, whose gradients underflow unless they are made for the scale of the upstream gradient; not for
+    reduction "none", whose upstream is not one number; and not where a row is split or would have left L2 by its
+    second pass.
+    """
+    if dtype == torch.float16 or reduction == "none" or n_rows == 0:
+        return False
+    launch = choose_launch(n_rows, n_classes, dtype, layout, device, read_twice=True)
+    return launch.splits == 1 and fits_l2(launch, n_classes, dtype, device)
+
+
+def _chunk_tiles(n_classes: int, block_c: int) -> int:
+    widest = triton.next_power_of_2(triton.cdiv(n_classes, MAX_CHUNKS))
+    return max(1, max(CHUNK, widest) // block_c)
+
+
+def _n_programs(device: Device) -> int:
+    return PROGRAMS_A_MULTIPROCESSOR * device.n_multiprocessors
+
+
+def _splits(launch: Launch, n_rows: int, n_classes: int, device: Device) -> int:
+    """Programs a row, so that all multiprocessors have work."""
+    groups = max(1, launch.n_groups(n_rows))
+    return max(1, min(launch.n_chunks(n_classes), triton.cdiv(_n_programs(device), groups)))
+
+
+def choose_backward_launch(n_rows: int, n_classes: int, dtype: torch.dtype, layout: Layout, device: Device) -> Launch:
+    """The launch of a backward pass, where classes need nothing of one another: a tile in any program will do."""
+    launch = choose_launch(n_rows, n_classes, dtype, layout, device)
+    if launch.num_warps > 4:
+        launch = launch._replace(num_warps=4, block_c=launch.vec * 32 * 4)
+    n_tiles = triton.cdiv(n_classes, launch.block_c)
+    wanted = triton.cdiv(_n_programs(device), max(1, launch.n_groups(n_rows)))
+    return launch._replace(splits=min(n_tiles, max(wanted, triton.cdiv(n_tiles, GRAD_TILES))))
+
+
+# Tensors and devices --------------------------------------------------------------------------------------------------
+
+
+def layout_of(logits: Tensor) -> Layout:
+    """The layout of (N, P, C) logits."""
+    n_outer, n_inner, n_classes = logits.shape
+    outer, inner, of_class = logits.stride()
+    adjacent = of_class == 1 or n_classes == 1
+    row_step = outer if n_inner == 1 else inner if n_outer == 1 or outer == n_inner * inner else None
+    past = logits.data_ptr() % VECTOR_BYTES // logits.element_size()
+    shift = past if past <= logits.storage_offset() and logits.data_ptr() % logits.element_size() == 0 else None
+    return Layout(adjacent, shift, row_step)
+
+
+def device_of(tensor: Tensor) -> Device:
+    if not tensor.is_cuda:
+        return Device(132, 50 << 20)  # an H100's, for the interpreter
+    properties = torch.cuda.get_device_properties(tensor.device)
+    return Device(properties.multi_processor_count, properties.L2_cache_size)
 
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager:

@@ -1,16 +1,40 @@
-"""Device functions that the kernels share: z, a label, and the target mass.
+"""Device functions that the kernels share: where rows lie, and z.
 
 A tile is BLOCK_ROWS rows by BLOCK_C classes. Arithmetic is in COMPUTE: float32, or float64 for float64 logits. Scalars
 come as the bits of a Python float, since a kernel's own float arguments are float32.
+
+A row of classes that are neighbours in memory is cut at 16-byte boundaries, whatever its length and the step to the
+next row: `head` classes before the first boundary, a body of whole vectors of VEC classes, and a tail. The body is read
+and written 16 bytes a thread; head and tail together are one tile of 2 * VEC classes, `edge_classes`. The rows of a
+program lie alike towards the boundaries, so that they share one head.
 """
 
 from __future__ import annotations
 
 import struct
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+class Vectors(NamedTuple):
+    """The tensors beside the logits, as kernels take them: None where there is none."""
+
+    log_prior: Any  # (C,)
+    target: Any  # (N, P, K) labels or (N, P, C) probabilities
+    target_weight: Any  # (N, P, K)
+    weight: Any  # (C,)
+    smoothing_distribution: Any  # (C,)
+
+
+class Sizes(NamedTuple):
+    n_rows: Any  # N * P
+    n_inner: Any  # P
+    n_classes: Any
 
 
 def float_bits(value: float) -> int:
@@ -27,12 +51,62 @@ def scalar(bits):
     return bits.to(tl.int64).to(tl.float64, bitcast=True)
 
 
+# Where rows lie -------------------------------------------------------------------------------------------------------
+
+
 @triton.jit
-def row_offsets(rows, n_inner, stride_outer, stride_inner):
+def group_rows(group, period, n_rows, BLOCK_ROWS: tl.constexpr):
+    """(first row, rows to read, rows, which of them there are) of a program's group.
+
+    What stands in for a row that is not there is the first: its result is never stored, and reading needs no mask.
+    """
+    first_row = (group // period).to(tl.int64) * (BLOCK_ROWS * period) + group % period
+    rows = first_row + period * tl.arange(0, BLOCK_ROWS)
+    there = rows < n_rows
+    return first_row, tl.where(there, rows, first_row), rows, there
+
+
+@triton.jit
+def row_offsets(rows, n_inner, strides):
     """Where each of the (N, P) rows begins, in 64 bits: N * C may pass 2^31."""
-    rows = rows.to(tl.int64)
     outer = rows // n_inner
-    return outer * stride_outer + (rows - outer * n_inner) * stride_inner
+    return outer * strides[0] + (rows - outer * n_inner) * strides[1]
+
+
+@triton.jit
+def whole_vectors(n, VEC: tl.constexpr):
+    """n rounded down to a multiple of VEC, so that the compiler knows it for one."""
+    return n // VEC * VEC
+
+
+@triton.jit
+def cut_row(start, n_classes, VEC: tl.constexpr, EDGES: tl.constexpr):
+    """(head, body) of the rows that lie as the one at `start`: classes before the first boundary, and in vectors."""
+    if EDGES:
+        head = tl.minimum((VEC - start % VEC) % VEC, n_classes).to(tl.int32)
+        return head, whole_vectors(n_classes - head, VEC)
+    else:
+        return 0, whole_vectors(n_classes, VEC)
+
+
+@triton.jit
+def edge_classes(head, body, n_classes, VEC: tl.constexpr):
+    """The classes before and behind the body, and which of them there are."""
+    lanes = tl.arange(0, 2 * VEC)
+    classes = tl.where(lanes < VEC, lanes, head + body + lanes - VEC)
+    return classes, tl.where(lanes < VEC, lanes < head, classes < n_classes)
+
+
+# z --------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def exp(x, COMPUTE: tl.constexpr):
+    """exp(x); in float32 by the hardware's 2^x, to a few ulp for the small |x| that carry a sum."""
+    if COMPUTE == tl.float64:
+        return tl.exp(x)
+    else:
+        return tl.exp2(x * LOG2E)
 
 
 @triton.jit
@@ -51,71 +125,47 @@ def adjust(logits, log_prior, tau, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def load_z(logits, log_prior, bases, cols, mask_rows, mask_cols, stride_class, tau, COMPUTE: tl.constexpr):
-    """z of a tile: rows that begin at `bases`, classes `cols`; -inf outside."""
-    mask = mask_rows[:, None] & mask_cols[None, :]
-    values = tl.load(logits + bases[:, None] + cols.to(tl.int64)[None, :] * stride_class, mask, other=float("-inf"))
+def load_tile(pointer, bases, cols, stride_class, mask_rows, mask_cols, other: tl.constexpr):
+    """Values of rows and classes, `other` outside the masks (None: all are there)."""
+    # Added to the pointer in one step: the compiler keeps what it knows of `bases` and `cols` only so.
+    at = pointer + (bases[:, None] + cols.to(tl.int64)[None, :] * stride_class)
+    if mask_rows is None and mask_cols is None:
+        return tl.load(at)
+    elif mask_rows is None:
+        return tl.load(at, mask_cols[None, :], other=other)
+    elif mask_cols is None:
+        return tl.load(at, mask_rows[:, None], other=other)
+    else:
+        return tl.load(at, mask_rows[:, None] & mask_cols[None, :], other=other)
+
+
+@triton.jit
+def load_classes(vector, first, cols, mask_cols):
+    """Elements first + cols of a (C,) vector, 0 outside."""
+    if mask_cols is None:
+        return tl.load(vector + first + cols)
+    else:
+        return tl.load(vector + first + cols, mask_cols, other=0.0)
+
+
+@triton.jit
+def load_z(logits, log_prior, bases, first, cols, mask_rows, mask_cols, stride_class, tau, COMPUTE: tl.constexpr):
+    """z of a tile, -inf outside: classes first + cols of rows whose class `first` stands at `bases`."""
+    values = load_tile(logits, bases, cols, stride_class, mask_rows, mask_cols, float("-inf"))
     prior = None
     if log_prior is not None:
-        prior = tl.load(log_prior + cols, mask_cols, other=0.0)[None, :]
+        prior = load_classes(log_prior, first, cols, mask_cols)[None, :]
     return adjust(values, prior, tau, COMPUTE)
 
 
 @triton.jit
-def load_label_z(logits, log_prior, bases, label, mask_rows, stride_class, tau, COMPUTE: tl.constexpr):
+def load_label_z(logits, log_prior, starts, label, mask_rows, stride_class, tau, COMPUTE: tl.constexpr):
     """z of one class of each row, the same bits as in a tile."""
-    values = tl.load(logits + bases + label * stride_class, mask_rows, other=0.0)
+    values = tl.load(logits + (starts + label * stride_class), mask_rows, other=0.0)
     prior = None
     if log_prior is not None:
         prior = tl.load(log_prior + label, mask_rows, other=0.0)
     return adjust(values, prior, tau, COMPUTE)
-
-
-@triton.jit
-def load_label(
-    target, target_weight, weight, at, mask, n_classes, smoothing, ignore_index, COMPUTE: tl.constexpr
-):  # fmt: skip
-    """One label of each row: (class, mass, mass of a mean's denominator, share of the smoothing, whether it counts).
-
-    A label that does not count has mass 0; one outside [0, n_classes) has mass NaN. Both come as class 0.
-    """
-    label = tl.load(target + at, mask, other=ignore_index).to(tl.int64)
-    counts = label != ignore_index
-    in_range = (label >= 0) & (label < n_classes)
-    label = tl.where(counts & in_range, label, 0)
-    share = tl.full(label.shape, 1.0, COMPUTE)
-    if target_weight is not None:
-        share = tl.load(target_weight + at, mask, other=0.0).to(COMPUTE)
-    share = tl.where(counts, tl.where(in_range, share, float("nan")), 0.0)
-    row_weight = share
-    if weight is not None:
-        row_weight = share * tl.load(weight + label, mask, other=0.0).to(COMPUTE)
-    return label, row_weight * (1.0 - smoothing).to(COMPUTE), row_weight, share, counts
-
-
-@triton.jit
-def smoothing_mass(smoothing_distribution, weight, cols, mask_cols, n_classes, smoothing, COMPUTE: tl.constexpr):
-    """eps * q_c * weight_c of a tile's classes, (1, BLOCK_C)."""
-    if smoothing_distribution is None:
-        mass = tl.where(mask_cols, (smoothing / n_classes).to(COMPUTE), 0.0)
-    else:
-        mass = tl.load(smoothing_distribution + cols, mask_cols, other=0.0).to(COMPUTE) * smoothing.to(COMPUTE)
-    if weight is not None:
-        mass = mass * tl.load(weight + cols, mask_cols, other=0.0).to(COMPUTE)
-    return mass[None, :]
-
-
-@triton.jit
-def probability_mass(
-    target, weight, bases, cols, mask_rows, mask_cols, stride_class, smoothing, COMPUTE: tl.constexpr
-):  # fmt: skip
-    """(1 - eps) * target_c * weight_c of a tile."""
-    mask = mask_rows[:, None] & mask_cols[None, :]
-    mass = tl.load(target + bases[:, None] + cols.to(tl.int64)[None, :] * stride_class, mask, other=0.0).to(COMPUTE)
-    mass = mass * (1.0 - smoothing).to(COMPUTE)
-    if weight is not None:
-        mass = mass * tl.load(weight + cols, mask_cols, other=0.0).to(COMPUTE)[None, :]
-    return mass
 
 
 @triton.jit
