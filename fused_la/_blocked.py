@@ -136,7 +136,8 @@ def _prepare(problem: Problem) -> _Rows:
     dropped = None
     if offset is not None:
         is_dropped = offset == -math.inf
-        dropped = is_dropped if bool(is_dropped.any()) else None
+        # Where no class is left (values that the door could not read) the gradient must be NaN as the loss is, not 0.
+        dropped = is_dropped if bool(is_dropped.any()) and not bool(is_dropped.all()) else None
     one_chunk = problem.logits.shape[-1] <= _blocks.BLOCK_ELEMENTS
     if problem.has_probabilities:
         z = torch.zeros(*problem.logits.shape[:2], 1, dtype=problem.compute_dtype)

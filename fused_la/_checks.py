@@ -1,7 +1,8 @@
 """The door's checks: what is wrong, in one grammar, "<argument> must <expectation>, got <what came>".
 
-Shapes, dtypes and devices are always checked. Values are checked where that costs no synchronisation, on a CPU and
-outside of transforms and tracing; elsewhere a bad value makes the loss NaN.
+Shapes, dtypes and devices are always checked. Values of `target`, `log_prior` and `smoothing_distribution` are checked
+where that costs no synchronisation, on a CPU and outside of transforms and tracing; elsewhere a bad value makes the
+loss and the gradient NaN. The values of weights and of class probabilities are the caller's, as in `F.cross_entropy`.
 """
 
 from __future__ import annotations
@@ -67,17 +68,22 @@ def check_log_prior(log_prior: Any, logits: Tensor) -> None:
     raise ValueError(f"log_prior must be finite or -inf, got {largest} for some class")
 
 
-def check_smoothing_distribution(value: Any, logits: Tensor) -> None:
+def check_smoothing_distribution(value: Any, logits: Tensor) -> Tensor:
+    """The distribution; NaN throughout if it is none and that cannot be read."""
     check_class_vector("smoothing_distribution", value, logits)
-    smallest, total = read_value(value.detach().amin()), read_value(value.detach().sum(dtype=torch.float64))
-    if smallest is None or total is None:
-        return
+    wide = torch.promote_types(value.dtype, torch.float32)
+    smallest, total = value.detach().amin(), value.detach().sum(dtype=wide)
     # Half-precision probabilities need not add up to 1 to the last digit; counts or logs are far off.
-    if not (smallest >= 0.0 and abs(total - 1.0) <= 0.01):
+    is_distribution = (smallest >= 0.0) & ((total - 1.0).abs() <= 0.01)
+    known = read_value(is_distribution)
+    if known is None:
+        return value.masked_fill(~is_distribution, math.nan)
+    if not known:
         raise ValueError(
             "smoothing_distribution must hold probabilities that add up to 1, "
-            f"got a smallest value of {smallest:.6g} and a sum of {total:.6g}"
+            f"got a smallest value of {smallest.item():.6g} and a sum of {total.item():.6g}"
         )
+    return value
 
 
 def check_target(target: Any, target_weight: Any, logits: Tensor, ignore_index: int) -> None:

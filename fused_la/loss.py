@@ -71,7 +71,8 @@ def logit_adjusted_cross_entropy(
     Raises:
         TypeError, ValueError: an argument of the wrong kind, dtype, shape, device or range; the message names it.
         IndexError: a label outside [0, C) that is not ignore_index, on a CPU. On a GPU, and where a transform or
-            torch.compile hides the value, nothing outside the row is read and the row's loss and gradient are NaN.
+            torch.compile hides the value, nothing outside the row is read and the row's loss and gradient are NaN; so
+            are all rows' for an impossible `log_prior` or `smoothing_distribution`.
 
     Example:
         >>> import torch
@@ -94,7 +95,7 @@ def logit_adjusted_cross_entropy(
     if weight is not None:
         _checks.check_class_vector("weight", weight, logits)
     if smoothing_distribution is not None:
-        _checks.check_smoothing_distribution(smoothing_distribution, logits)
+        smoothing_distribution = _checks.check_smoothing_distribution(smoothing_distribution, logits)
     impl = _choose(impl, logits, log_prior, target, target_weight, weight, smoothing_distribution)
 
     problem = Problem(

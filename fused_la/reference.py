@@ -22,7 +22,6 @@ from torch import Tensor
 
 from fused_la._problem import Problem, read_labels
 
-
 # From this length on PyTorch splits a sum to a single number over a CPU's threads (its at::internal::GRAIN_SIZE).
 _SPLIT = 1 << 15
 
@@ -31,6 +30,7 @@ class _Row(NamedTuple):
     z: Tensor  # (N, P, C) adjusted logits
     m: Tensor  # (N, P, 1) their maximum
     is_top: Tensor  # (N, P, C) bool: one class that attains it, j
+    dropped: Tensor | None  # (C,) bool: at log_prior = -inf
     e: Tensor  # (N, P, C) exp(z - m)
     rest: Tensor  # (N, P, 1)
 
@@ -50,9 +50,11 @@ def _in_order(problem: Problem) -> Problem:
 
 def _row(problem: Problem, live: Tensor | None) -> _Row:
     z = problem.logits.to(problem.compute_dtype)
-    offset = problem.offset()
+    offset, dropped = problem.offset(), None
     if offset is not None:
-        z = torch.where(offset == -math.inf, -math.inf, z + offset)
+        dropped = offset == -math.inf
+        dropped = dropped & ~dropped.all()  # a prior that leaves no class must not leave a gradient of 0
+        z = torch.where(dropped, -math.inf, z + offset)
     if live is not None:  # whatever stands in a row that does not count, it must not reach a product with 0
         z = torch.where(live.unsqueeze(-1), z, 0.0)
     top = z.detach().argmax(-1, keepdim=True)
@@ -60,7 +62,7 @@ def _row(problem: Problem, live: Tensor | None) -> _Row:
     m = z.gather(-1, top)
     e = (z - m).exp()
     rest = torch.where(is_top, 0.0, e).sum(-1, keepdim=True)
-    return _Row(z, m, is_top, e, rest + (m - m).detach())  # an infinite maximum makes the row NaN
+    return _Row(z, m, is_top, dropped, e, rest + (m - m).detach())  # an infinite maximum makes the row NaN
 
 
 def _weigh(mass: Tensor, nll: Tensor) -> Tensor:
@@ -108,9 +110,8 @@ def gradient(problem: Problem, grad_rows: Tensor) -> Tensor:
     not_p = torch.where(row.is_top, row.rest / d, 1.0 - p)
     grad_rows = grad_rows.expand(row.z.shape[:2])  # first, so that a sum over classes gives a number a row
     grad = grad_rows.unsqueeze(-1) * ((total - mass) * p - mass * not_p)
-    offset = problem.offset()
-    if offset is not None:
-        grad = torch.where(offset == -math.inf, 0.0, grad)
+    if row.dropped is not None:
+        grad = torch.where(row.dropped, 0.0, grad)
     return (grad if labels is None else torch.where(labels.live.unsqueeze(-1), grad, 0.0))[:n_outer]
 
 

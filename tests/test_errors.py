@@ -20,7 +20,9 @@ import torch
 from torch.func import grad, vmap
 
 import fused_la
+import fused_la.reference
 from fused_la import LogitAdjustedCrossEntropyLoss, logit_adjusted_cross_entropy
+from fused_la._problem import Problem
 
 N_ROWS, N_CLASSES = 3, 5
 INT64 = torch.iinfo(torch.int64)
@@ -480,20 +482,83 @@ def test_under_vmap_one_of_several_labels_out_of_range_makes_its_row_nan(impl, d
     assert vmap(grad(row_loss))(*rows).isnan().any(1).tolist() == [False, True, False]
 
 
-def test_under_vmap_an_impossible_log_prior_makes_the_loss_nan(impl, device):
+def assert_all_nan_but_the_first(loss, gradient):
+    assert loss[0].isfinite().all()
+    assert gradient[0].isfinite().all()
+    assert loss[1:].isnan().all()
+    assert gradient[1:].isnan().all()
+
+
+def derivatives_of_priors(device, impl):
+    """Losses and gradients as a function of the log prior; the first of the priors is a good one."""
     arguments = valid_arguments(device)
-    good = arguments["log_prior"]
+    good = arguments.pop("log_prior")
     priors = torch.stack([good, good, good, torch.full_like(good, -math.inf)])
     priors[1, 3], priors[2, 3] = math.nan, math.inf
+    logits = arguments.pop("logits")
 
-    def losses(log_prior):
+    def losses(log_prior, logits=logits):
         return logit_adjusted_cross_entropy(
-            arguments["logits"], arguments["target"], log_prior, reduction="none", impl=impl
-        )  # fmt: skip
+            logits, log_prior=log_prior, **arguments, tau=0.5, reduction="none", impl=impl
+        )
 
-    loss = vmap(losses)(priors)
-    assert loss[0].isfinite().all()
-    assert loss[1:].isnan().all()
+    return losses, logits, priors
+
+
+def test_under_vmap_an_impossible_log_prior_makes_loss_and_gradient_nan(impl, device):
+    losses, logits, priors = derivatives_of_priors(device, impl)
+    gradient = vmap(lambda prior: grad(lambda x: losses(prior, x).sum())(logits))(priors)
+    assert_all_nan_but_the_first(vmap(losses)(priors), gradient)
+
+
+def compiled_outcome(losses, logits, *rows):
+    """Stacked losses and gradients, where a tracer hides the values from the door."""
+    torch.compiler.reset()
+    compiled, outcomes = torch.compile(losses, fullgraph=True, backend="aot_eager"), []
+    for row in rows:
+        x = logits.detach().requires_grad_()
+        loss = compiled(row, x)
+        outcomes.append((loss.detach(), torch.autograd.grad(loss.sum(), x)[0]))
+    return [torch.stack(part) for part in zip(*outcomes, strict=True)]
+
+
+@pytest.mark.parametrize("impl", ["reference", "blocked"])
+def test_a_traced_impossible_log_prior_makes_loss_and_gradient_nan(impl, cpu):
+    losses, logits, priors = derivatives_of_priors(cpu, impl)
+    assert_all_nan_but_the_first(*compiled_outcome(losses, logits, *priors))
+
+
+def test_second_derivatives_of_an_impossible_log_prior_are_nan():
+    """Of the reference's closed form, which the other implementations differentiate."""
+    logits, log_prior = torch.zeros(1, 1, 5), torch.full((5,), -math.inf)
+    problem = Problem(logits, log_prior, torch.zeros(1, 1, 1).long(), None, None, None, 1.0, 0.0, -100)
+    assert fused_la.reference.gradient(problem, torch.ones(1, 1)).isnan().all()
+
+
+@pytest.mark.parametrize("target_kind", INTERFACES)
+def test_where_it_cannot_be_read_smoothing_toward_no_distribution_makes_loss_and_gradient_nan(
+    impl, device, target_kind
+):
+    arguments = valid_arguments(device, target_kind)
+    logits = arguments.pop("logits")
+    distributions = torch.tensor(
+        [
+            [0.5, 0.125, 0.125, 0.125, 0.125],
+            [-0.5, 0.5, 0.5, 0.25, 0.25],
+            [5.0, 4.0, 3.0, 2.0, 1.0],
+            [0.25, 0.25, 0.25, 0.25, math.nan],
+        ],
+        device=device,
+    )
+
+    def losses(distribution, x=logits):
+        return logit_adjusted_cross_entropy(
+            x, **arguments, label_smoothing=0.1, smoothing_distribution=distribution, reduction="none", impl=impl
+        )
+
+    gradient = vmap(lambda q: grad(lambda x: losses(q, x).sum())(logits))(distributions)
+    assert_all_nan_but_the_first(vmap(losses)(distributions), gradient)
+    assert_all_nan_but_the_first(*compiled_outcome(losses, logits, *distributions))
 
 
 def test_under_vmap_shapes_are_still_checked(impl, device):
