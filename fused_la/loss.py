@@ -268,7 +268,7 @@ def _has_tangent(tensor: Tensor) -> bool:
 def _has_triton() -> bool:
     try:
         return importlib.util.find_spec("triton") is not None
-    except ValueError:  # sys.modules["triton"] is None: made unavailable
+    except (ImportError, ValueError):  # from a finder that hides it; from a stand-in among sys.modules without a spec
         return False
 
 
