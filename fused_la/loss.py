@@ -294,5 +294,6 @@ def _label_rows(labels: Tensor, logits: Tensor) -> Tensor:
 def _offset_prior(log_prior: Tensor, tau: float) -> Tensor | None:
     """The log prior as implementations take it; with tau = 0 no class is out, and there is nothing to add."""
     if tau > 0.0:
-        return log_prior.contiguous()
+        kept = torch.compiler.is_compiling() or not log_prior.is_inference()  # autograd keeps no inference tensor
+        return log_prior.contiguous() if kept else log_prior.clone()
     return log_prior.masked_fill(log_prior == -torch.inf, 0.0) if log_prior.requires_grad else None
