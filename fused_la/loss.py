@@ -90,12 +90,15 @@ def logit_adjusted_cross_entropy(
     ignore_index = _checks.check_ignore_index(ignore_index)
     _checks.check_choice("reduction", reduction, _checks.REDUCTIONS)
     _checks.check_logits(logits)
-    _checks.check_log_prior(log_prior, logits)
+    _checks.check_log_prior(log_prior, logits, tau)
     _checks.check_target(target, target_weight, logits, ignore_index)
+    n_classes = len(log_prior)
     if weight is not None:
-        _checks.check_class_vector("weight", weight, logits)
+        _checks.check_class_vector("weight", weight, n_classes)
+        _checks.check_device("weight", weight, logits)
     if smoothing_distribution is not None:
-        smoothing_distribution = _checks.check_smoothing_distribution(smoothing_distribution, logits)
+        smoothing_distribution = _checks.check_smoothing_distribution(smoothing_distribution, n_classes)
+        _checks.check_device("smoothing_distribution", smoothing_distribution, logits)
     impl = _choose(impl, logits, log_prior, target, target_weight, weight, smoothing_distribution)
 
     problem = Problem(
@@ -177,9 +180,9 @@ class LogitAdjustedCrossEntropyLoss(nn.Module):
         super().__init__()
         log_prior = log_prior_from_counts(class_counts, pseudocount=pseudocount)
         if weight is not None:
-            _checks.check_class_vector("weight", weight, log_prior)
+            _checks.check_class_vector("weight", weight, len(log_prior))
         if smoothing_distribution is not None:
-            _checks.check_smoothing_distribution(smoothing_distribution, log_prior)
+            _checks.check_smoothing_distribution(smoothing_distribution, len(log_prior))
         self.register_buffer("log_prior", log_prior)
         self.register_buffer("weight", weight)
         self.register_buffer("smoothing_distribution", smoothing_distribution)

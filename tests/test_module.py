@@ -114,6 +114,16 @@ def test_buffers_move_with_the_model_and_nothing_is_trained():
     assert set(criterion.state_dict()) == {"log_prior", "weight"}
 
 
+def test_options_may_come_from_another_device_than_the_counts_until_all_move():
+    """Counts in a list, class weights where the model is."""
+    options = dict(weight=WEIGHT.to("meta"), label_smoothing=0.1, smoothing_distribution=DISTRIBUTION.to("meta"))
+    criterion = LogitAdjustedCrossEntropyLoss(COUNTS, impl="reference", **options)
+    logits, target = torch.zeros(4, 5, device="meta"), torch.zeros(4, dtype=torch.int64, device="meta")
+    with pytest.raises(ValueError, match=r"log_prior must be on .* meta, got cpu; .* with \.to\(logits\.device\)$"):
+        criterion(logits, target)
+    assert criterion.to("meta")(logits, target).shape == ()
+
+
 def test_impl_of_the_module_is_the_one_that_runs(device, inputs, impl, monkeypatch):
     places = {
         "reference": (fused_la.reference, "loss_rows"),
