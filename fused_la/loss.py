@@ -52,7 +52,8 @@ def logit_adjusted_cross_entropy(
         target_weight: floating, of the shape of `target`: weights of K labels a row, as mixup and cutmix make them.
             The row's loss is ``sum_k target_weight[:, k] * loss(target[:, k])``. A mean counts such a row as one (with
             `weight`: as the mean weight of its labels).
-        weight: (C,) floating, a factor for each class.
+        weight: (C,) floating, a factor for each class. Its values, those of `target_weight` and class probabilities
+            are taken as they are, as in `torch.nn.functional.cross_entropy`: negative ones count, NaN spreads.
         ignore_index: label that does not count: its row (its part of a row of K labels) has loss and gradient 0.
         reduction: "none", "mean" (over rows that count, weighted by `weight`; NaN if there are none) or "sum".
         label_smoothing: share in [0, 1] of the target moved to `smoothing_distribution`.

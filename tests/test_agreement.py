@@ -77,6 +77,41 @@ def test_every_combination_of_options(impl, shape):
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("bad", [-1.0, float("nan")])
+def test_negative_weights_and_probabilities_are_taken_and_nan_spreads_as_in_pytorch(impl, bad, smoothing, reduction):
+    logits = torch.randn(4, 5, dtype=torch.float64, device=DEVICE)
+    prior = torch.zeros(5, dtype=torch.float64, device=DEVICE)
+    index = torch.tensor([0, 2, 2, 4], device=DEVICE)
+    probabilities = torch.rand(4, 5, dtype=torch.float64, device=DEVICE)
+    spoilt, weight = probabilities.clone(), torch.rand(5, dtype=torch.float64, device=DEVICE)
+    spoilt[1, 3] = weight[2] = bad
+    for target, w in [(index, weight), (probabilities, weight), (spoilt, None)]:
+        options = {"reduction": reduction, "label_smoothing": smoothing, "weight": w}
+        expected = outcome(lambda x, t=target, o=options: F.cross_entropy(x, t, **o), logits)
+        actual = outcome(
+            lambda x, t=target, o=options: logit_adjusted_cross_entropy(x, t, prior, impl=impl, **o), logits
+        )
+        torch.testing.assert_close(actual, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("bad", [-1.0, float("nan")])
+def test_a_negative_label_weight_is_taken_and_nan_spreads_over_its_row(impl, bad):
+    """As in class probabilities that hold the same."""
+    logits = torch.randn(4, 5, dtype=torch.float64, device=DEVICE)
+    prior = torch.zeros(5, dtype=torch.float64, device=DEVICE)
+    target, share = torch.tensor([[0, 1], [2, 3], [2, 4], [4, 0]], device=DEVICE), torch.rand(4, 2).double().to(DEVICE)
+    share[1, 0] = bad
+    dense = torch.zeros_like(logits).scatter_(1, target, share)
+    expected = outcome(lambda x: F.cross_entropy(x, dense, reduction="none"), logits)
+    actual = outcome(
+        lambda x: logit_adjusted_cross_entropy(x, target, prior, target_weight=share, reduction="none", impl=impl),
+        logits,
+    )
+    torch.testing.assert_close(actual, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_weighted_labels_are_the_weighted_sum_of_single_labels(impl, reduction, smoothing):
     """Mixup as people write it: lam * loss(y1) + (1 - lam) * loss(y2)."""
     logits = torch.randn(6, 9, dtype=torch.float64, device=DEVICE)
