@@ -36,9 +36,11 @@ def logit_adjusted_cross_entropy(
         \ell(y, f) = -\log \mathrm{softmax}(f + \tau \log \pi)_y
                    = \log\Big[1 + \sum_{c \ne y} \Big(\frac{\pi_c}{\pi_y}\Big)^{\tau} e^{f_c - f_y}\Big]
 
-    Equivalent to: ``F.cross_entropy(logits.float() + tau * log_prior, target)``, with every other argument of
-    `torch.nn.functional.cross_entropy` meaning what it means there. The offset is added in float32, the logits are
-    never written, and a confident row keeps the digits of its loss and gradient.
+    Equivalent to: ``F.cross_entropy(z, target)`` with ``z = logits.float() + tau * log_prior`` (float64 logits stay
+    float64), every other argument of `torch.nn.functional.cross_entropy` meaning what it means there. With a
+    `smoothing_distribution` q and eps = `label_smoothing`, where every row counts and without `weight`:
+    ``(1 - eps) * F.cross_entropy(z, target) + eps * F.cross_entropy(z, q.expand_as(z))``. The logits are never written,
+    and a confident row keeps the digits of its loss and gradient.
 
     Train with it and predict with the raw logits, `logits.argmax(1)`: adjusting again post hoc corrects twice.
 
@@ -128,7 +130,8 @@ class LogitAdjustedCrossEntropyLoss(nn.Module):
 
     .. math:: \ell(y, f) = -\log \mathrm{softmax}(f + \tau \log \pi)_y, \qquad \pi_c = n_c / \sum_k n_k
 
-    Equivalent to: ``nn.CrossEntropyLoss()(logits.float() + tau * (class_counts / class_counts.sum()).log(), target)``.
+    Equivalent to: ``nn.CrossEntropyLoss()(logits.float() + tau * (class_counts / class_counts.sum()).log(), target)``
+    (float64 logits stay float64).
 
     Args:
         class_counts: (C,) training examples a class: a list, an array or a tensor, integer or floating.

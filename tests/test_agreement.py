@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -145,6 +147,31 @@ def test_a_mean_over_weighted_labels_counts_rows(impl):
     dense = torch.zeros(4, 5, dtype=torch.float64, device=DEVICE).scatter_add(1, target, share)
     actual = logit_adjusted_cross_entropy(logits, target, prior, target_weight=share, impl=impl)
     torch.testing.assert_close(actual, F.cross_entropy(logits, dense))
+
+
+def test_lines_that_the_readme_calls_equivalent_are():
+    """Its expressions stand in pairs, the eager one first."""
+    readme = Path(__file__).parents[1] / "README.md"
+    lines = readme.read_text().split("Equivalent to:\n\n```python\n")[1].split("# priors")[0]
+    class_counts = torch.tensor([500, 200, 100, 40, 20], device=DEVICE)
+    names = dict(
+        F=F, nn=torch.nn, torch=torch, tau=0.7, class_counts=class_counts, lam=0.3, eps=0.1,
+        LogitAdjustedCrossEntropyLoss=LogitAdjustedCrossEntropyLoss,
+        logit_adjusted_cross_entropy=logit_adjusted_cross_entropy,
+        logits=torch.randn(6, 5, device=DEVICE), log_prior=log_prior_from_counts(class_counts),
+        target=torch.tensor([0, 1, 2, 3, 4, 4], device=DEVICE), weight=torch.rand(5, device=DEVICE),
+        y1=torch.tensor([0, 1, 2, 3, 4, 4], device=DEVICE), y2=torch.tensor([4, 1, 0, 0, 2, 3], device=DEVICE),
+        q=torch.tensor([0.5, 0.2, 0.1, 0.1, 0.1], device=DEVICE), ignore_index=3, reduction="mean", label_smoothing=0.2,
+    )  # fmt: skip
+    values = []
+    for statement in ast.parse(lines).body:
+        if isinstance(statement, ast.Expr):
+            values.append(eval(ast.unparse(statement), names))
+        else:
+            exec(ast.unparse(statement), names)
+    assert len(values) >= 8
+    for eager, ours in zip(values[::2], values[1::2], strict=True):
+        torch.testing.assert_close(ours, eager)
 
 
 def test_the_module_is_the_function(impl):
