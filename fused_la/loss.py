@@ -141,8 +141,9 @@ class LogitAdjustedCrossEntropyLoss(nn.Module):
             `logit_adjusted_cross_entropy`.
 
     Attributes:
-        log_prior: (C,) float32 buffer. It moves with the module and stays float32 when the module is cast to half
-            precision: at log_prior = -12 a step of bfloat16 is 0.0625.
+        log_prior: (C,) float32 buffer. It moves with the module, as the buffers `weight` and `smoothing_distribution`
+            do, and all three stay as they are when the module is cast to half precision: at log_prior = -12 a step of
+            bfloat16 is 0.0625.
 
     Shape:
         logits (N, C), target (N,), and the other shapes of `logit_adjusted_cross_entropy`; a scalar unless reduction
@@ -220,10 +221,12 @@ class LogitAdjustedCrossEntropyLoss(nn.Module):
         return options
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LogitAdjustedCrossEntropyLoss:
-        exact = self.log_prior
+        exact = {name: self._buffers[name] for name in ("log_prior", "weight", "smoothing_distribution")}
         super()._apply(fn, recurse)
-        if self.log_prior.dtype in (torch.float16, torch.bfloat16):
-            self.log_prior = exact.to(self.log_prior.device)
+        for name, buffer in exact.items():
+            cast = self._buffers[name]
+            if buffer is not None and cast is not None and cast.dtype in (torch.float16, torch.bfloat16):
+                self._buffers[name] = buffer.to(cast.device)
         return self
 
 
