@@ -116,7 +116,8 @@ def logit_adjusted_cross_entropy(
         ignore_index,
     )
     if impl == "reference":
-        loss = reduce_rows(*reference.loss_rows(problem), reduction)
+        loss, row_weight = reference.loss_rows(problem)
+        loss = reduce_rows(loss, row_weight.sum(), reduction)
     else:
         loss = fused_loss(problem, reduction, impl)
     if reduction != "none":
