@@ -85,7 +85,7 @@ def forward(problem: Problem, reduction: str, with_gradient: bool) -> tuple[Tens
     grad_rows = scale.expand(n_outer, n_inner)
     grad_logits = torch.empty_like(problem.logits) if with_gradient else problem.logits.new_empty(0)
 
-    scratch = Scratch(problem)
+    scratch = Scratch(problem, forward=True)
     for block in row_blocks(n_outer, n_inner, scratch.height):
         out = grad_logits[block] if with_gradient else None
         part, candidates = state.of(block), rows.candidates.of(block)
@@ -119,7 +119,7 @@ def backward(
     grad_logits = torch.empty_like(problem.logits) if needs_logits else None
     # Summed in float64: over many rows a float32 sum would lose what the rows' gradients hold.
     grad_offset = torch.zeros(problem.logits.shape[-1], dtype=torch.float64) if needs_log_prior else None
-    scratch = Scratch(problem)
+    scratch = Scratch(problem, forward=False, sums_gradient=needs_log_prior)
     for block in row_blocks(state.m.shape[0], state.m.shape[1], scratch.height):
         out = None if grad_logits is None else grad_logits[block]
         part, candidates = state.of(block), rows.candidates.of(block)

@@ -383,7 +383,7 @@ def test_row_bits_of_blocked_do_not_depend_on_its_block(cpu, threads, monkeypatc
     threads(4)
     problem = wide_problem(cpu, dtype, 7, n_classes, options)
     outcomes, n_blocks = [], []
-    reduce_block = fused_la._blocked._reduce_block
+    reduce_block, blocks = fused_la._blocked._reduce_block, fused_la._blocked.row_blocks
 
     def counted(*arguments):
         n_blocks[-1] += 1
@@ -391,7 +391,9 @@ def test_row_bits_of_blocked_do_not_depend_on_its_block(cpu, threads, monkeypatc
 
     monkeypatch.setattr(fused_la._blocked, "_reduce_block", counted)
     for height in (4, 6, 7):
-        monkeypatch.setattr(fused_la._blocks, "BLOCK_ELEMENTS", height * n_classes)
+        monkeypatch.setattr(
+            fused_la._blocked, "row_blocks", lambda n_outer, n_inner, _, height=height: blocks(n_outer, n_inner, height)
+        )
         n_blocks.append(0)
         outcomes.append(problem.outcome("blocked"))
     assert n_blocks == [2, 2, 1]
