@@ -81,22 +81,23 @@ def forward(problem: Problem, reduction: str, with_gradient: bool) -> tuple[Tens
     gap = torch.zeros_like(state.m)
     row_weight = torch.ones_like(state.m) if rows.labels is None else rows.labels.row_weight
     normalizer = row_weight.sum()
-    grad_rows = (1.0 / normalizer if reduction == "mean" else torch.ones_like(normalizer)).expand(n_outer, n_inner)
+    scale = normalizer.reciprocal() if reduction == "mean" else torch.ones_like(normalizer)
+    grad_rows = scale.expand(n_outer, n_inner)
     grad_logits = torch.empty_like(problem.logits) if with_gradient else problem.logits.new_empty(0)
 
-    scratch = Scratch(problem)
+    scratch = Scratch(problem, forward=True)
     for block in row_blocks(n_outer, n_inner, scratch.height):
-        if not with_gradient:
-            _reduce_block(rows, block, scratch, state.of(block), gap[block], None)
-            continue
-        out = grad_logits[block]
-        e = _reduce_block(rows, block, scratch, state.of(block), gap[block], out)
-        _spread_gradient(rows, block, scratch, state.of(block), grad_rows[block], out, None, e)
+        out = grad_logits[block] if with_gradient else None
+        part, candidates = state.of(block), rows.candidates.of(block)
+        e = _reduce_block(rows, block, scratch, part, candidates, gap[block], out)
+        if with_gradient:
+            _spread_gradient(rows, block, scratch, part, candidates, grad_rows[block], out, None, e)
     if with_gradient:
         _finish_gradient(rows, state, grad_rows, grad_logits, None)
+    loss = reduce_rows(_loss(rows, state, gap), normalizer, reduction)
     if reduction == "none":
         normalizer = normalizer.new_empty(0)
-    return reduce_rows(_loss(rows, state, gap), row_weight, reduction), stacked, normalizer, grad_logits
+    return loss, stacked, normalizer, grad_logits
 
 
 def backward(
@@ -124,10 +125,11 @@ def backward(
     grad_logits = torch.empty_like(problem.logits) if needs_logits else None
     # Summed in float64: over many rows a float32 sum would lose what the rows' gradients hold.
     grad_offset = torch.zeros(problem.logits.shape[-1], dtype=torch.float64) if needs_log_prior else None
-    scratch = Scratch(problem)
+    scratch = Scratch(problem, forward=False, sums_gradient=needs_log_prior)
     for block in row_blocks(state.m.shape[0], state.m.shape[1], scratch.height):
         out = None if grad_logits is None else grad_logits[block]
-        _spread_gradient(rows, block, scratch, state.of(block), grad_rows[block], out, grad_offset, None)
+        part, candidates = state.of(block), rows.candidates.of(block)
+        _spread_gradient(rows, block, scratch, part, candidates, grad_rows[block], out, grad_offset, None)
     _finish_gradient(rows, state, grad_rows, grad_logits, grad_offset)
     if grad_offset is None or problem.log_prior is None:
         return grad_logits, None
@@ -141,8 +143,9 @@ def _prepare(problem: Problem) -> _Rows:
     offset, weight, smoothing = problem.offset(), problem.class_weight(), problem.smoothing_mass()
     dropped = None
     if offset is not None:
-        is_dropped = offset == -math.inf
-        dropped = is_dropped if bool(is_dropped.any()) else None
+        lowest, highest = offset.aminmax()
+        # Where no class is left (values that the door could not read) the gradient must be NaN as the loss is, not 0.
+        dropped = offset == -math.inf if lowest.item() == -math.inf < highest.item() else None
     one_chunk = problem.logits.shape[-1] <= _blocks.BLOCK_ELEMENTS
     if problem.has_probabilities:
         z = torch.zeros(*problem.logits.shape[:2], 1, dtype=problem.compute_dtype)
@@ -181,14 +184,19 @@ def _label_total(rows: _Rows, out: Tensor) -> Tensor:
 
 
 def _reduce_block(
-    rows: _Rows, block: Block, scratch: Scratch, state: _State, gap: Tensor, grad_logits: Tensor | None
+    rows: _Rows,
+    block: Block,
+    scratch: Scratch,
+    state: _State,
+    candidates: _Candidates,
+    gap: Tensor,
+    grad_logits: Tensor | None,
 ) -> Tensor | None:
     """Fill in a block's m and rest, and of its dense target mass the total and the gap sum_c t_c * (m - z_c).
 
     Works where the gradient will stand if it can, and in scratch otherwise. Returns exp(z - m), 0 in the candidates'
     columns, where whole rows of it are left.
     """
-    candidates = rows.candidates.of(block)
     maxima, sums, gaps, masses, tops = [], [], [], [], []
     e = None
     for chunk in class_chunks(rows.problem.logits.shape[-1], scratch.width):
@@ -301,6 +309,7 @@ def _spread_gradient(
     block: Block,
     scratch: Scratch,
     state: _State,
+    candidates: _Candidates,
     grad_rows: Tensor,
     grad_logits: Tensor | None,
     grad_offset: Tensor | None,
@@ -312,7 +321,6 @@ def _spread_gradient(
     """
     m, rest, total, g = (part.unsqueeze(-1) for part in (*state, grad_rows))
     scale = g * total / (1.0 + rest)
-    candidates = rows.candidates.of(block)
     find_top = rows.labels is None and e is None
     if find_top:
         candidates.uses.fill_(False)

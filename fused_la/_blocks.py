@@ -18,12 +18,25 @@ Block = tuple[slice, slice]  # of the (N, P) rows
 
 
 class Scratch:
-    """One block's float32 (float64) buffers, allocated when first used and reused by every block."""
+    """One block's float32 (float64) buffers, allocated when first used and reused by every block.
 
-    def __init__(self, problem: Problem):
+    All that is held at a time, PyTorch's own copies included, shares the elements of one block; only the height of a
+    block may depend on that, for a row's bits depend on its width.
+    """
+
+    def __init__(self, problem: Problem, forward: bool, sums_gradient: bool = False):
         n_outer, n_inner, n_classes = problem.logits.shape
+        # z, and PyTorch's copy of half-precision logits in float32 or of a gradient to be summed in float64;
+        # class probabilities; their or the smoothing's product with z, and masks.
+        n_buffers = 1 + (problem.logits.element_size() == 2)
+        if sums_gradient and problem.compute_dtype == torch.float32:
+            n_buffers = 3
+        if problem.has_probabilities:
+            n_buffers += 1
+        if forward and (problem.has_probabilities or problem.label_smoothing > 0.0):
+            n_buffers += 2
         self.width = min(n_classes, BLOCK_ELEMENTS)
-        self.height = max(4, BLOCK_ELEMENTS // self.width)
+        self.height = max(4, BLOCK_ELEMENTS // (n_buffers * self.width))
         self._n_elements = min(self.height, n_outer * n_inner) * self.width
         self._dtype = problem.compute_dtype
         self._buffers: dict[int, Tensor] = {}

@@ -1,7 +1,8 @@
 """The door's checks: what is wrong, in one grammar, "<argument> must <expectation>, got <what came>".
 
-Shapes, dtypes and devices are always checked. Values are checked where that costs no synchronisation, on a CPU and
-outside of transforms and tracing; elsewhere a bad value makes the loss NaN.
+Shapes, dtypes and devices are always checked. Values of `target`, `log_prior` and `smoothing_distribution` are checked
+where that costs no synchronisation, on a CPU and outside of transforms and tracing; elsewhere a bad value makes the
+loss and the gradient NaN. The values of weights and of class probabilities are the caller's, as in `F.cross_entropy`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOATING_NAMES = "float16, bfloat16, float32 or float64"
 REDUCTIONS = ("none", "mean", "sum")
 IMPLEMENTATIONS = ("auto", "triton", "blocked", "reference")
 
@@ -29,7 +31,7 @@ def check_tensor(name: str, value: Any) -> None:
 def check_logits(logits: Any) -> None:
     check_tensor("logits", logits)
     if logits.dtype not in FLOATING:
-        raise TypeError(f"logits must be float16, bfloat16, float32 or float64, got {logits.dtype}")
+        raise TypeError(f"logits must be {FLOATING_NAMES}, got {logits.dtype}")
     if logits.dim() == 0:
         raise ValueError("logits must have shape (C,), (N, C) or (N, C, d1, ..., dk), got ()")
     if logits.shape[class_dim(logits)] == 0:
@@ -40,63 +42,68 @@ def class_dim(logits: Tensor) -> int:
     return 0 if logits.dim() == 1 else 1
 
 
-def check_class_vector(name: str, value: Any, logits: Tensor) -> None:
-    """One floating number a class, on the device of the logits."""
+def check_class_vector(name: str, value: Any, n_classes: int) -> None:
+    """One floating number a class."""
     check_tensor(name, value)
-    n_classes = logits.shape[class_dim(logits)]
     if value.dtype not in FLOATING:
         hint = "; log_prior_from_counts makes a log prior from class counts" if name == "log_prior" else ""
-        raise TypeError(f"{name} must be floating, got {value.dtype}{hint}")
+        raise TypeError(f"{name} must be {FLOATING_NAMES}, got {value.dtype}{hint}")
     if value.shape != (n_classes,):
         raise ValueError(f"{name} must have shape ({n_classes},), got {tuple(value.shape)}")
-    check_device(name, value, logits)
 
 
 def check_device(name: str, value: Tensor, logits: Tensor) -> None:
     if value.device != logits.device:
-        raise ValueError(f"{name} must be on the device of the logits, {logits.device}, got {value.device}")
+        raise ValueError(
+            f"{name} must be on the device of the logits, {logits.device}, got {value.device}; "
+            "move it, or the module that holds it, with .to(logits.device)"
+        )
 
 
-def check_log_prior(log_prior: Any, logits: Tensor) -> None:
-    check_class_vector("log_prior", log_prior, logits)
+def check_log_prior(log_prior: Any, logits: Tensor, tau: float) -> None:
+    check_class_vector("log_prior", log_prior, logits.shape[class_dim(logits)])
+    check_device("log_prior", log_prior, logits)
     largest = read_value(log_prior.detach().amax())
-    if largest is None or math.isfinite(largest):
+    if largest is None or math.isfinite(largest) or (largest == -math.inf and tau == 0.0):
         return
     if largest == -math.inf:
         raise ValueError("log_prior must be finite for some class, got -inf for every class")
     raise ValueError(f"log_prior must be finite or -inf, got {largest} for some class")
 
 
-def check_smoothing_distribution(value: Any, logits: Tensor) -> None:
-    check_class_vector("smoothing_distribution", value, logits)
-    smallest, total = read_value(value.detach().amin()), read_value(value.detach().sum(dtype=torch.float64))
-    if smallest is None or total is None:
-        return
+def check_smoothing_distribution(value: Any, n_classes: int) -> Tensor:
+    """The distribution; NaN throughout if it is none and that cannot be read."""
+    check_class_vector("smoothing_distribution", value, n_classes)
+    wide = torch.promote_types(value.dtype, torch.float32)
+    smallest, total = value.detach().amin(), value.detach().sum(dtype=wide)
     # Half-precision probabilities need not add up to 1 to the last digit; counts or logs are far off.
-    if not (smallest >= 0.0 and abs(total - 1.0) <= 0.01):
+    is_distribution = (smallest >= 0.0) & ((total - 1.0).abs() <= 0.01)
+    known = read_value(is_distribution)
+    if known is None:
+        return value.masked_fill(~is_distribution, math.nan)
+    if not known:
         raise ValueError(
             "smoothing_distribution must hold probabilities that add up to 1, "
-            f"got a smallest value of {smallest:.6g} and a sum of {total:.6g}"
+            f"got a smallest value of {smallest.item():.6g} and a sum of {total.item():.6g}"
         )
+    return value
 
 
 def check_target(target: Any, target_weight: Any, logits: Tensor, ignore_index: int) -> None:
     """Index labels, weighted labels (target_weight given) or class probabilities, as `F.cross_entropy` shapes them."""
     check_tensor("target", target)
     check_device("target", target, logits)
+    if target.dtype not in (torch.int64, *FLOATING):
+        raise TypeError(f"target must be int64 class indices, or probabilities in {FLOATING_NAMES}, got {target.dtype}")
     shape, dim = tuple(logits.shape), class_dim(logits)
     if target.is_floating_point():
         if target_weight is not None:
             raise ValueError("target_weight must be None with class probabilities as target, got a tensor")
-        if target.dtype not in FLOATING:
-            raise TypeError(f"target must be int64 class indices or floating probabilities, got {target.dtype}")
         if tuple(target.shape) != shape:
             raise ValueError(f"target must have shape {shape} for class probabilities, got {tuple(target.shape)}")
         if ignore_index >= 0:
             raise ValueError(f"ignore_index must be negative with class probabilities as target, got {ignore_index}")
         return
-    if target.dtype != torch.int64:
-        raise TypeError(f"target must be int64 class indices or floating probabilities, got {target.dtype}")
     if target_weight is None:
         expected = shape[:dim] + shape[dim + 1 :]
         if tuple(target.shape) != expected:
@@ -107,7 +114,7 @@ def check_target(target: Any, target_weight: Any, logits: Tensor, ignore_index: 
     else:
         check_tensor("target_weight", target_weight)
         if target_weight.dtype not in FLOATING:
-            raise TypeError(f"target_weight must be floating, got {target_weight.dtype}")
+            raise TypeError(f"target_weight must be {FLOATING_NAMES}, got {target_weight.dtype}")
         check_device("target_weight", target_weight, logits)
         expected = (*map(str, shape[:dim]), "K", *map(str, shape[dim + 1 :]))
         fits = target.dim() == len(shape) and target.shape[dim] > 0
@@ -168,7 +175,7 @@ def check_ignore_index(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"ignore_index must be an int, got {type(value).__name__}")
     if not -(2**63) <= value < 2**63:
-        raise ValueError("ignore_index must fit in int64, got a larger number")
+        raise ValueError("ignore_index must fit in int64, got a number that does not")
     return int(value)
 
 

@@ -88,18 +88,19 @@ def read_labels(problem: Problem) -> Labels:
     target, n_classes, dtype = problem.target, problem.logits.shape[-1], problem.compute_dtype
     counts = target != problem.ignore_index
     usable = counts & (target >= 0) & (target < n_classes)
-    classes = torch.where(usable, target, 0)
+    classes = target * usable
     if problem.target_weight is None:
         label_weight = counts.to(dtype)
     else:
         label_weight = torch.where(counts, problem.target_weight.to(dtype), 0.0)
-    label_weight = label_weight.masked_fill(counts & ~usable, math.nan)
+    label_weight = label_weight.masked_fill(counts != usable, math.nan)
     weight = problem.class_weight()
     weighted = label_weight if weight is None else label_weight * weight[classes]
     mass = weighted if problem.label_smoothing == 0.0 else weighted * (1.0 - problem.label_smoothing)
 
     if target.shape[-1] == 1 and problem.target_weight is None:
-        share, live, row_weight = label_weight[..., 0], counts[..., 0], weighted[..., 0]
+        share, live = label_weight[..., 0], counts[..., 0]
+        row_weight = share if weight is None else weighted[..., 0]
     else:
         # A row counts as the mean class weight of its labels, 1 without class weights.
         share, live = label_weight.sum(-1), counts.any(-1)
@@ -107,8 +108,8 @@ def read_labels(problem: Problem) -> Labels:
     return Labels(classes, mass, counts, share, live, row_weight)
 
 
-def reduce_rows(loss: Tensor, row_weight: Tensor, reduction: str) -> Tensor:
-    """Reduce (N, P) row losses as `F.cross_entropy` does: a weighted mean (NaN over no rows), a sum, or not at all."""
+def reduce_rows(loss: Tensor, normalizer: Tensor, reduction: str) -> Tensor:
+    """Reduce (N, P) row losses as `F.cross_entropy` does; `normalizer` divides a mean, which is NaN over no rows."""
     if reduction == "none":
         return loss
-    return loss.sum() if reduction == "sum" else loss.sum() / row_weight.sum()
+    return loss.sum() if reduction == "sum" else loss.sum() / normalizer

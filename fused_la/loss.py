@@ -36,9 +36,11 @@ def logit_adjusted_cross_entropy(
         \ell(y, f) = -\log \mathrm{softmax}(f + \tau \log \pi)_y
                    = \log\Big[1 + \sum_{c \ne y} \Big(\frac{\pi_c}{\pi_y}\Big)^{\tau} e^{f_c - f_y}\Big]
 
-    Equivalent to: ``F.cross_entropy(logits.float() + tau * log_prior, target)``, with every other argument of
-    `torch.nn.functional.cross_entropy` meaning what it means there. The offset is added in float32, the logits are
-    never written, and a confident row keeps the digits of its loss and gradient.
+    Equivalent to: ``F.cross_entropy(z, target)`` with ``z = logits.float() + tau * log_prior`` (float64 logits stay
+    float64), every other argument of `torch.nn.functional.cross_entropy` meaning what it means there. With a
+    `smoothing_distribution` q and eps = `label_smoothing`, where every row counts and without `weight`:
+    ``(1 - eps) * F.cross_entropy(z, target) + eps * F.cross_entropy(z, q.expand_as(z))``. The logits are never written,
+    and a confident row keeps the digits of its loss and gradient.
 
     Train with it and predict with the raw logits, `logits.argmax(1)`: adjusting again post hoc corrects twice.
 
@@ -52,7 +54,8 @@ def logit_adjusted_cross_entropy(
         target_weight: floating, of the shape of `target`: weights of K labels a row, as mixup and cutmix make them.
             The row's loss is ``sum_k target_weight[:, k] * loss(target[:, k])``. A mean counts such a row as one (with
             `weight`: as the mean weight of its labels).
-        weight: (C,) floating, a factor for each class.
+        weight: (C,) floating, a factor for each class. Its values, those of `target_weight` and class probabilities
+            are taken as they are, as in `torch.nn.functional.cross_entropy`: negative ones count, NaN spreads.
         ignore_index: label that does not count: its row (its part of a row of K labels) has loss and gradient 0.
         reduction: "none", "mean" (over rows that count, weighted by `weight`; NaN if there are none) or "sum".
         label_smoothing: share in [0, 1] of the target moved to `smoothing_distribution`.
@@ -71,7 +74,8 @@ def logit_adjusted_cross_entropy(
     Raises:
         TypeError, ValueError: an argument of the wrong kind, dtype, shape, device or range; the message names it.
         IndexError: a label outside [0, C) that is not ignore_index, on a CPU. On a GPU, and where a transform or
-            torch.compile hides the value, nothing outside the row is read and the row's loss and gradient are NaN.
+            torch.compile hides the value, nothing outside the row is read and the row's loss and gradient are NaN; so
+            are all rows' for an impossible `log_prior` or `smoothing_distribution`.
 
     Example:
         >>> import torch
@@ -89,12 +93,15 @@ def logit_adjusted_cross_entropy(
     ignore_index = _checks.check_ignore_index(ignore_index)
     _checks.check_choice("reduction", reduction, _checks.REDUCTIONS)
     _checks.check_logits(logits)
-    _checks.check_log_prior(log_prior, logits)
+    _checks.check_log_prior(log_prior, logits, tau)
     _checks.check_target(target, target_weight, logits, ignore_index)
+    n_classes = len(log_prior)
     if weight is not None:
-        _checks.check_class_vector("weight", weight, logits)
+        _checks.check_class_vector("weight", weight, n_classes)
+        _checks.check_device("weight", weight, logits)
     if smoothing_distribution is not None:
-        _checks.check_smoothing_distribution(smoothing_distribution, logits)
+        smoothing_distribution = _checks.check_smoothing_distribution(smoothing_distribution, n_classes)
+        _checks.check_device("smoothing_distribution", smoothing_distribution, logits)
     impl = _choose(impl, logits, log_prior, target, target_weight, weight, smoothing_distribution)
 
     problem = Problem(
@@ -109,7 +116,8 @@ def logit_adjusted_cross_entropy(
         ignore_index,
     )
     if impl == "reference":
-        loss = reduce_rows(*reference.loss_rows(problem), reduction)
+        loss, row_weight = reference.loss_rows(problem)
+        loss = reduce_rows(loss, row_weight.sum(), reduction)
     else:
         loss = fused_loss(problem, reduction, impl)
     if reduction != "none":
@@ -123,7 +131,8 @@ class LogitAdjustedCrossEntropyLoss(nn.Module):
 
     .. math:: \ell(y, f) = -\log \mathrm{softmax}(f + \tau \log \pi)_y, \qquad \pi_c = n_c / \sum_k n_k
 
-    Equivalent to: ``nn.CrossEntropyLoss()(logits.float() + tau * (class_counts / class_counts.sum()).log(), target)``.
+    Equivalent to: ``nn.CrossEntropyLoss()(logits.float() + tau * (class_counts / class_counts.sum()).log(), target)``
+    (float64 logits stay float64).
 
     Args:
         class_counts: (C,) training examples a class: a list, an array or a tensor, integer or floating.
@@ -133,8 +142,9 @@ class LogitAdjustedCrossEntropyLoss(nn.Module):
             `logit_adjusted_cross_entropy`.
 
     Attributes:
-        log_prior: (C,) float32 buffer. It moves with the module and stays float32 when the module is cast to half
-            precision: at log_prior = -12 a step of bfloat16 is 0.0625.
+        log_prior: (C,) float32 buffer. It moves with the module, as the buffers `weight` and `smoothing_distribution`
+            do, and all three stay as they are when the module is cast to half precision: at log_prior = -12 a step of
+            bfloat16 is 0.0625.
 
     Shape:
         logits (N, C), target (N,), and the other shapes of `logit_adjusted_cross_entropy`; a scalar unless reduction
@@ -176,9 +186,9 @@ class LogitAdjustedCrossEntropyLoss(nn.Module):
         super().__init__()
         log_prior = log_prior_from_counts(class_counts, pseudocount=pseudocount)
         if weight is not None:
-            _checks.check_class_vector("weight", weight, log_prior)
+            _checks.check_class_vector("weight", weight, len(log_prior))
         if smoothing_distribution is not None:
-            _checks.check_smoothing_distribution(smoothing_distribution, log_prior)
+            _checks.check_smoothing_distribution(smoothing_distribution, len(log_prior))
         self.register_buffer("log_prior", log_prior)
         self.register_buffer("weight", weight)
         self.register_buffer("smoothing_distribution", smoothing_distribution)
@@ -212,10 +222,12 @@ class LogitAdjustedCrossEntropyLoss(nn.Module):
         return options
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LogitAdjustedCrossEntropyLoss:
-        exact = self.log_prior
+        exact = {name: self._buffers[name] for name in ("log_prior", "weight", "smoothing_distribution")}
         super()._apply(fn, recurse)
-        if self.log_prior.dtype in (torch.float16, torch.bfloat16):
-            self.log_prior = exact.to(self.log_prior.device)
+        for name, buffer in exact.items():
+            cast = self._buffers[name]
+            if buffer is not None and cast is not None and cast.dtype in (torch.float16, torch.bfloat16):
+                self._buffers[name] = buffer.to(cast.device)
         return self
 
 
@@ -267,7 +279,7 @@ def _has_tangent(tensor: Tensor) -> bool:
 def _has_triton() -> bool:
     try:
         return importlib.util.find_spec("triton") is not None
-    except ValueError:  # sys.modules["triton"] is None: made unavailable
+    except (ImportError, ValueError):  # from a finder that hides it; from a stand-in among sys.modules without a spec
         return False
 
 
@@ -293,5 +305,6 @@ def _label_rows(labels: Tensor, logits: Tensor) -> Tensor:
 def _offset_prior(log_prior: Tensor, tau: float) -> Tensor | None:
     """The log prior as implementations take it; with tau = 0 no class is out, and there is nothing to add."""
     if tau > 0.0:
-        return log_prior.contiguous()
+        kept = torch.compiler.is_compiling() or not log_prior.is_inference()  # autograd keeps no inference tensor
+        return log_prior.contiguous() if kept else log_prior.clone()
     return log_prior.masked_fill(log_prior == -torch.inf, 0.0) if log_prior.requires_grad else None

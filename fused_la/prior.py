@@ -161,7 +161,7 @@ def _to_int(value: Any, name: str) -> int:
     except TypeError:
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}") from None
     if not -(2**63) <= number < 2**63:
-        raise ValueError(f"{name} must fit in int64, got a larger number")
+        raise ValueError(f"{name} must fit in int64, got a number that does not")
     return number
 
 

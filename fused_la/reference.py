@@ -22,20 +22,39 @@ from torch import Tensor
 
 from fused_la._problem import Problem, read_labels
 
+# From this length on PyTorch splits a sum to a single number over a CPU's threads (its at::internal::GRAIN_SIZE).
+_SPLIT = 1 << 15
+
 
 class _Row(NamedTuple):
     z: Tensor  # (N, P, C) adjusted logits
     m: Tensor  # (N, P, 1) their maximum
     is_top: Tensor  # (N, P, C) bool: one class that attains it, j
+    dropped: Tensor | None  # (C,) bool: at log_prior = -inf
     e: Tensor  # (N, P, C) exp(z - m)
     rest: Tensor  # (N, P, 1)
 
 
+def _in_order(problem: Problem) -> Problem:
+    """The problem in memory order, and a lone wide row as two equal ones: every sum then runs along its own row.
+
+    Otherwise a row's bits would depend on the rows around it, and those of its gradients too, which autograd sums.
+    """
+    logits, target, target_weight = problem.logits, problem.target, problem.target_weight
+    n_outer, n_inner, n_classes = logits.shape
+    if n_outer * n_inner == 1 and n_classes >= _SPLIT:
+        logits, target = logits.expand(2, -1, -1), target.expand(2, -1, -1)
+        target_weight = None if target_weight is None else target_weight.expand(2, -1, -1)
+    return problem._replace(logits=logits.contiguous(), target=target.contiguous(), target_weight=target_weight)
+
+
 def _row(problem: Problem, live: Tensor | None) -> _Row:
     z = problem.logits.to(problem.compute_dtype)
-    offset = problem.offset()
+    offset, dropped = problem.offset(), None
     if offset is not None:
-        z = torch.where(offset == -math.inf, -math.inf, z + offset)
+        dropped = offset == -math.inf
+        dropped = dropped & ~dropped.all()  # a prior that leaves no class must not leave a gradient of 0
+        z = torch.where(dropped, -math.inf, z + offset)
     if live is not None:  # whatever stands in a row that does not count, it must not reach a product with 0
         z = torch.where(live.unsqueeze(-1), z, 0.0)
     top = z.detach().argmax(-1, keepdim=True)
@@ -43,7 +62,7 @@ def _row(problem: Problem, live: Tensor | None) -> _Row:
     m = z.gather(-1, top)
     e = (z - m).exp()
     rest = torch.where(is_top, 0.0, e).sum(-1, keepdim=True)
-    return _Row(z, m, is_top, e, rest + (m - m).detach())  # an infinite maximum makes the row NaN
+    return _Row(z, m, is_top, dropped, e, rest + (m - m).detach())  # an infinite maximum makes the row NaN
 
 
 def _weigh(mass: Tensor, nll: Tensor) -> Tensor:
@@ -56,17 +75,19 @@ def loss_rows(problem: Problem) -> tuple[Tensor, Tensor]:
 
     Equivalent to: `F.cross_entropy(logits + tau * log_prior, target, reduction="none", ...)`, row by row.
     """
+    problem, n_outer = _in_order(problem), problem.logits.shape[0]
     labels = None if problem.has_probabilities else read_labels(problem)
     row = _row(problem, None if labels is None else labels.live)
     # The gap of class j is 0 by definition, not z_j - z_j, whose two gradients would swamp that of log1p.
     nll = torch.where(row.is_top, 0.0, row.m - row.z) + row.rest.log1p()
     if labels is None:
-        return _weigh(_probability_mass(problem), nll).sum(-1), torch.ones_like(row.m[..., 0])
+        loss = _weigh(_probability_mass(problem), nll).sum(-1)
+        return loss[:n_outer], torch.ones_like(loss[:n_outer])
     loss = _weigh(labels.mass, nll.gather(-1, labels.classes)).sum(-1)
     smoothing = problem.smoothing_mass()
     if smoothing is not None:
         loss = loss + labels.share * _weigh(smoothing, nll).sum(-1)
-    return torch.where(labels.live, loss, 0.0), labels.row_weight
+    return torch.where(labels.live, loss, 0.0)[:n_outer], labels.row_weight[:n_outer]
 
 
 def gradient(problem: Problem, grad_rows: Tensor) -> Tensor:
@@ -74,6 +95,7 @@ def gradient(problem: Problem, grad_rows: Tensor) -> Tensor:
 
     It serves the second derivatives of the fused implementations.
     """
+    problem, n_outer = _in_order(problem), problem.logits.shape[0]
     labels = None if problem.has_probabilities else read_labels(problem)
     row = _row(problem, None if labels is None else labels.live)
     if labels is None:
@@ -86,11 +108,11 @@ def gradient(problem: Problem, grad_rows: Tensor) -> Tensor:
     d = 1.0 + row.rest
     p = row.e / d
     not_p = torch.where(row.is_top, row.rest / d, 1.0 - p)
+    grad_rows = grad_rows.expand(row.z.shape[:2])  # first, so that a sum over classes gives a number a row
     grad = grad_rows.unsqueeze(-1) * ((total - mass) * p - mass * not_p)
-    offset = problem.offset()
-    if offset is not None:
-        grad = torch.where(offset == -math.inf, 0.0, grad)
-    return grad if labels is None else torch.where(labels.live.unsqueeze(-1), grad, 0.0)
+    if row.dropped is not None:
+        grad = torch.where(row.dropped, 0.0, grad)
+    return (grad if labels is None else torch.where(labels.live.unsqueeze(-1), grad, 0.0))[:n_outer]
 
 
 def _probability_mass(problem: Problem) -> Tensor:

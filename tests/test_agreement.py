@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,6 +79,41 @@ def test_every_combination_of_options(impl, shape):
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("bad", [-1.0, float("nan")])
+def test_negative_weights_and_probabilities_are_taken_and_nan_spreads_as_in_pytorch(impl, bad, smoothing, reduction):
+    logits = torch.randn(4, 5, dtype=torch.float64, device=DEVICE)
+    prior = torch.zeros(5, dtype=torch.float64, device=DEVICE)
+    index = torch.tensor([0, 2, 2, 4], device=DEVICE)
+    probabilities = torch.rand(4, 5, dtype=torch.float64, device=DEVICE)
+    spoilt, weight = probabilities.clone(), torch.rand(5, dtype=torch.float64, device=DEVICE)
+    spoilt[1, 3] = weight[2] = bad
+    for target, w in [(index, weight), (probabilities, weight), (spoilt, None)]:
+        options = {"reduction": reduction, "label_smoothing": smoothing, "weight": w}
+        expected = outcome(lambda x, t=target, o=options: F.cross_entropy(x, t, **o), logits)
+        actual = outcome(
+            lambda x, t=target, o=options: logit_adjusted_cross_entropy(x, t, prior, impl=impl, **o), logits
+        )
+        torch.testing.assert_close(actual, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("bad", [-1.0, float("nan")])
+def test_a_negative_label_weight_is_taken_and_nan_spreads_over_its_row(impl, bad):
+    """As in class probabilities that hold the same."""
+    logits = torch.randn(4, 5, dtype=torch.float64, device=DEVICE)
+    prior = torch.zeros(5, dtype=torch.float64, device=DEVICE)
+    target, share = torch.tensor([[0, 1], [2, 3], [2, 4], [4, 0]], device=DEVICE), torch.rand(4, 2).double().to(DEVICE)
+    share[1, 0] = bad
+    dense = torch.zeros_like(logits).scatter_(1, target, share)
+    expected = outcome(lambda x: F.cross_entropy(x, dense, reduction="none"), logits)
+    actual = outcome(
+        lambda x: logit_adjusted_cross_entropy(x, target, prior, target_weight=share, reduction="none", impl=impl),
+        logits,
+    )
+    torch.testing.assert_close(actual, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_weighted_labels_are_the_weighted_sum_of_single_labels(impl, reduction, smoothing):
     """Mixup as people write it: lam * loss(y1) + (1 - lam) * loss(y2)."""
     logits = torch.randn(6, 9, dtype=torch.float64, device=DEVICE)
@@ -110,6 +147,31 @@ def test_a_mean_over_weighted_labels_counts_rows(impl):
     dense = torch.zeros(4, 5, dtype=torch.float64, device=DEVICE).scatter_add(1, target, share)
     actual = logit_adjusted_cross_entropy(logits, target, prior, target_weight=share, impl=impl)
     torch.testing.assert_close(actual, F.cross_entropy(logits, dense))
+
+
+def test_lines_that_the_readme_calls_equivalent_are():
+    """Its expressions stand in pairs, the eager one first."""
+    readme = Path(__file__).parents[1] / "README.md"
+    lines = readme.read_text().split("Equivalent to:\n\n```python\n")[1].split("# priors")[0]
+    class_counts = torch.tensor([500, 200, 100, 40, 20], device=DEVICE)
+    names = dict(
+        F=F, nn=torch.nn, torch=torch, tau=0.7, class_counts=class_counts, lam=0.3, eps=0.1,
+        LogitAdjustedCrossEntropyLoss=LogitAdjustedCrossEntropyLoss,
+        logit_adjusted_cross_entropy=logit_adjusted_cross_entropy,
+        logits=torch.randn(6, 5, device=DEVICE), log_prior=log_prior_from_counts(class_counts),
+        target=torch.tensor([0, 1, 2, 3, 4, 4], device=DEVICE), weight=torch.rand(5, device=DEVICE),
+        y1=torch.tensor([0, 1, 2, 3, 4, 4], device=DEVICE), y2=torch.tensor([4, 1, 0, 0, 2, 3], device=DEVICE),
+        q=torch.tensor([0.5, 0.2, 0.1, 0.1, 0.1], device=DEVICE), ignore_index=3, reduction="mean", label_smoothing=0.2,
+    )  # fmt: skip
+    values = []
+    for statement in ast.parse(lines).body:
+        if isinstance(statement, ast.Expr):
+            values.append(eval(ast.unparse(statement), names))
+        else:
+            exec(ast.unparse(statement), names)
+    assert len(values) >= 8
+    for eager, ours in zip(values[::2], values[1::2], strict=True):
+        torch.testing.assert_close(ours, eager)
 
 
 def test_the_module_is_the_function(impl):

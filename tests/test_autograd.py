@@ -846,3 +846,15 @@ def test_second_derivatives_and_tangents_are_the_reference_formulas(rows, monkey
         dual = forward_ad.make_dual(logits, torch.ones_like(logits))
         logit_adjusted_cross_entropy(dual, target, log_prior, impl=impl)
     assert (len(gradients), len(forwards)) == (1, 1)
+
+
+def test_a_log_prior_made_in_inference_mode_may_be_trained_with(impl, device):
+    """As `F.cross_entropy(logits + log_prior, target)` may."""
+    with torch.inference_mode():
+        log_prior = torch.tensor([0.5, 0.25, 0.25], device=device).log()
+    logits, target = torch.randn(2, 3, device=device, requires_grad=True), torch.tensor([0, 2], device=device)
+    gradients = []
+    for prior in (log_prior, log_prior.clone()):
+        loss = logit_adjusted_cross_entropy(logits, target, prior, impl=impl)
+        gradients.append(torch.autograd.grad(loss, logits)[0])
+    assert torch.equal(*gradients)

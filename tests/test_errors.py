@@ -20,7 +20,9 @@ import torch
 from torch.func import grad, vmap
 
 import fused_la
+import fused_la.reference
 from fused_la import LogitAdjustedCrossEntropyLoss, logit_adjusted_cross_entropy
+from fused_la._problem import Problem
 
 N_ROWS, N_CLASSES = 3, 5
 INT64 = torch.iinfo(torch.int64)
@@ -40,6 +42,9 @@ def valid_arguments(device, target_kind="index labels"):
     if target_kind == "probabilities":
         arguments["target"] = torch.full((N_ROWS, N_CLASSES), 1 / N_CLASSES, device=device)
     return arguments
+
+
+MOVE = "; move it, or the module that holds it, with .to(logits.device)"
 
 
 def assert_refused(error, message, call):
@@ -79,7 +84,8 @@ def cpu(device):
 
 # logits ---------------------------------------------------------------------------------------------------------------
 
-FLOATING_LOGITS = "logits must be float16, bfloat16, float32 or float64, got "
+FLOATING = "{} must be float16, bfloat16, float32 or float64, got {}"
+FLOATING_LOGITS = FLOATING.format("logits", "")
 
 
 @table(
@@ -161,15 +167,15 @@ def test_what_is_not_a_floating_number_a_class_is_refused(impl, device, name, va
 @pytest.mark.parametrize("name", ["log_prior", "weight", "smoothing_distribution"])
 def test_class_vectors_on_another_device_are_refused(impl, device, name):
     on_logits_device = valid_arguments(device)["logits"].device
-    message = f"{name} must be on the device of the logits, {on_logits_device}, got meta"
+    message = f"{name} must be on the device of the logits, {on_logits_device}, got meta" + MOVE
     assert_loss_refuses(impl, device, ValueError, message, **{name: torch.full((5,), 0.2, device="meta")})
 
 
 @pytest.mark.parametrize("name", ["weight", "smoothing_distribution"])
-@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, FLOAT8])
 def test_class_vectors_that_are_not_floating_are_refused(impl, device, name, dtype):
     value = torch.tensor([1, 0, 0, 0, 0], device=device).to(dtype)
-    assert_loss_refuses(impl, device, TypeError, f"{name} must be floating, got {dtype}", **{name: value})
+    assert_loss_refuses(impl, device, TypeError, FLOATING.format(name, dtype), **{name: value})
 
 
 @pytest.mark.parametrize("tau", [0.0, 1.0])
@@ -177,7 +183,7 @@ def test_class_vectors_that_are_not_floating_are_refused(impl, device, name, dty
 def test_class_counts_as_log_prior_are_refused_with_the_way_to_a_log_prior(impl, device, dtype, tau):
     counts = torch.tensor([5, 4, 3, 2, 1], device=device).to(dtype)
     hint = "; log_prior_from_counts makes a log prior from class counts"
-    message = f"log_prior must be floating, got {dtype}{hint}"
+    message = FLOATING.format("log_prior", dtype) + hint
     assert_loss_refuses(impl, device, TypeError, message, log_prior=counts, tau=tau)
     assert callable(fused_la.log_prior_from_counts)
 
@@ -195,12 +201,23 @@ def test_log_prior_must_be_given(impl, device):
         ([-math.inf, -math.inf, -math.inf, -math.inf, math.nan], "finite or -inf, got nan for some class"),
         ([0.0, 0.0, 0.0, 0.0, math.inf], "finite or -inf, got inf for some class"),
         ([-math.inf, 0.0, 0.0, math.inf, 0.0], "finite or -inf, got inf for some class"),
-        ([-math.inf] * 5, "finite for some class, got -inf for every class"),
     ],
 )
 def test_impossible_log_priors_are_refused(impl, cpu, tau, log_prior, problem):
     message = f"log_prior must be {problem}"
     assert_loss_refuses(impl, cpu, ValueError, message, log_prior=torch.tensor(log_prior), tau=tau)
+
+
+def test_a_log_prior_that_leaves_no_class_is_refused_where_it_is_used(impl, cpu):
+    nothing = torch.full((5,), -math.inf)
+    message = "log_prior must be finite for some class, got -inf for every class"
+    assert_loss_refuses(impl, cpu, ValueError, message, log_prior=nothing, tau=0.5)
+    arguments = valid_arguments(cpu)
+    expected = torch.nn.functional.cross_entropy(arguments["logits"], arguments["target"])
+    for learned in (False, True):
+        arguments["log_prior"] = nothing.requires_grad_(learned)
+        loss = logit_adjusted_cross_entropy(**arguments, tau=0.0, impl=impl)
+        assert abs(loss.item() - expected.item()) <= 2 * torch.finfo(torch.float32).eps * expected.item()
 
 
 def adds_up_to(total, smallest):
@@ -240,7 +257,7 @@ def test_probabilities_rounded_to_half_precision_still_add_up(impl, device, dtyp
 
 # target ---------------------------------------------------------------------------------------------------------------
 
-TARGET_DTYPE = "target must be int64 class indices or floating probabilities, got "
+TARGET_DTYPE = "target must be int64 class indices, or probabilities in float16, bfloat16, float32 or float64, got "
 INDEX_SHAPE = "target must have shape (3,) for class indices, got "
 SEVERAL = "; several labels a row need target_weight, and class probabilities must be floating"
 
@@ -289,7 +306,7 @@ def test_bad_targets_are_refused(impl, device, value, error, message):
 @pytest.mark.parametrize("target_kind", INTERFACES)
 def test_a_target_on_another_device_is_refused(impl, device, target_kind):
     arguments = valid_arguments(device, target_kind)
-    message = f"target must be on the device of the logits, {arguments['logits'].device}, got meta"
+    message = f"target must be on the device of the logits, {arguments['logits'].device}, got meta" + MOVE
     assert_loss_refuses(impl, device, ValueError, message, target_kind, target=arguments["target"].to("meta"))
 
 
@@ -319,10 +336,10 @@ WEIGHTED_SHAPE = "target must have shape (3, K) with K >= 1 labels for target_we
 @table(
     ("list", lambda d: [[1.0, 0.0]] * 3, TypeError, "target_weight must be a torch.Tensor, got list"),
     ("int64", lambda d: torch.ones(3, 2, device=d).long(), TypeError,
-     "target_weight must be floating, got torch.int64"),
-    ("bool", lambda d: torch.ones(3, 2, device=d).bool(), TypeError, "target_weight must be floating, got torch.bool"),
+     FLOATING.format("target_weight", "torch.int64")),
+    ("bool", lambda d: torch.ones(3, 2, device=d).bool(), TypeError, FLOATING.format("target_weight", "torch.bool")),
     ("complex", lambda d: torch.ones(3, 2, device=d) + 0j, TypeError,
-     "target_weight must be floating, got torch.complex64"),
+     FLOATING.format("target_weight", "torch.complex64")),
     ("sparse", lambda d: torch.ones(3, 2, device=d).to_sparse(), TypeError,
      "target_weight must be a dense tensor, got layout torch.sparse_coo"),
     ("too few rows", lambda d: torch.ones(2, 2, device=d), ValueError,
@@ -342,7 +359,7 @@ def test_bad_target_weights_are_refused(impl, device, value, error, message):
 
 def test_a_target_weight_on_another_device_is_refused(impl, device):
     on_logits_device = valid_arguments(device)["logits"].device
-    message = f"target_weight must be on the device of the logits, {on_logits_device}, got meta"
+    message = f"target_weight must be on the device of the logits, {on_logits_device}, got meta" + MOVE
     weight = torch.ones(3, 2, device="meta")
     assert_loss_refuses(impl, device, ValueError, message, "weighted labels", target_weight=weight)
 
@@ -480,20 +497,83 @@ def test_under_vmap_one_of_several_labels_out_of_range_makes_its_row_nan(impl, d
     assert vmap(grad(row_loss))(*rows).isnan().any(1).tolist() == [False, True, False]
 
 
-def test_under_vmap_an_impossible_log_prior_makes_the_loss_nan(impl, device):
+def assert_all_nan_but_the_first(loss, gradient):
+    assert loss[0].isfinite().all()
+    assert gradient[0].isfinite().all()
+    assert loss[1:].isnan().all()
+    assert gradient[1:].isnan().all()
+
+
+def derivatives_of_priors(device, impl):
+    """Losses and gradients as a function of the log prior; the first of the priors is a good one."""
     arguments = valid_arguments(device)
-    good = arguments["log_prior"]
+    good = arguments.pop("log_prior")
     priors = torch.stack([good, good, good, torch.full_like(good, -math.inf)])
     priors[1, 3], priors[2, 3] = math.nan, math.inf
+    logits = arguments.pop("logits")
 
-    def losses(log_prior):
+    def losses(log_prior, logits=logits):
         return logit_adjusted_cross_entropy(
-            arguments["logits"], arguments["target"], log_prior, reduction="none", impl=impl
-        )  # fmt: skip
+            logits, log_prior=log_prior, **arguments, tau=0.5, reduction="none", impl=impl
+        )
 
-    loss = vmap(losses)(priors)
-    assert loss[0].isfinite().all()
-    assert loss[1:].isnan().all()
+    return losses, logits, priors
+
+
+def test_under_vmap_an_impossible_log_prior_makes_loss_and_gradient_nan(impl, device):
+    losses, logits, priors = derivatives_of_priors(device, impl)
+    gradient = vmap(lambda prior: grad(lambda x: losses(prior, x).sum())(logits))(priors)
+    assert_all_nan_but_the_first(vmap(losses)(priors), gradient)
+
+
+def compiled_outcome(losses, logits, *rows):
+    """Stacked losses and gradients, where a tracer hides the values from the door."""
+    torch.compiler.reset()
+    compiled, outcomes = torch.compile(losses, fullgraph=True, backend="aot_eager"), []
+    for row in rows:
+        x = logits.detach().requires_grad_()
+        loss = compiled(row, x)
+        outcomes.append((loss.detach(), torch.autograd.grad(loss.sum(), x)[0]))
+    return [torch.stack(part) for part in zip(*outcomes, strict=True)]
+
+
+@pytest.mark.parametrize("impl", ["reference", "blocked"])
+def test_a_traced_impossible_log_prior_makes_loss_and_gradient_nan(impl, cpu):
+    losses, logits, priors = derivatives_of_priors(cpu, impl)
+    assert_all_nan_but_the_first(*compiled_outcome(losses, logits, *priors))
+
+
+def test_second_derivatives_of_an_impossible_log_prior_are_nan():
+    """Of the reference's closed form, which the other implementations differentiate."""
+    logits, log_prior = torch.zeros(1, 1, 5), torch.full((5,), -math.inf)
+    problem = Problem(logits, log_prior, torch.zeros(1, 1, 1).long(), None, None, None, 1.0, 0.0, -100)
+    assert fused_la.reference.gradient(problem, torch.ones(1, 1)).isnan().all()
+
+
+@pytest.mark.parametrize("target_kind", INTERFACES)
+def test_where_it_cannot_be_read_smoothing_toward_no_distribution_makes_loss_and_gradient_nan(
+    impl, device, target_kind
+):
+    arguments = valid_arguments(device, target_kind)
+    logits = arguments.pop("logits")
+    distributions = torch.tensor(
+        [
+            [0.5, 0.125, 0.125, 0.125, 0.125],
+            [-0.5, 0.5, 0.5, 0.25, 0.25],
+            [5.0, 4.0, 3.0, 2.0, 1.0],
+            [0.25, 0.25, 0.25, 0.25, math.nan],
+        ],
+        device=device,
+    )
+
+    def losses(distribution, x=logits):
+        return logit_adjusted_cross_entropy(
+            x, **arguments, label_smoothing=0.1, smoothing_distribution=distribution, reduction="none", impl=impl
+        )
+
+    gradient = vmap(lambda q: grad(lambda x: losses(q, x).sum())(logits))(distributions)
+    assert_all_nan_but_the_first(vmap(losses)(distributions), gradient)
+    assert_all_nan_but_the_first(*compiled_outcome(losses, logits, *distributions))
 
 
 def test_under_vmap_shapes_are_still_checked(impl, device):
@@ -617,7 +697,7 @@ def test_ignore_index_must_be_an_int(impl, device, value):
 
 @pytest.mark.parametrize("value", [INT64.max + 1, 2**70, INT64.min - 1])
 def test_ignore_index_must_fit_the_labels(impl, device, value):
-    message = "ignore_index must fit in int64, got a larger number"
+    message = "ignore_index must fit in int64, got a number that does not"
     assert_loss_refuses(impl, device, ValueError, message, ignore_index=value)
 
 
@@ -651,6 +731,17 @@ NO_TRITON_HERE = (
 
 def on_meta():
     return {name: value.to("meta") for name, value in valid_arguments("cpu").items()}
+
+
+@pytest.mark.parametrize("impl", ["reference", "auto"])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_the_reference_gives_shapes_where_there_are_no_values(impl, reduction):
+    arguments = on_meta()
+    logits = arguments["logits"].requires_grad_()
+    options = dict(weight=torch.ones(5, device="meta"), label_smoothing=0.1)
+    loss = logit_adjusted_cross_entropy(**arguments, **options, reduction=reduction, impl=impl)
+    assert loss.shape == (arguments["target"].shape if reduction == "none" else ())
+    assert torch.autograd.grad(loss.sum(), logits)[0].shape == logits.shape
 
 
 def test_blocked_is_refused_off_the_cpu():
@@ -738,7 +829,7 @@ def test_the_module_refuses_unusable_counts(counts, error, message):
         (dict(label_smoothing=2), ValueError, "label_smoothing must be between 0 and 1, got 2"),
         (dict(impl="cuda"), ValueError, "impl must be 'auto', 'triton', 'blocked' or 'reference', got 'cuda'"),
         (dict(weight=torch.ones(4)), ValueError, "weight must have shape (5,), got (4,)"),
-        (dict(weight=torch.ones(5).long()), TypeError, "weight must be floating, got torch.int64"),
+        (dict(weight=torch.ones(5).long()), TypeError, FLOATING.format("weight", "torch.int64")),
         (
             dict(smoothing_distribution=torch.full((4,), 0.25)),
             ValueError,
@@ -763,7 +854,7 @@ def test_the_module_refuses_unusable_inputs(impl, device):
     logits, target = arguments["logits"], arguments["target"]
     assert math.isfinite(criterion(logits, target).item())
 
-    other = f"log_prior must be on the device of the logits, meta, got {criterion.log_prior.device}"
+    other = f"log_prior must be on the device of the logits, meta, got {criterion.log_prior.device}" + MOVE
     assert_refused(ValueError, other, lambda: criterion(logits.to("meta"), target.to("meta")))
     too_few = "log_prior must have shape (4,), got (5,)"
     assert_refused(ValueError, too_few, lambda: criterion(logits[:, :4], target))

@@ -1,6 +1,7 @@
 """`LogitAdjustedCrossEntropyLoss` as a module among others: copied, saved, cast and moved.
 
-What must not happen to it: `model.half()` rounds a log prior of -12 to steps of 1/128, in bfloat16 of 1/16.
+What must not happen to it: `model.half()` rounds a log prior of -12 to steps of 1/128, in bfloat16 of 1/16, and class
+weights and probabilities to 3 digits.
 """
 
 import copy
@@ -78,21 +79,28 @@ CASTS = {
 
 @pytest.mark.parametrize("name", CASTS)
 @pytest.mark.parametrize("parents", [0, 2])
-def test_no_cast_rounds_the_log_prior(name, parents):
+def test_no_cast_rounds_what_the_module_holds(name, parents):
     """Cast by itself, or with the model that it is a part of."""
-    criterion = LogitAdjustedCrossEntropyLoss(COUNTS)
-    exact = criterion.log_prior.clone()
+    distribution = torch.tensor([0.4, 0.3, 0.2, 0.07, 0.03])
+    criterion = LogitAdjustedCrossEntropyLoss(COUNTS, weight=WEIGHT / 3, smoothing_distribution=distribution)
+    exact = {name: buffer.clone() for name, buffer in criterion.named_buffers()}
+    assert len(exact) == 3
     module = criterion
     for _ in range(parents):
         module = torch.nn.Sequential(torch.nn.Linear(3, 3), module)
     CASTS[name](module)
-    assert criterion.log_prior.dtype in (torch.float32, torch.float64)
     moved = name == "to device and dtype"
-    assert criterion.log_prior.device.type == ("meta" if moved else "cpu")
-    if moved:
-        return
-    assert torch.equal(criterion.log_prior, exact.to(criterion.log_prior.dtype))
-    assert torch.equal(criterion.state_dict()["log_prior"], criterion.log_prior)
+    for name, buffer in criterion.named_buffers():
+        assert buffer.dtype in (torch.float32, torch.float64)
+        assert buffer.device.type == ("meta" if moved else "cpu")
+        if not moved:
+            assert torch.equal(buffer, exact[name].to(buffer.dtype))
+            assert torch.equal(criterion.state_dict()[name], buffer)
+
+
+def test_class_weights_given_in_half_precision_stay_so():
+    criterion = LogitAdjustedCrossEntropyLoss(COUNTS, weight=WEIGHT.half())
+    assert criterion.bfloat16().weight.dtype == torch.float16
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -112,6 +120,16 @@ def test_buffers_move_with_the_model_and_nothing_is_trained():
     assert {name: b.device.type for name, b in model.named_buffers()} == {"1.log_prior": "meta", "1.weight": "meta"}
     assert list(criterion.parameters()) == []
     assert set(criterion.state_dict()) == {"log_prior", "weight"}
+
+
+def test_options_may_come_from_another_device_than_the_counts_until_all_move():
+    """Counts in a list, class weights where the model is."""
+    options = dict(weight=WEIGHT.to("meta"), label_smoothing=0.1, smoothing_distribution=DISTRIBUTION.to("meta"))
+    criterion = LogitAdjustedCrossEntropyLoss(COUNTS, impl="reference", **options)
+    logits, target = torch.zeros(4, 5, device="meta"), torch.zeros(4, dtype=torch.int64, device="meta")
+    with pytest.raises(ValueError, match=r"log_prior must be on .* meta, got cpu; .* with \.to\(logits\.device\)$"):
+        criterion(logits, target)
+    assert criterion.to("meta")(logits, target).shape == ()
 
 
 def test_impl_of_the_module_is_the_one_that_runs(device, inputs, impl, monkeypatch):

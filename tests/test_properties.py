@@ -315,6 +315,53 @@ def test_row_bits_of_blocked_do_not_depend_on_the_batch_where_a_sum_is_split_ove
         assert same_bits(lone_gradient, gradient[[row]]), row
 
 
+def row_outcomes(problem, impl):
+    """Losses, first derivatives, and second ones in logits and upstream gradient."""
+    logits = problem.logits.detach().requires_grad_()
+    loss = logit_adjusted_cross_entropy(
+        logits, problem.target, problem.log_prior, reduction="none", impl=impl, **problem.options
+    )
+    upstream = torch.ones_like(loss).requires_grad_()
+    (gradient,) = torch.autograd.grad(loss, logits, upstream, create_graph=True)
+    direction = torch.linspace(-1.0, 1.0, problem.logits.shape[1], dtype=gradient.dtype)
+    second = torch.autograd.grad((gradient.movedim(1, -1) * direction).sum(), [logits, upstream])
+    return [loss.detach(), gradient.detach(), *second]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("n_classes", [17, 32767, 32768, 40009])
+@pytest.mark.parametrize("impl", ["reference", "blocked"])
+def test_row_bits_of_derivatives_do_not_depend_on_the_batch_where_sums_are_split(
+    cpu, threads, impl, n_classes, options
+):
+    """Also those that autograd makes of the reference formula; a sum to one number is split from 32,768 terms on."""
+    for n_threads in (2, 4):
+        threads(n_threads)
+        problem = wide_problem(cpu, torch.float32, 5, n_classes, options)
+        batch = row_outcomes(problem, impl)
+        for row in (0, 3):
+            for lone, together in zip(row_outcomes(problem.rows([row]), impl), batch, strict=True):
+                assert same_bits(lone, together[[row]]), (n_threads, row)
+
+
+@pytest.mark.parametrize("options", ["plain", "smoothing and weights", "probabilities"])
+@pytest.mark.parametrize("n_classes", [17, 40009])
+def test_row_bits_do_not_depend_on_the_place_in_an_image(cpu, threads, n_classes, options):
+    """(2, C, 3), whose classes are not adjacent, against the (1, C, 1) of one place."""
+    threads(4)
+    flat = wide_problem(cpu, torch.float32, 6, n_classes, options)
+    logits = flat.logits.reshape(2, 3, n_classes).movedim(2, 1).contiguous()
+    target = flat.target.reshape(2, 3, *flat.target.shape[1:])
+    target = target.movedim(2, 1).contiguous() if options == "probabilities" else target
+    image = flat._replace(logits=logits, target=target)
+    for impl in ("reference", "blocked"):
+        loss, gradient = row_outcomes(image, impl)[:2]
+        place = target[1:, :, 2:] if options == "probabilities" else target[1:, 2:]
+        lone_loss, lone_gradient = row_outcomes(image._replace(logits=logits[1:, :, 2:], target=place), impl)[:2]
+        assert same_bits(lone_loss, loss[1:, 2:]), impl
+        assert same_bits(lone_gradient, gradient[1:, :, 2:]), impl
+
+
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("n_rows", [1, 2])
 def test_bits_of_blocked_do_not_depend_on_the_number_of_threads(cpu, threads, n_rows, options):
@@ -336,7 +383,7 @@ def test_row_bits_of_blocked_do_not_depend_on_its_block(cpu, threads, monkeypatc
     threads(4)
     problem = wide_problem(cpu, dtype, 7, n_classes, options)
     outcomes, n_blocks = [], []
-    reduce_block = fused_la._blocked._reduce_block
+    reduce_block, blocks = fused_la._blocked._reduce_block, fused_la._blocked.row_blocks
 
     def counted(*arguments):
         n_blocks[-1] += 1
@@ -344,7 +391,9 @@ def test_row_bits_of_blocked_do_not_depend_on_its_block(cpu, threads, monkeypatc
 
     monkeypatch.setattr(fused_la._blocked, "_reduce_block", counted)
     for height in (4, 6, 7):
-        monkeypatch.setattr(fused_la._blocks, "BLOCK_ELEMENTS", height * n_classes)
+        monkeypatch.setattr(
+            fused_la._blocked, "row_blocks", lambda n_outer, n_inner, _, height=height: blocks(n_outer, n_inner, height)
+        )
         n_blocks.append(0)
         outcomes.append(problem.outcome("blocked"))
     assert n_blocks == [2, 2, 1]
