@@ -217,7 +217,7 @@ def tile_elements(call: Call) -> tuple[float, float]:
     per_class = [vectors.log_prior]
     if dense or call.arguments["HAS_SMOOTHING"]:
         per_class += [vectors.weight, vectors.smoothing_distribution]
-    columns = max(call.arguments["VEC"], call.arguments["BLOCK_C"] / n_threads)
+    columns = max(call.arguments.get("VEC", 1), call.arguments["BLOCK_C"] / n_threads)
     n_bytes = elements * call.arguments["logits"].element_size()
     n_bytes += sum(columns * vector.element_size() for vector in per_class if vector is not None)
     return elements, n_bytes + (elements * vectors.target.element_size() if dense else 0)

@@ -294,7 +294,7 @@ def launch_forward(
     # Apart, for the loss is the caller's: an in-place change of it must not look like one of what backward saved.
     loss = logits.new_empty((n_outer, n_inner), dtype=dtype)
     state = logits.new_empty((3, n_outer, n_inner), dtype=dtype)
-    reduced, normalizer = loss.new_empty(()), loss.new_empty(())
+    reduced, normalizer = loss.new_empty(()), loss.new_empty(0 if reduction == "none" else ())
     layout = layout_of(logits)
     gradient = grad_buffer(logits, layout) if with_gradient else None
     if n_rows == 0:

@@ -140,7 +140,7 @@ def label_gradient(
     N_LABELS: tl.constexpr, HAS_SMOOTHING: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """(class, gradient, whether it counts) of each row's label k; equal labels of a row get equal gradients."""
-    label, mass, _, _, counts = load_label(
+    label, mass, row_weight, own_share, counts = load_label(
         vectors, rows * N_LABELS + k, mask_rows, n_classes, smoothing, ignore_index, COMPUTE
     )
     if N_LABELS > 1:

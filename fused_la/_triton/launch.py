@@ -76,7 +76,7 @@ CHUNK = 1 << 14  # classes of a partial sum, or more where a row would have over
 MAX_CHUNKS = 32
 ROWS = 2  # that share each load of the offset; with 4, kernels took up to 168 registers (sm_90, 1001 classes)
 GRAD_TILES = 8  # tiles of a backward program, at most
-NARROW_TILE = 2048  # elements of a tile without 16-byte vectors
+NARROW_TILE = 1024  # elements of a tile without 16-byte vectors, whose addresses take more registers
 PROGRAMS_A_MULTIPROCESSOR = 2  # fewer leave multiprocessors idle: rows are split, or fewer share a program
 RESIDENT_THREADS = 768  # on a multiprocessor, at up to 80 registers each
 
@@ -96,8 +96,8 @@ def choose_launch(
         wide = layout.is_aligned(n_classes, vec) or n_classes >= 32 * vec
     if not wide:
         # Where classes are not adjacent (images, (N, C, d1, ...)) neighbouring rows are: the tile is tall.
-        block_c = min(triton.next_power_of_2(n_classes), NARROW_TILE if layout.adjacent else 32)
-        block_rows = max(1, NARROW_TILE // block_c)
+        block_c = min(triton.next_power_of_2(n_classes), NARROW_TILE if layout.adjacent else 16)
+        block_rows = NARROW_TILE // block_c
         tiles = _chunk_tiles(n_classes, block_c)
         launch = Launch(1, False, block_rows, block_c, tiles, 1, 1, num_warps=4)
         return launch._replace(splits=_splits(launch, n_rows, n_classes, device))

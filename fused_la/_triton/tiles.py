@@ -69,6 +69,7 @@ def group_rows(group, period, n_rows, BLOCK_ROWS: tl.constexpr):
 @triton.jit
 def row_offsets(rows, n_inner, strides):
     """Where each of the (N, P) rows begins, in 64 bits: N * C may pass 2^31."""
+    rows = rows.to(tl.int64)
     outer = rows // n_inner
     return outer * strides[0] + (rows - outer * n_inner) * strides[1]
 
