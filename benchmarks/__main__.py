@@ -7,6 +7,7 @@ import datetime
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -46,9 +47,9 @@ def a_positive(kind: type) -> Callable[[str], float]:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Time and memory of the logit-adjusted cross entropy: fused_la and what else there is. Every provider is "
-        "checked against float64 before it is timed; one that cannot run here is listed with the reason. Results go to "
-        "OUT/<device>/<date>.json, .md and .png, the JSON after every provider: Ctrl-C keeps what is done.",
+        description="Time and memory of the logit-adjusted cross entropy: fused_la and what else there is. Every "
+        "provider is checked against float64 before it is timed; one that cannot run here is listed with the reason. "
+        "Results go to OUT/<device>/<date>.json, .md and .png, the JSON after every figure: Ctrl-C keeps what is done.",
         epilog="selections: " + "; ".join(f"{name}: {selection.description}" for name, selection in SELECTIONS.items()),
     )
     a_selection = a_name("selection", list(SELECTIONS))
@@ -73,7 +74,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=a_name("provider", list(PROVIDERS)),
         help="only these, and eager, which ratios are against",
     )
-    axis = dict(nargs="+", default=())
+    axis: dict[str, Any] = dict(nargs="+", default=())
     parser.add_argument(
         "--classes",
         metavar="C",

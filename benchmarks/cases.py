@@ -142,7 +142,7 @@ SELECTIONS = {
         seconds=5.0,
     ),
     "script": Selection(
-        "as a plain training script on a CPU: eager and fused_la in turn, nothing else on the heap, five processes a case",
+        "as a plain training script on a CPU: eager and fused_la in turn, nothing else on the heap, five processes",
         cpu=_EAGER_PAYS_FOR_PAGES,
         gpu=(),
         memory=("fresh",),

@@ -13,7 +13,7 @@ import torch
 from benchmarks import timing
 from benchmarks.cases import MODES, Batch, Case, head_flops, least_bytes, make_batch
 from benchmarks.check import BLOCK, EXACT, Errors, allowed, errors
-from benchmarks.providers import PROVIDERS, Provider, UnavailableError, baseline
+from benchmarks.providers import PROVIDERS, Provider, UnavailableError, as_they_are, baseline, folded
 from benchmarks.timing import Step
 
 Record = dict[str, Any]
@@ -53,7 +53,7 @@ class GpuBrokenError(Exception):
 
 
 def bytes_needed(case: Case, provider: Provider, device: str, check: bool = True) -> int:
-    """An upper bound of the memory of a step and its check, what the provider allocates being known from its formula."""
+    """An upper bound of the memory of a step and its check, by what each provider allocates."""
     elements = case.n_rows * case.n_classes
     others = baseline(case).buffers if device == "cpu" else 0  # which runs in turn there
     buffers = 4 * elements * max(provider.buffers, others)
@@ -63,7 +63,7 @@ def bytes_needed(case: Case, provider: Provider, device: str, check: bool = True
         inputs = 3 * size * (case.n_classes + case.n_rows) * (case.n_features + 64)  # folded too, and gradients
         exact = (24 * elements + 8 * BLOCK[device] * 4) if check else 0
         return inputs + buffers + targets + exact
-    kept = 2 + (provider.overwrites or provider.inputs is not PROVIDERS["eager"].inputs)  # logits, gradient, a copy
+    kept = 2 if provider.inputs is as_they_are else 4  # logits and gradient; folded logits, for the check too
     exact = 8 * max(BLOCK[device], case.n_classes) * 6 if check else 0
     return kept * case.logits_bytes + buffers + targets + exact
 
@@ -79,9 +79,9 @@ def make_step(provider: Provider, case: Case, batch: Batch, device: str) -> Step
 
 def check(provider: Provider, case: Case, batch: Batch, step: Step, device: str) -> tuple[Record, str]:
     """Its errors, and what is wrong with them, "" if nothing is."""
-    has_offset = provider.inputs is PROVIDERS["eager"].inputs
+    has_offset = provider.inputs is as_they_are
     # The input that it gets: the raw logits and the offset, or the folded ones.
-    own = batch.leaves if has_offset else PROVIDERS["eager, folded"].inputs(batch.leaves, batch.log_prior)
+    own = batch.leaves if has_offset else folded(batch.leaves, batch.log_prior)
     offset = batch.log_prior if has_offset else None
 
     def errors_of(step: Step, provider: Provider) -> tuple[Errors, Errors, torch.dtype]:

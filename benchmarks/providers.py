@@ -37,8 +37,10 @@ def folded(leaves: Sequence[Tensor], log_prior: Tensor) -> tuple[Tensor, ...]:
 
 
 def bias_as_feature(leaves: Sequence[Tensor], log_prior: Tensor) -> tuple[Tensor, ...]:
-    """A head without bias that gives the same logits: the folded bias is the weight of a feature that is always 1. Zeros
-    fill features and weight up to a multiple of 64."""
+    """A head without bias that gives the same logits: the folded bias is the weight of a feature that is always 1.
+
+    Zeros fill features and weight up to a multiple of 64.
+    """
     features, weight, bias = folded(leaves, log_prior)
     padding = -(features.shape[1] + 1) % 64
     one = features.new_ones(len(features), 1)
@@ -201,8 +203,8 @@ def four_products(case: Case, device: str) -> Loss:
     def products(leaves: Sequence[Tensor], batch: Batch) -> Tensor:
         features, weight, _ = leaves
         logits = features @ weight.T
-        logits = features @ weight.T
-        logits @ weight
+        torch.mm(features, weight.T, out=logits)
+        _grad_features = logits @ weight
         return logits.T @ features
 
     return products
@@ -229,8 +231,8 @@ PROVIDERS: dict[str, Provider] = {
         Provider("torch.compile", "eager compiled for its shape, fullgraph", compiled, buffers=5),
         Provider(
             "Liger-Kernel",
-            "liger_cross_entropy; offset folded into the logits beforehand, not timed; it overwrites the logits, so each "
-            "run gets a fresh copy, not timed",
+            "liger_cross_entropy; offset folded into the logits beforehand, not timed; it overwrites the logits, so "
+            "each run gets a fresh copy, not timed",
             liger,
             inputs=folded,
             overwrites=True,
@@ -249,8 +251,8 @@ PROVIDERS: dict[str, Provider] = {
         ),
         Provider(
             "flash-attention",
-            "its Triton cross_entropy_loss and a mean; offset folded into the logits beforehand, not timed; two labels in "
-            "two calls",
+            "its Triton cross_entropy_loss and a mean; offset folded into the logits beforehand, not timed; two labels "
+            "in two calls",
             flash_attention,
             inputs=folded,
             targets=("hard", "two-label"),
@@ -308,8 +310,8 @@ PROVIDERS: dict[str, Provider] = {
         ),
         Provider(
             "cut-cross-entropy",
-            "linear_cross_entropy, small gradients dropped as by default; bias and offset are the weight of a feature that is "
-            "always 1, concatenated beforehand, not timed",
+            "linear_cross_entropy, small gradients dropped as by default; bias and offset are the weight of a feature "
+            "that is always 1, concatenated beforehand, not timed",
             cut_cross_entropy,
             head=True,
             inputs=bias_as_feature,

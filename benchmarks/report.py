@@ -13,12 +13,12 @@ Document = dict[str, Any]
 
 UNITS = {
     "rows, classes, features": "shape of the logits (rows, classes); features of a head, 0 without one",
-    "mode": "forward: the loss where no input requires grad; backward: loss.backward() after a forward pass that is not "
-    "timed; both: one training step. A provider that computes the gradient in its forward pass has little left in "
+    "mode": "forward: the loss where no input requires grad; backward: loss.backward() after a forward pass that is "
+    "not timed; both: one training step. A provider that computes the gradient in its forward pass has little left in "
     "backward: compare it in both",
     "timer": "alternating: wall time, eager before each run, in one process; events: device events, the level-2 cache "
-    "filled with other data; wall: from the call until the device has finished, caches warm; graph: a CUDA graph's replay "
-    "by device events, the cache filled with other data",
+    "filled with other data; wall: from the call until the device has finished, caches warm; graph: a CUDA graph's "
+    "replay by device events, the cache filled with other data",
     "memory": "state of a CPU's memory. held: as the process keeps it; returned: free memory handed back to the system "
     "before each step (malloc_trim); fresh: processes with nothing else on their heaps, median of their medians",
     "ms, ms_low, ms_high": "milliseconds: median and quartiles over rounds (fresh: lowest and highest process)",
@@ -27,14 +27,14 @@ UNITS = {
     "tflop_per_s": "10^12 operations a second of a head's matrix products: 1 in forward, 2 in backward, 3 in both",
     "share_of_copy": "gb_per_s over the device's copy bandwidth (bytes read and written) measured in the same run",
     "times_faster_than_eager": "median of eager over this median: of the alternating runs, or on a GPU of eager's row",
-    "peak_bytes": "bytes of one run beyond its inputs, gradients included. GPU: peak of PyTorch's allocator; CPU: growth of "
-    "the peak resident set after free memory was returned to the system",
+    "peak_bytes": "bytes of one run beyond its inputs, gradients included. GPU: peak of PyTorch's allocator; CPU: "
+    "growth of the peak resident set after free memory was returned to the system",
     "loss_error, gradient_error": "relative error (of the gradient: of its norm) against float64 on the same input",
-    "folding_error": "of a provider whose offset was folded: relative error of its gradient against float64 of logits and "
-    "offset before the fold",
+    "folding_error": "of a provider whose offset was folded: relative error of its gradient against float64 of logits "
+    "and offset before the fold",
 }
 KEYS = ("case", "mode", "timer", "memory")
-TIMED, LINE_STYLES = "timed", ("-", "--", ":")
+TIMED = "timed"
 
 
 def add_ratios(records: Iterable[Record], copy_gb_per_s: float | None) -> None:
@@ -180,10 +180,7 @@ def draw(path: Path, document: Document) -> bool:
     for axis, ((dtype, memory), lines) in zip(axes[0], panels.items(), strict=True):
         for index, name in enumerate(names):
             values = sorted(lines.get(name, ()))
-            style = LINE_STYLES[index // 10 % 3]
-            axis.plot(
-                [x for x, _ in values], [y for _, y in values], style, marker="o", color=f"C{index % 10}", label=name
-            )
+            axis.plot([x for x, _ in values], [y for _, y in values], marker="o", color=f"C{index}", label=name)
         axis.axhline(ceiling, color="black", linestyle="--", label="the device's copy")
         axis.set(xscale="log", xlabel="classes", title=", ".join(filter(None, (dtype, memory and f"memory {memory}"))))
         axis.set_ylim(bottom=0)

@@ -7,9 +7,10 @@ import multiprocessing
 import signal
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import replace
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from typing import Any
 
 from benchmarks.measure import GpuBrokenError, Job, measure
@@ -36,24 +37,19 @@ class Worker:
 
     def __init__(self, timeout: float) -> None:
         self.timeout = timeout  # seconds between two records
-        self.process: multiprocessing.process.BaseProcess | None = None
+        self.process: SpawnProcess | None = None
         self.connection: Connection | None = None
 
     def measure(self, job: Job) -> Iterator[Record]:
-        if self.connection is None:
-            self.connection, other = CONTEXT.Pipe()
-            self.process = CONTEXT.Process(target=work, args=(other,), daemon=False)
-            self.process.start()
-            other.close()
-        assert self.process is not None
+        connection, process = self.started()
         try:
-            self.connection.send(job)
+            connection.send(job)
             while True:
-                if not self.connection.poll(self.timeout):
+                if not connection.poll(self.timeout):
                     self.stop()
                     yield job.record("failed", f"no result within {self.timeout:.0f} s: stopped")
                     return
-                received = self.connection.recv()
+                received = connection.recv()
                 if not isinstance(received, bool):
                     yield received
                     continue
@@ -61,10 +57,18 @@ class Worker:
                     self.stop()
                 return
         except (EOFError, ConnectionError):
-            self.process.join(5)
-            code = self.process.exitcode
+            process.join(5)
+            code = process.exitcode
             self.stop()
             yield job.record("crashed", f"its process ended with exit code {code}")
+
+    def started(self) -> tuple[Connection, SpawnProcess]:
+        if self.connection is None or self.process is None:
+            self.connection, other = CONTEXT.Pipe()
+            self.process = CONTEXT.Process(target=work, args=(other,))
+            self.process.start()
+            other.close()
+        return self.connection, self.process
 
     def stop(self) -> None:
         """Whatever it is doing."""
@@ -84,7 +88,7 @@ class Worker:
         self.stop()
 
 
-def in_one_process(jobs: Iterable[Job], timeout: float, minutes: float) -> Iterator[Record]:
+def in_one_process(jobs: Iterable[Job], timeout: float, minutes: float) -> Generator[Record, None, None]:
     """Records of jobs, one process for all unless one dies."""
     worker = Worker(timeout)
     deadline = time.monotonic() + 60 * minutes
@@ -99,7 +103,7 @@ def in_one_process(jobs: Iterable[Job], timeout: float, minutes: float) -> Itera
         worker.stop()
 
 
-def in_fresh_processes(jobs: Iterable[Job], timeout: float, n_processes: int) -> Iterator[Record]:
+def in_fresh_processes(jobs: Iterable[Job], timeout: float, n_processes: int) -> Generator[Record, None, None]:
     """Each job checked in one process and timed in several others: the median of their medians, and how far they go."""
     for job in jobs:
         records = []
