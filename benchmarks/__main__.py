@@ -109,6 +109,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.cases = chosen_cases(SELECTIONS[options.selection], options)
     if not options.cases and not options.list:
         parser.error(f"the selection {options.selection} has no cases on this device ({options.device})")
+    if not options.list and not any(chosen_providers(case, options) for case in options.cases):
+        parser.error(
+            f"none of --providers fits the cases of {options.selection}: some take logits, some a head's features"
+        )
     return options
 
 

@@ -86,11 +86,11 @@ def _errors_of_head(
     return Errors(float((loss.double() / exact_loss - 1).abs()), max(map(float, relative)))
 
 
-def allowed(dtype: torch.dtype, loss_dtype: torch.dtype, of_eager: Errors = EXACT) -> Errors:
-    """Float32 in between, a gradient rounded to the dtype of the inputs, a loss rounded in its own dtype.
+def allowed(dtype: torch.dtype, rounds_loss: bool, of_eager: Errors = EXACT) -> Errors:
+    """Float32 in between, a gradient rounded to the dtype of the inputs, and where that is said the loss as well.
 
     Eager's float32 loss over 262,144 classes is off by 2e-6 of itself. A head adds what its matrix products round:
     twice the errors of the eager head on the same input.
     """
-    loss = 2e-5 + (0.0 if loss_dtype == torch.float32 else 2 * torch.finfo(loss_dtype).eps)
-    return Errors(loss + 2 * of_eager.loss, torch.finfo(dtype).eps + 1e-5 + 2 * of_eager.gradient)
+    eps = torch.finfo(dtype).eps
+    return Errors(2e-5 + 2 * eps * rounds_loss + 2 * of_eager.loss, 1e-5 + eps + 2 * of_eager.gradient)

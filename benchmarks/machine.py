@@ -16,7 +16,7 @@ import fused_la
 from benchmarks.providers import PROVIDERS
 from benchmarks.timing import cache_flush, copy_bandwidth, free_memory
 
-PACKAGES = ("torch", "triton", "numpy", "pytest-benchmark", "matplotlib")
+PACKAGES = ("triton", "numpy", "pytest-benchmark", "matplotlib")
 
 
 def first_line(*command: str) -> str:
@@ -69,7 +69,11 @@ def device_facts(device: str) -> dict[str, Any]:
 
 def versions() -> dict[str, str | None]:
     """None where a package is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version(), "fused_la": fused_la.__version__}
+    found: dict[str, str | None] = {
+        "python": platform.python_version(),
+        "fused_la": fused_la.__version__,
+        "torch": torch.__version__,
+    }
     peers = [provider.distribution for provider in PROVIDERS.values() if provider.distribution]
     for name in dict.fromkeys((*PACKAGES, *peers)):
         try:

@@ -84,7 +84,7 @@ def check(provider: Provider, case: Case, batch: Batch, step: Step, device: str)
     own = batch.leaves if has_offset else folded(batch.leaves, batch.log_prior)
     offset = batch.log_prior if has_offset else None
 
-    def errors_of(step: Step, provider: Provider) -> tuple[Errors, Errors, torch.dtype]:
+    def errors_of(step: Step, provider: Provider) -> tuple[Errors, Errors]:
         step.reset()
         evaluated = step.forward()
         step.reset()
@@ -101,13 +101,13 @@ def check(provider: Provider, case: Case, batch: Batch, step: Step, device: str)
         apart = float((evaluated.double() - value.double()).abs() / exact.abs())
         of_folding = EXACT if has_offset else errors(batch.leaves, batch.log_prior, batch, value, gradients)
         step.reset()
-        return Errors(found.loss + apart, found.gradient), of_folding, value.dtype
+        return Errors(found.loss + apart, found.gradient), of_folding
 
     of_eager = EXACT
     if case.n_features and provider is not baseline(case):
-        of_eager, _, _ = errors_of(make_step(baseline(case), case, batch, device), baseline(case))
-    found, of_folding, loss_dtype = errors_of(step, provider)
-    limits = allowed(case.torch_dtype, loss_dtype, of_eager)
+        of_eager, _ = errors_of(make_step(baseline(case), case, batch, device), baseline(case))
+    found, of_folding = errors_of(step, provider)
+    limits = allowed(case.torch_dtype, provider.rounds_loss, of_eager)
     record = {
         "loss_error": found.loss,
         "gradient_error": found.gradient,

@@ -69,6 +69,7 @@ class Provider:
     inputs: Callable[[Sequence[Tensor], Tensor], tuple[Tensor, ...]] = as_they_are
     gradients: Callable[[Sequence[Tensor], Case], tuple[Tensor, ...]] = gradients_as_they_are
     overwrites: bool = False  # its inputs: it gets a fresh copy before every run, outside the timing
+    rounds_loss: bool = False  # computes its loss in the dtype of the logits, or from logits of a head in that dtype
     targets: tuple[str, ...] = TARGETS
     dtypes: tuple[str, ...] = DTYPES
     not_on: dict[str, str] = field(default_factory=dict)  # {device: why it is not timed there}
@@ -226,6 +227,7 @@ PROVIDERS: dict[str, Provider] = {
             "F.cross_entropy(logits, target); offset folded into the logits beforehand, not timed",
             eager_folded,
             inputs=folded,
+            rounds_loss=True,
             buffers=5,
         ),
         Provider("torch.compile", "eager compiled for its shape, fullgraph", compiled, buffers=5),
@@ -236,6 +238,7 @@ PROVIDERS: dict[str, Provider] = {
             liger,
             inputs=folded,
             overwrites=True,
+            rounds_loss=True,
             targets=("hard",),
             not_on=NEEDS_GPU,
             distribution="liger-kernel",
@@ -277,6 +280,7 @@ PROVIDERS: dict[str, Provider] = {
             "F.cross_entropy(F.linear(features, weight, bias) + log_prior, target)",
             eager_head,
             head=True,
+            rounds_loss=True,
             buffers=5,
         ),
         Provider(
@@ -285,6 +289,7 @@ PROVIDERS: dict[str, Provider] = {
             eager_head_folded,
             head=True,
             inputs=folded,
+            rounds_loss=True,
             targets=("hard",),
             buffers=5,
         ),
@@ -303,6 +308,7 @@ PROVIDERS: dict[str, Provider] = {
             liger_linear,
             head=True,
             inputs=folded,
+            rounds_loss=True,
             targets=("hard",),
             not_on=NEEDS_GPU,
             buffers=1,

@@ -47,7 +47,7 @@ class Worker:
             while True:
                 if not connection.poll(self.timeout):
                     self.stop()
-                    yield job.record("failed", f"no result within {self.timeout:.0f} s: stopped")
+                    yield job.record("failed", f"no result within {self.timeout:g} s: stopped")
                     return
                 received = connection.recv()
                 if not isinstance(received, bool):
