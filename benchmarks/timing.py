@@ -210,8 +210,8 @@ def copy_bandwidth(device: str, n_bytes: int, flush: Callable[[], object] = lamb
 
 def free_memory(device: str) -> int:
     """Bytes."""
-    gc.collect()
     if device == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info()[0]
     available = re.search(r"MemAvailable: *(\d+) kB", _read("/proc/meminfo"))
