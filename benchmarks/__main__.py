@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m benchmarks",
         description="Time and memory of the logit-adjusted cross entropy: fused_la and what else there is. Every "
         "provider is checked against float64 before it is timed; one that cannot run here is listed with the reason. "
-        "Results go to OUT/<device>/<date>.json, .md and .png, the JSON after every figure: Ctrl-C keeps what is done.",
+        "Results go to OUT/<device>/<date>.json, .md and .png, the JSON every few seconds: Ctrl-C keeps what is done.",
         epilog="selections: " + "; ".join(f"{name}: {selection.description}" for name, selection in SELECTIONS.items()),
     )
     a_selection = a_name("selection", list(SELECTIONS))
@@ -164,7 +165,7 @@ def line_of(record: report.Record) -> str:
     setting = " ".join(filter(None, (record.get(key, "") for key in ("mode", "timer", "memory"))))
     start = f"{record['case']:28} {record['provider']:24} {setting:26} "
     if record["status"] == "timed":
-        ratio = record["eager_ms"] / record["ms"] if "eager_ms" in record else None
+        ratio = record.get("times_faster_than_eager")
         return start + f"{record['ms']:10.4f} ms" + (f"  {ratio:6.2f}x eager" if ratio else "")
     return start + f"{record['status']}: {record['reason']}"
 
@@ -196,11 +197,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         records = in_fresh_processes(jobs, options.timeout, selection.processes)
     else:
         records = in_one_process(jobs, options.timeout, selection.minutes)
+    written = 0.0
     try:
         for record in records:
             document["results"].append(record)
             report.add_ratios(document["results"], device["copy_gb_per_s"])
-            report.write_json(path, document)
+            if time.monotonic() - written > 2:
+                report.write_json(path, document)
+                written = time.monotonic()
             print(line_of(record), flush=True)
         document["interrupted"] = False
     except KeyboardInterrupt:

@@ -146,6 +146,7 @@ SELECTIONS = {
         cpu=_EAGER_PAYS_FOR_PAGES,
         gpu=(),
         memory=("fresh",),
+        seconds=5.0,
         processes=5,
     ),
 }

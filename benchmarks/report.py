@@ -91,7 +91,7 @@ def markdown(document: Document) -> str:
         parts.append(
             f"## {name}\n\n"
             + table(
-                ("provider", "ms", "quartiles", speed, "of copy", "x eager", "peak MB"),
+                ("provider", "ms", "range", speed, "of copy", "x eager", "peak MB"),
                 [
                     (
                         r["provider"],

@@ -13,7 +13,9 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
+from benchmarks.cases import Case, least_bytes
 from benchmarks.measure import GpuBrokenError, Job, measure
+from benchmarks.providers import baseline
 
 Record = dict[str, Any]
 CONTEXT = multiprocessing.get_context("spawn")
@@ -115,11 +117,14 @@ def in_fresh_processes(jobs: Iterable[Job], timeout: float, n_processes: int) ->
         timed = [record for record in records if record["status"] == "timed"]
         yield from (record for record in records if record["status"] not in ("timed", "checked"))
         if timed:
+            eager = {"provider": baseline(job.case).name, "peak_bytes": None}
+            yield combined([{**record, **eager, "ms": record["eager_ms"]} for record in timed], {})
             yield combined(timed, records[0])
 
 
 def combined(records: list[Record], checked: Record) -> Record:
-    """One record of several processes."""
+    """One record of several processes, with the errors of the one that checked."""
+    case = Case(*(records[0][key] for key in ("rows", "classes", "dtype", "target", "features")))
     ms = [record["ms"] for record in records]
     ratios = [record["eager_ms"] / record["ms"] for record in records]
     errors = {key: checked[key] for key in ("loss_error", "gradient_error", "folding_error") if key in checked}
@@ -132,6 +137,6 @@ def combined(records: list[Record], checked: Record) -> Record:
         "ratio_low": min(ratios),
         "ratio_high": max(ratios),
         "processes": len(records),
-        "gb_per_s": statistics.median(record["gb_per_s"] for record in records),
+        "gb_per_s": least_bytes(case, records[0]["mode"]) / statistics.median(ms) / 1e6,
     }
     return {**records[0], **together, **errors}

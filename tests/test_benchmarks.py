@@ -127,7 +127,7 @@ def test_tables_have_a_row_for_every_record_and_every_reason(run, document):
 def test_the_picture_has_lines(run):
     pixels = matplotlib.image.imread(run[1][".png"])[..., :3]
     assert min(pixels.shape[:2]) >= 400
-    assert (pixels.max(-1) - pixels.min(-1) > 0.3).sum() > 500  # in colour
+    assert (pixels.max(-1) - pixels.min(-1) > 0.3).sum() > 200  # in colour
 
 
 def test_what_is_done_is_kept_on_an_interrupt(benchmarks, job, tmp_path, monkeypatch):
@@ -355,13 +355,14 @@ def test_no_job_begins_after_the_minutes_of_a_selection(benchmarks, job):
 
 def test_fresh_processes_are_reported_by_the_median_and_how_far_they_go(benchmarks, job):
     records = [
-        job.record("timed", ms=ms, eager_ms=12.0, gb_per_s=1 / ms, ms_low=0.0, ms_high=9.0, rounds=3)
+        job.record("timed", mode="both", ms=ms, eager_ms=12.0, ms_low=0.0, ms_high=9.0, rounds=3)
         for ms in (2.0, 4.0, 3.0)
     ]
     together = benchmarks.run.combined(records, {"loss_error": 1e-7})
     assert (together["ms_low"], together["ms"], together["ms_high"]) == (2.0, 3.0, 4.0)
     assert (together["ratio_low"], together["times_faster_than_eager"], together["ratio_high"]) == (3.0, 4.0, 6.0)
     assert together["loss_error"] == 1e-7
+    assert together["gb_per_s"] == pytest.approx(2 * 8 * 37 * 4 / 3.0 / 1e6)
     assert together["processes"] == 3
 
 
