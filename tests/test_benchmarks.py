@@ -396,6 +396,58 @@ def test_device_times_are_of_the_run_alone(benchmarks, monkeypatch):
     assert times == [2, 2]
 
 
+@pytest.fixture
+def gpu_job(benchmarks, job, monkeypatch):
+    """A job for a GPU whose tensors and events are a CPU's."""
+
+    class Event:
+        def __init__(self, enable_timing):
+            pass
+
+        def record(self):
+            self.at = time.perf_counter()
+
+        def elapsed_time(self, end):
+            return (end.at - self.at) * 1e3
+
+    make_batch = benchmarks.cases.make_batch
+    monkeypatch.setattr(benchmarks.measure, "make_batch", lambda case, device: make_batch(case, "cpu"))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(benchmarks.timing, "free_memory", lambda device: 10**10)
+    monkeypatch.setattr(benchmarks.timing, "peak_memory", lambda run, device: run() is None or 1)
+    monkeypatch.setattr(benchmarks.timing, "cache_flush", lambda n_bytes: lambda: None)
+    monkeypatch.setattr(benchmarks.timing, "captured", lambda step: step.both)
+    return replace(job, device="cuda", cache_bytes=10**6)
+
+
+def test_on_a_gpu_every_way_of_timing_gives_a_record(benchmarks, gpu_job):
+    records = list(benchmarks.measure.measure(gpu_job))
+    assert [(record["status"], record["timer"], record["mode"], record["reason"]) for record in records] == [
+        ("timed", "events", "forward", ""),
+        ("timed", "events", "backward", ""),
+        ("timed", "events", "both", ""),
+        ("timed", "wall", "both", ""),
+        ("timed", "graph", "both", ""),
+    ]
+    assert all(record["ms"] > 0 and record["gb_per_s"] > 0 for record in records)
+    assert ["peak_bytes" in record for record in records] == [True, False, True, False, False]
+
+
+def test_what_cannot_be_captured_is_listed_and_its_process_not_used_again(benchmarks, gpu_job, monkeypatch):
+    def captured(step):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(benchmarks.timing, "captured", captured)
+    records = benchmarks.measure.measure(replace(gpu_job, modes=("both",)))
+    assert [(next(records)["timer"]) for _ in range(2)] == ["events", "wall"]
+    record = next(records)
+    assert (record["status"], record["timer"]) == ("failed", "graph")
+    assert record["reason"] == "RuntimeError: operation not permitted when stream is capturing"
+    with pytest.raises(benchmarks.measure.GpuBrokenError):
+        next(records)
+
+
 def test_a_gpu_is_timed_by_the_clock_and_as_a_graph_where_the_logits_fit_its_cache(benchmarks, job):
     eager = benchmarks.providers.PROVIDERS["eager"]
     gpu = replace(job, device="cuda", cache_bytes=10**6)
