@@ -12,6 +12,9 @@ Record = dict[str, Any]
 Document = dict[str, Any]
 
 UNITS = {
+    "status": "timed; not available: not for this device, dtype or target, or not installed; skipped: does not fit in "
+    "free memory, or no time left; wrong: its loss or gradient is off, so it is not timed; failed: an exception, whose "
+    "traceback is in the JSON, or no result in time; crashed: its process died",
     "rows, classes, features": "shape of the logits (rows, classes); features of a head, 0 without one",
     "mode": "forward: the loss where no input requires grad; backward: loss.backward() after a forward pass that is "
     "not timed; both: one training step. A provider that computes the gradient in its forward pass has little left in "
@@ -26,6 +29,7 @@ UNITS = {
     "forward, 2e in backward, 2e in both; a dense soft target 4 more in each",
     "tflop_per_s": "10^12 operations a second of a head's matrix products: 1 in forward, 2 in backward, 3 in both",
     "share_of_copy": "gb_per_s over the device's copy bandwidth (bytes read and written) measured in the same run",
+    "eager_ms": "median of the runs of eager that alternate with this provider's",
     "times_faster_than_eager": "median of eager over this median: of the alternating runs, or on a GPU of eager's row",
     "peak_bytes": "bytes of one run beyond its inputs, gradients included. GPU: peak of PyTorch's allocator; CPU: "
     "growth of the peak resident set after free memory was returned to the system",
