@@ -89,8 +89,8 @@ def _errors_of_head(
 def allowed(dtype: torch.dtype, rounds_loss: bool, of_eager: Errors = EXACT) -> Errors:
     """Float32 in between, a gradient rounded to the dtype of the inputs, and where that is said the loss as well.
 
-    Eager's float32 loss and gradient are off by 1e-5 of themselves over 1,048,576 classes. A head adds what its matrix products round:
-    twice the errors of the eager head on the same input.
+    Eager's float32 loss and gradient are off by 1e-5 of themselves over 1,048,576 classes. A head adds what its matrix
+    products round: twice the errors of the eager head on the same input.
     """
     eps = torch.finfo(dtype).eps
     return Errors(2e-5 + 2 * eps * rounds_loss + 2 * of_eager.loss, 2e-5 + eps + 2 * of_eager.gradient)
