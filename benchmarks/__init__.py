@@ -1,1 +1,1 @@
-"""Timings: run `pytest benchmarks/bench_loss.py`. A benchmark is never a test, and `pytest` alone does not run one."""
+"""Timings: `python -m benchmarks`, or `pytest benchmarks/bench_loss.py`. `pytest` alone runs none of it."""
