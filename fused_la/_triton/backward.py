@@ -22,9 +22,7 @@ from fused_la._triton.tiles import cut_row, group_rows, load_z, row_offsets, sca
 
 
 @triton.jit
-def _load_rows(
-    state, grad_loss, normalizer, rows, mask_rows, sizes, strides_grad_loss, COMPUTE: tl.constexpr
-):
+def _load_rows(state, grad_loss, normalizer, rows, mask_rows, sizes, strides_grad_loss, COMPUTE: tl.constexpr):
     """(m, rest, A, g) of each row."""
     m = tl.load(state + rows, mask_rows, other=0.0)
     rest = tl.load(state + sizes.n_rows + rows, mask_rows, other=0.0)
@@ -118,7 +116,8 @@ def _grad_log_prior_kernel(
         )  # fmt: skip
         grad = full_form(z, m[:, None], rest[:, None], total[:, None], g[:, None], mass, COMPUTE)
         prior = tl.load(vectors.log_prior + cols, mask_cols, other=0.0)
-        grad_sum += tl.where(live[:, None] & (prior[None, :] != float("-inf")), grad, 0.0)
+        grad = tl.where(prior[None, :] == float("-inf"), (rest - rest)[:, None], grad)
+        grad_sum += tl.where(live[:, None], grad, 0.0)
     tl.store(grad_log_prior + cols, tl.sum(grad_sum, 0) * tau.to(COMPUTE), mask_cols)
 
 

@@ -6,7 +6,8 @@
 with g the row's upstream gradient (over the mean's denominator). No term cancels: a confident row's target has
 (A - t) = 0 and 1 - p straight from `rest`. Most classes are no label, and theirs is g * A * p_c (less their smoothing
 mass): `write_gradient` writes that for all classes of a tile, and then the labels' columns over it. A class at
-log_prior = -inf and a row without a counting label have gradient 0, whatever stands there.
+log_prior = -inf has gradient 0 (NaN in a row that is NaN), and so has a row without a counting label, whatever stands
+there.
 """
 
 from __future__ import annotations
@@ -59,7 +60,12 @@ def write_gradient(
     """Write the gradient of the body's tiles [first_tile, last_tile), and with tile 0 that of the edges."""
     share, live = read_shares(vectors, rows, mask_rows, sizes.n_classes, smoothing, ignore_index, N_LABELS, COMPUTE)
     # Nothing of a row that does not count is read: with these, its gradient comes out as 0.
-    m, rest, total, g = tl.where(live, m, 0.0), tl.where(live, rest, 0.0), tl.where(live, total, 0.0), tl.where(live, g, 0.0)
+    m, rest, total, g = (
+        tl.where(live, m, 0.0),
+        tl.where(live, rest, 0.0),
+        tl.where(live, total, 0.0),
+        tl.where(live, g, 0.0),
+    )
     bases = whole_vectors(starts + head, VEC)
     grad_bases = whole_vectors(grad_starts + head, VEC)
     target_bases = bases if TARGET_ALIKE else target_starts + head * strides_target[2]
@@ -125,7 +131,7 @@ def _write_classes(
             grad -= (g * share)[:, None] * mass
     if vectors.log_prior is not None and (N_LABELS == 0 or HAS_SMOOTHING):
         prior = load_classes(vectors.log_prior, first, cols, mask_cols)
-        grad = tl.where(prior[None, :] == float("-inf"), 0.0, grad)
+        grad = tl.where(prior[None, :] == float("-inf"), (rest - rest)[:, None], grad)
     tl.store(
         grad_logits + (grad_bases[:, None] + cols.to(tl.int64)[None, :] * stride_grad_class),
         grad.to(grad_logits.dtype.element_ty),
@@ -156,5 +162,5 @@ def label_gradient(
     grad = full_form(z, m, rest, total, g, mass, COMPUTE)
     if vectors.log_prior is not None:
         prior = load_classes(vectors.log_prior, 0, label, None)
-        grad = tl.where(prior == float("-inf"), 0.0, grad)
+        grad = tl.where(prior == float("-inf"), rest - rest, grad)
     return label, grad, counts
