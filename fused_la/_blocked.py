@@ -70,7 +70,7 @@ def forward_gradient(problem: Problem, reduction: str) -> bool:
 
 
 def forward(problem: Problem, reduction: str, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, row state (3, N, P), the mean's denominator (empty for "none"), the gradient for an upstream of 1 if asked."""
+    """Loss, row state (3, N, P), the mean's denominator (empty for "none"), the gradient for an upstream of 1."""
     rows = _prepare(problem)
     n_outer, n_inner, _ = problem.logits.shape
     stacked = torch.empty(3, n_outer, n_inner, dtype=problem.compute_dtype)
