@@ -98,8 +98,15 @@ def differentiable_gradient(
     problem: Problem, grad_rows: Tensor, normalizer: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     grad_rows = grad_rows if normalizer is None else grad_rows / normalizer
+    if problem.target_offset is not None:
+
+        def losses(logits: Tensor) -> Tensor:
+            return reference.loss_rows(problem._replace(logits=logits))[0]
+
+        (grad_logits,) = torch.func.vjp(losses, problem.logits)[1](grad_rows.expand(problem.logits.shape[:2]))
+        return grad_logits, None
     grad_z = reference.gradient(problem, grad_rows)
-    grad_logits = grad_z.to(problem.logits.dtype)
+    grad_logits = (grad_z if problem.scale is None else grad_z * problem.scale).to(problem.logits.dtype)
     if problem.log_prior is None:
         return grad_logits, None
     return grad_logits, (grad_z.sum((0, 1)) * problem.tau).to(problem.log_prior.dtype)
@@ -115,7 +122,10 @@ def _forward_op(
     target: Tensor,
     target_weight: Tensor | None,
     weight: Tensor | None,
+    mean_weight: Tensor | None,
     smoothing_distribution: Tensor | None,
+    target_offset: Tensor | None,
+    scale: Tensor | None,
     tau: float,
     label_smoothing: float,
     ignore_index: int,
@@ -128,7 +138,10 @@ def _forward_op(
         target,
         target_weight,
         weight,
+        mean_weight,
         smoothing_distribution,
+        target_offset,
+        scale,
         tau,
         label_smoothing,
         ignore_index,
@@ -137,7 +150,8 @@ def _forward_op(
 
 
 @_forward_op.register_fake
-def _(logits, log_prior, target, target_weight, weight, smoothing_distribution, tau, label_smoothing, ignore_index,
+def _(logits, log_prior, target, target_weight, weight, mean_weight, smoothing_distribution, target_offset, scale, tau,
+      label_smoothing, ignore_index,
       reduction, impl):  # fmt: skip
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     rows = logits.shape[:2]
@@ -153,7 +167,10 @@ def _backward_op(
     target: Tensor,
     target_weight: Tensor | None,
     weight: Tensor | None,
+    mean_weight: Tensor | None,
     smoothing_distribution: Tensor | None,
+    target_offset: Tensor | None,
+    scale: Tensor | None,
     tau: float,
     label_smoothing: float,
     ignore_index: int,
@@ -169,7 +186,10 @@ def _backward_op(
         target,
         target_weight,
         weight,
+        mean_weight,
         smoothing_distribution,
+        target_offset,
+        scale,
         tau,
         label_smoothing,
         ignore_index,
@@ -181,7 +201,8 @@ def _backward_op(
 
 
 @_backward_op.register_fake
-def _(logits, log_prior, target, target_weight, weight, smoothing_distribution, tau, label_smoothing, ignore_index,
+def _(logits, log_prior, target, target_weight, weight, mean_weight, smoothing_distribution, target_offset, scale, tau,
+      label_smoothing, ignore_index,
       impl, state, grad_loss, normalizer, needs_log_prior):  # fmt: skip
     return torch.empty_like(logits), torch.empty_like(log_prior) if needs_log_prior else logits.new_empty(0)
 

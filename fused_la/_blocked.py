@@ -15,50 +15,24 @@ A row's bits do not depend on its block: every reduction runs along one row, in 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fused_la import _blocks
+from fused_la._blocked_rows import (
+    Candidates,
+    Rows,
+    State,
+    candidates_but_top,
+    finish_gradient,
+    label_total,
+    margin_total,
+    prepare,
+    put,
+    row_losses,
+)
 from fused_la._blocks import Block, Scratch, class_chunks, row_blocks, row_sum, sum_in_order
-from fused_la._problem import Labels, Problem, read_labels, reduce_rows
-
-
-class _Candidates(NamedTuple):
-    """The columns with a gradient of their own: the labels, or the top class, which is filled in as the blocks pass."""
-
-    classes: Tensor  # (N, P, K) int64
-    uses: Tensor  # (N, P, K) bool: it counts, and no earlier one of the row is equal
-    z: Tensor  # (N, P, K) adjusted logits
-    one_each: bool  # K = 1, all are used, and no chunk is less than a row
-
-    def of(self, block: Block) -> _Candidates:
-        return _Candidates(self.classes[block], self.uses[block], self.z[block], self.one_each)
-
-
-class _Rows(NamedTuple):
-    """What the passes share, prepared once a call."""
-
-    problem: Problem
-    offset: Tensor | None  # (C,)
-    dropped: Tensor | None  # (C,) bool, None where no class is at -inf
-    weight: Tensor | None  # (C,)
-    smoothing: Tensor | None  # (C,) mass that a row of share 1 gives each class
-    labels: Labels | None  # None for class probabilities
-    all_live: bool  # every row counts
-    candidates: _Candidates
-
-
-class _State(NamedTuple):
-    """A row's result: all that its gradient needs. Each (N, P), or a block of it."""
-
-    m: Tensor
-    rest: Tensor
-    total: Tensor  # A, the sum of the target mass
-
-    def of(self, block: Block) -> _State:
-        return _State(self.m[block], self.rest[block], self.total[block])
+from fused_la._problem import Problem, reduce_rows
 
 
 def forward_gradient(problem: Problem, reduction: str) -> bool:
@@ -71,10 +45,10 @@ def forward_gradient(problem: Problem, reduction: str) -> bool:
 
 def forward(problem: Problem, reduction: str, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, row state (3, N, P), the mean's denominator (empty for "none"), the gradient for an upstream of 1."""
-    rows = _prepare(problem)
+    rows = prepare(problem)
     n_outer, n_inner, _ = problem.logits.shape
     stacked = torch.empty(3, n_outer, n_inner, dtype=problem.compute_dtype)
-    state = _State(stacked[0], stacked[1], _label_total(rows, out=stacked[2]))
+    state = State(stacked[0], stacked[1], label_total(rows, out=stacked[2]))
     gap = torch.zeros_like(state.m)
     row_weight = torch.ones_like(state.m) if rows.labels is None else rows.labels.row_weight
     normalizer = row_weight.sum()
@@ -87,11 +61,13 @@ def forward(problem: Problem, reduction: str, with_gradient: bool) -> tuple[Tens
         out = grad_logits[block] if with_gradient else None
         part, candidates = state.of(block), rows.candidates.of(block)
         e = _reduce_block(rows, block, scratch, part, candidates, gap[block], out)
+        if rows.as_label is not None:
+            part.total.copy_(margin_total(rows, part, block))
         if with_gradient:
             _spread_gradient(rows, block, scratch, part, candidates, grad_rows[block], out, None, e)
     if with_gradient:
-        _finish_gradient(rows, state, grad_rows, grad_logits, None)
-    loss = reduce_rows(_loss(rows, state, gap), normalizer, reduction)
+        finish_gradient(rows, state, grad_rows, grad_logits, None)
+    loss = reduce_rows(row_losses(rows, state, gap), normalizer, reduction)
     if reduction == "none":
         normalizer = normalizer.new_empty(0)
     return loss, stacked, normalizer, grad_logits
@@ -116,8 +92,8 @@ def backward(
         return made_for_one if is_one else made_for_one.mul_(upstream), None
     grad_rows = grad_loss.to(problem.compute_dtype)
     grad_rows = grad_rows if normalizer is None else grad_rows / normalizer
-    rows = _prepare(problem)
-    state = _State(stacked[0], stacked[1], stacked[2])
+    rows = prepare(problem)
+    state = State(stacked[0], stacked[1], stacked[2])
     grad_logits = torch.empty_like(problem.logits) if needs_logits else None
     # Summed in float64: over many rows a float32 sum would lose what the rows' gradients hold.
     grad_offset = torch.zeros(problem.logits.shape[-1], dtype=torch.float64) if needs_log_prior else None
@@ -126,65 +102,21 @@ def backward(
         out = None if grad_logits is None else grad_logits[block]
         part, candidates = state.of(block), rows.candidates.of(block)
         _spread_gradient(rows, block, scratch, part, candidates, grad_rows[block], out, grad_offset, None)
-    _finish_gradient(rows, state, grad_rows, grad_logits, grad_offset)
+    finish_gradient(rows, state, grad_rows, grad_logits, grad_offset)
     if grad_offset is None or problem.log_prior is None:
         return grad_logits, None
     return grad_logits, (grad_offset * problem.tau).to(problem.log_prior.dtype)
-
-
-# Preparation ----------------------------------------------------------------------------------------------------------
-
-
-def _prepare(problem: Problem) -> _Rows:
-    offset, weight, smoothing = problem.offset(), problem.class_weight(), problem.smoothing_mass()
-    dropped = None
-    if offset is not None:
-        lowest, highest = offset.aminmax()
-        # Where no class is left (values that the door could not read) the gradient must be NaN as the loss is, not 0.
-        dropped = offset == -math.inf if lowest.item() == -math.inf < highest.item() else None
-    one_chunk = problem.logits.shape[-1] <= _blocks.BLOCK_ELEMENTS
-    if problem.has_probabilities:
-        z = torch.zeros(*problem.logits.shape[:2], 1, dtype=problem.compute_dtype)
-        candidates = _Candidates(z.long(), z == 0, z, one_chunk)
-        return _Rows(problem, offset, dropped, weight, smoothing, None, True, candidates)
-
-    labels = read_labels(problem)
-    all_live = bool(labels.live.all())
-    z = problem.logits.gather(-1, labels.classes).to(problem.compute_dtype)
-    if offset is not None:
-        z = z + offset[labels.classes]
-    if dropped is not None:
-        z = z.masked_fill_(dropped[labels.classes], -math.inf)
-    one_label = labels.classes.shape[-1] == 1
-    uses = labels.counts if one_label else labels.counts & ~_same_label(labels).tril(-1).any(-1)
-    candidates = _Candidates(labels.classes, uses, z, one_label and all_live and one_chunk)
-    return _Rows(problem, offset, dropped, weight, smoothing, labels, all_live, candidates)
-
-
-def _same_label(labels: Labels) -> Tensor:
-    """(N, P, K, K) bool: which counting labels of a row are equal."""
-    same = labels.classes.unsqueeze(-1) == labels.classes.unsqueeze(-2)
-    return same & labels.counts.unsqueeze(-1) & labels.counts.unsqueeze(-2)
-
-
-def _label_total(rows: _Rows, out: Tensor) -> Tensor:
-    """A of every row with labels; that of class probabilities is summed as their blocks pass."""
-    if rows.labels is not None:
-        torch.sum(rows.labels.mass, -1, out=out)
-        if rows.smoothing is not None:
-            out.addcmul_(rows.labels.share, row_sum(rows.smoothing))
-    return out
 
 
 # A block --------------------------------------------------------------------------------------------------------------
 
 
 def _reduce_block(
-    rows: _Rows,
+    rows: Rows,
     block: Block,
     scratch: Scratch,
-    state: _State,
-    candidates: _Candidates,
+    state: State,
+    candidates: Candidates,
     gap: Tensor,
     grad_logits: Tensor | None,
 ) -> Tensor | None:
@@ -213,7 +145,7 @@ def _reduce_block(
             masses.append(row_sum(mass.expand_as(z)))
         e = z.exp_()
         if top is None:
-            _put(e, candidates, chunk, 0.0)
+            put(e, candidates, chunk, 0.0)
         else:
             e.scatter_(-1, top, 0.0)
         sums.append(row_sum(e))
@@ -236,7 +168,7 @@ def _reduce_block(
         rest = rest + (every - m.unsqueeze(-1)).exp().scatter(-1, first, 0.0).sum(-1)
         state.total.copy_(sum_in_order(masses))
     else:
-        rest = rest + _candidates_but_top(candidates, m)
+        rest = rest + candidates_but_top(candidates, m)
     state.m.copy_(m)
     torch.add(rest, m - m, out=state.rest)  # an infinite maximum makes the row NaN
     if gaps:
@@ -244,23 +176,28 @@ def _reduce_block(
     return e
 
 
-def _adjusted(rows: _Rows, block: Block, chunk: slice, scratch: Scratch, into: Tensor | None = None) -> Tensor:
+def _adjusted(rows: Rows, block: Block, chunk: slice, scratch: Scratch, into: Tensor | None = None) -> Tensor:
     """z of a block, written into a tensor of its shape if that is fit for it, else into scratch."""
     logits = rows.problem.logits[block][..., chunk]
     if into is not None and into.dtype == rows.problem.compute_dtype and into.is_contiguous():
         z = into
     else:
         z = scratch.view(0, logits.shape)
-    if rows.offset is None:
+    offset = None if rows.offset is None else rows.offset[chunk]
+    if rows.scale is not None:
+        torch.mul(logits, rows.scale[chunk], out=z)
+        if offset is not None:
+            z.add_(offset)
+    elif offset is None:
         z.copy_(logits)
     else:
-        torch.add(logits, rows.offset[chunk], out=z)
+        torch.add(logits, offset, out=z)
     if rows.dropped is not None:
         z.masked_fill_(rows.dropped[chunk], -math.inf)
     return z
 
 
-def _dense_mass(rows: _Rows, block: Block, chunk: slice, scratch: Scratch) -> Tensor | None:
+def _dense_mass(rows: Rows, block: Block, chunk: slice, scratch: Scratch) -> Tensor | None:
     """Target mass over all classes, broadcastable to the block: smoothing (for a share of 1) or probabilities."""
     smoothing = None if rows.smoothing is None else rows.smoothing[chunk]
     if rows.labels is not None:
@@ -272,40 +209,12 @@ def _dense_mass(rows: _Rows, block: Block, chunk: slice, scratch: Scratch) -> Te
     return mass if smoothing is None else mass.add_(smoothing)
 
 
-def _put(into: Tensor, candidates: _Candidates, chunk: slice, values: Tensor | float) -> None:
-    """Write a number, or values (.., K), to the used candidates' columns in a chunk of an (.., C) tensor."""
-    classes = candidates.classes
-    if isinstance(values, Tensor):
-        values = values.to(into.dtype)
-    if candidates.one_each and into.dtype in (torch.float32, torch.float64):
-        into.scatter_(-1, classes, values)  # in half precision it would make a float copy of all of `into`
-        return
-    at = (candidates.uses & (classes >= chunk.start) & (classes < chunk.stop)).nonzero(as_tuple=True)
-    into[(*at[:-1], classes[at] - chunk.start)] = values[at] if isinstance(values, Tensor) else values
-
-
-def _candidates_but_top(candidates: _Candidates, m: Tensor) -> Tensor:
-    """Sum of exp(z_k - m) over the used candidates, less the 1 of the row's top class.
-
-    Where a candidate is the top class it is left out, not subtracted. Elsewhere the top class has no label, and neither
-    the loss nor a gradient shows the digits that the subtraction costs.
-    """
-    z, m = candidates.z, m.unsqueeze(-1)
-    e = (z - m).exp()
-    if candidates.one_each:
-        return (e - 1.0).squeeze(-1)  # exactly 0 for the top class
-    is_top = (z == m) & candidates.uses
-    is_top &= is_top.cumsum(-1) == 1
-    e = torch.where(candidates.uses & ~is_top, e, 0.0)
-    return e.sum(-1) - torch.where(is_top.any(-1), 0.0, 1.0)
-
-
 def _spread_gradient(
-    rows: _Rows,
+    rows: Rows,
     block: Block,
     scratch: Scratch,
-    state: _State,
-    candidates: _Candidates,
+    state: State,
+    candidates: Candidates,
     grad_rows: Tensor,
     grad_logits: Tensor | None,
     grad_offset: Tensor | None,
@@ -341,59 +250,11 @@ def _spread_gradient(
             if rows.dropped is not None:
                 grad.masked_fill_(rows.dropped[chunk], 0.0)
         if grad_offset is not None:
-            _put(grad, candidates, chunk, 0.0)
+            put(grad, candidates, chunk, 0.0)
             if not rows.all_live and rows.labels is not None:
                 grad.masked_fill_(~rows.labels.live[block].unsqueeze(-1), 0.0)
             grad_offset[chunk] += grad.sum((0, 1), dtype=torch.float64)
+        if grad_logits is not None and rows.scale is not None:
+            grad.mul_(rows.scale[chunk])
         if grad_logits is not None and grad is part:
             grad_logits[..., chunk].copy_(grad)
-
-
-# All rows -------------------------------------------------------------------------------------------------------------
-
-
-def _loss(rows: _Rows, state: _State, gap: Tensor) -> Tensor:
-    loss = state.total * state.rest.log1p()
-    if rows.labels is None:
-        return loss + gap
-    labels, label_gap = rows.labels, state.m.unsqueeze(-1) - rows.candidates.z
-    if rows.weight is not None or rows.problem.target_weight is not None or rows.problem.label_smoothing == 1.0:
-        label_gap = label_gap.masked_fill((labels.mass == 0) & (label_gap == math.inf), 0.0)
-    loss = loss + (labels.mass * label_gap).sum(-1)
-    if rows.smoothing is not None:
-        loss = loss + labels.share * gap
-    return loss if rows.all_live else torch.where(labels.live, loss, 0.0)
-
-
-def _finish_gradient(
-    rows: _Rows, state: _State, grad_rows: Tensor, grad_logits: Tensor | None, grad_offset: Tensor | None
-) -> None:
-    """The candidates' columns, in the form that keeps the digits of 1 - p, and zeros where a row does not count."""
-    m, rest, total, g = (part.unsqueeze(-1) for part in (*state, grad_rows))
-    candidates = rows.candidates
-    if rows.labels is None:
-        t = rows.problem.target.gather(-1, candidates.classes).to(m.dtype) * (1.0 - rows.problem.label_smoothing)
-        if rows.weight is not None:
-            t = t * rows.weight[candidates.classes]
-        if rows.smoothing is not None:
-            t = t + rows.smoothing[candidates.classes]
-    else:
-        t = rows.labels.mass
-        if t.shape[-1] > 1:
-            t = torch.where(_same_label(rows.labels), t.unsqueeze(-2), 0.0).sum(-1)
-        if rows.smoothing is not None:
-            t = t + rows.labels.share.unsqueeze(-1) * rows.smoothing[candidates.classes]
-    d = 1.0 + rest
-    p = (candidates.z - m).exp() / d
-    not_p = torch.where(candidates.z == m, rest / d, 1.0 - p)
-    grad = g * ((total - t) * p - t * not_p)
-    if rows.dropped is not None:
-        grad.masked_fill_(rows.dropped[candidates.classes], 0.0)
-
-    if grad_logits is not None:
-        _put(grad_logits, candidates, slice(0, grad_logits.shape[-1]), grad)
-        if not rows.all_live and rows.labels is not None:
-            grad_logits.masked_fill_(~rows.labels.live.unsqueeze(-1), 0.0)
-    if grad_offset is not None:
-        at = candidates.uses.nonzero(as_tuple=True)
-        grad_offset.index_add_(0, candidates.classes[at], grad[at].double())

@@ -63,6 +63,10 @@ def check_device(name: str, value: Tensor, logits: Tensor) -> None:
 def check_log_prior(log_prior: Any, logits: Tensor, tau: float) -> None:
     check_class_vector("log_prior", log_prior, logits.shape[class_dim(logits)])
     check_device("log_prior", log_prior, logits)
+    check_prior_values(log_prior, tau)
+
+
+def check_prior_values(log_prior: Tensor, tau: float = 1.0) -> None:
     largest = read_value(log_prior.detach().amax())
     if largest is None or math.isfinite(largest) or (largest == -math.inf and tau == 0.0):
         return

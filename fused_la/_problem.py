@@ -3,17 +3,20 @@
 A loss over logits of shape (N, C, d1, ..., dk) is a set of independent rows. The door (`loss.py`) brings every input
 into one form, (N, P, C) with P = d1 * ... * dk, without copying, and each implementation computes, for every row,
 
-    z_c  = logits_c + tau * log_prior_c                          (a class at -inf stays out, whatever its logit)
+    z_c  = scale_c * logits_c + tau * log_prior_c                (a class at -inf stays out, whatever its logit)
     t_c  = the target mass of class c                            (labels, their weights and smoothing, see below)
-    loss = sum_c t_c * (logsumexp(z) - z_c)
+    loss = sum_c t_c * log[1 + sum_{k != c} exp(z_k - y_c)]
 
-so that one label, K weighted labels, class probabilities, class weights and label smoothing differ in t alone:
+with y_c = z_c, so that the logarithm is logsumexp(z) - z_c, or with a target_offset, as a margin has one,
+y_c = scale_c * logits_c + target_offset_c. One label, K weighted labels, class probabilities, class weights and label
+smoothing differ in t alone:
 
     labels         t_c = sum_k target_weight_k * weight_c * ((1 - eps) * [c = target_k] + eps * q_c)
     probabilities  t_c = weight_c * ((1 - eps) * target_c + eps * q_c)
 
 with eps = label_smoothing and q = smoothing_distribution (1/C where it is None). Labels equal to ignore_index do not
-count; any other label outside [0, C) makes its row NaN.
+count; any other label outside [0, C) makes its row NaN. A mean counts a label as its mean_weight, which is its weight
+but for what a margin's alpha adds to that.
 """
 
 from __future__ import annotations
@@ -33,7 +36,10 @@ class Problem(NamedTuple):
     target: Tensor  # (N, P, K) int64 labels, or (N, P, C) floating probabilities
     target_weight: Tensor | None  # (N, P, K) floating
     weight: Tensor | None  # (C,) floating
+    mean_weight: Tensor | None  # (C,) floating
     smoothing_distribution: Tensor | None  # (C,) floating, None is uniform or no smoothing
+    target_offset: Tensor | None  # (C,) floating, None is tau * log_prior
+    scale: Tensor | None  # (C,) floating
     tau: float
     label_smoothing: float
     ignore_index: int
@@ -55,8 +61,13 @@ class Problem(NamedTuple):
         offset = (self.log_prior.to(wide) * self.tau).to(self.compute_dtype)
         return offset.masked_fill(self.log_prior == -math.inf, -math.inf)  # a tau that rounds to 0 makes it NaN
 
-    def class_weight(self) -> Tensor | None:
-        return None if self.weight is None else self.weight.to(self.compute_dtype)
+    def computed(self, vector: Tensor | None) -> Tensor | None:
+        """A vector over the classes in the compute dtype."""
+        return None if vector is None else vector.to(self.compute_dtype)
+
+    def scaled_logits(self) -> Tensor:
+        logits, scale = self.logits.to(self.compute_dtype), self.computed(self.scale)
+        return logits if scale is None else logits * scale
 
     def smoothing_mass(self) -> Tensor | None:
         """eps * q_c * weight_c, (C,): what label smoothing asks of each class for a row of weight 1; None without."""
@@ -68,7 +79,7 @@ class Problem(NamedTuple):
                               device=self.logits.device)  # fmt: skip
         else:
             mass = self.smoothing_distribution.to(self.compute_dtype) * self.label_smoothing
-        weight = self.class_weight()
+        weight = self.computed(self.weight)
         return mass if weight is None else mass * weight
 
 
@@ -94,18 +105,37 @@ def read_labels(problem: Problem) -> Labels:
     else:
         label_weight = torch.where(counts, problem.target_weight.to(dtype), 0.0)
     label_weight = label_weight.masked_fill(counts != usable, math.nan)
-    weight = problem.class_weight()
+    weight = problem.computed(problem.weight)
     weighted = label_weight if weight is None else label_weight * weight[classes]
+    counted = weighted
+    if problem.mean_weight is not problem.weight:
+        mean_weight = problem.computed(problem.mean_weight)
+        counted = label_weight if mean_weight is None else label_weight * mean_weight[classes]
     mass = weighted if problem.label_smoothing == 0.0 else weighted * (1.0 - problem.label_smoothing)
 
     if target.shape[-1] == 1 and problem.target_weight is None:
-        share, live = label_weight[..., 0], counts[..., 0]
-        row_weight = share if weight is None else weighted[..., 0]
+        share, live, row_weight = label_weight[..., 0], counts[..., 0], counted[..., 0]
     else:
         # A row counts as the mean class weight of its labels, 1 without class weights.
         share, live = label_weight.sum(-1), counts.any(-1)
-        row_weight = torch.where(share == 0, 0.0, weighted.sum(-1) / torch.where(share == 0, 1.0, share))
+        row_weight = torch.where(share == 0, 0.0, counted.sum(-1) / torch.where(share == 0, 1.0, share))
     return Labels(classes, mass, counts, share, live, row_weight)
+
+
+def others_than(z: Tensor, m: Tensor, rest: Tensor) -> Tensor:
+    """The sum of exp(z_k - m) over all classes but one that stands at z: rest for a top class, at least 1 besides."""
+    return torch.where(z == m, rest, 1.0 + rest - (z - m).exp())
+
+
+def past(margin: Tensor, others: Tensor) -> Tensor:
+    """log(1 + others * exp(margin)): the loss of a label that stands `margin` below the row's maximum.
+
+    `others` is the sum of exp(z - maximum) over the other classes; however large the margin is, nothing overflows.
+    """
+    near = margin < 40.0
+    small = torch.where(near, margin, 0.0)
+    large = torch.where(near, 1.0, margin)
+    return torch.where(near, (others * small.exp()).log1p(), large + (others + (-large).exp()).log())
 
 
 def reduce_rows(loss: Tensor, normalizer: Tensor, reduction: str) -> Tensor:

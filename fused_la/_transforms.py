@@ -23,7 +23,12 @@ from fused_la._autograd import differentiable_gradient, implementation, in_memor
 from fused_la._problem import Problem, read_labels, reduce_rows
 
 _N_FIELDS = len(Problem._fields)
-_PER_CLASS = tuple(map(Problem._fields.index, ("log_prior", "weight", "smoothing_distribution")))
+_PER_CLASS = tuple(
+    map(
+        Problem._fields.index,
+        ("log_prior", "weight", "mean_weight", "smoothing_distribution", "target_offset", "scale"),
+    )
+)
 
 
 def folds() -> bool:
@@ -60,9 +65,11 @@ class _Rows(torch.autograd.Function):
         fields, (state,) = _saved(ctx)
         needs = ctx.needs_input_grad[1:]
         grads: list[Tensor | None] = [None] * _N_FIELDS
-        if needs[0] or needs[1]:
-            grads[0], grads[1] = _RowGradients.apply(ctx.impl, needs[1], state, grad_loss, *fields)
-        constants = [i for i in range(2, _N_FIELDS) if needs[i]]
+        passes_know_prior = Problem(*fields).target_offset is None
+        if needs[0] or (needs[1] and passes_know_prior):
+            needs_log_prior = needs[1] and passes_know_prior
+            grads[0], grads[1] = _RowGradients.apply(ctx.impl, needs_log_prior, state, grad_loss, *fields)
+        constants = [i for i in range(2 if passes_know_prior else 1, _N_FIELDS) if needs[i]]
         if constants:
 
             def losses(*values: Tensor) -> Tensor:

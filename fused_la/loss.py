@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 
 from fused_la import _checks, reference
 from fused_la._autograd import fused_loss, under_transform
+from fused_la._margin import PairwiseMargin
 from fused_la._problem import Problem, reduce_rows
 from fused_la._transforms import folded_loss, folds
 from fused_la.prior import log_prior_from_counts
@@ -89,32 +90,117 @@ def logit_adjusted_cross_entropy(
     Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation 10.
     """
     tau = _checks.check_tau(tau)
+    _checks.check_logits(logits)
+    _checks.check_log_prior(log_prior, logits, tau)
+    return _cross_entropy(
+        logits, target, _offset_prior(log_prior, tau), tau, PairwiseMargin(), target_weight, weight, ignore_index,
+        reduction, label_smoothing, smoothing_distribution, impl,
+    )  # fmt: skip
+
+
+def margin_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    margin: PairwiseMargin,
+    *,
+    target_weight: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    smoothing_distribution: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    r"""The loss of any `PairwiseMargin`: one of `fused_la.margins`, or one of your own.
+
+    .. math:: \ell(y, f) = \alpha_y \log\Big[1 + \sum_{c \ne y} e^{(s_c f_c + u_c) - (s_y f_y + v_y)}\Big]
+
+    with alpha, the negative offset u, the target offset v and the scale s of the margin. Class probabilities, K labels
+    and smoothing weigh these losses of the single classes as labels: ``sum_c t_c * loss(c)``.
+
+    Args:
+        logits, target, target_weight, weight, ignore_index, reduction: as in `logit_adjusted_cross_entropy`. `weight`
+            counts in the denominator of a mean, the margin's alpha does not.
+        margin: vectors of as many classes as the logits have, on their device.
+        label_smoothing, smoothing_distribution: as there.
+        impl: as there. Where a margin's two offsets differ, class probabilities and label smoothing are the
+            reference's alone, as gradients of the margin's vectors are.
+
+    Returns:
+        As `logit_adjusted_cross_entropy`.
+
+    Raises:
+        TypeError, ValueError, IndexError: as there, and for a margin of another length or device than the logits.
+
+    Example:
+        >>> import torch
+        >>> from fused_la import log_prior_from_counts, margin_cross_entropy, margins
+        >>> log_prior = log_prior_from_counts([900, 90, 10])
+        >>> logits = torch.tensor([[2.0, 1.0, 1.5], [0.5, 0.0, 1.0]])
+        >>> loss = margin_cross_entropy(logits, torch.tensor([0, 2]), margins.adaptive(log_prior))
+        >>> round(loss.item(), 4)
+        1.9872
+
+    Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation 11.
+    """
+    _checks.check_logits(logits)
+    if not isinstance(margin, PairwiseMargin):
+        raise TypeError(f"margin must be a PairwiseMargin, got {type(margin).__name__}")
+    for name, vector in margin.tensors():
+        _checks.check_class_vector(f"margin.{name}", vector, logits.shape[_checks.class_dim(logits)])
+        _checks.check_device(f"margin.{name}", vector, logits)
+    offset = None if margin.negative_offset is None else margin.negative_offset.contiguous()
+    return _cross_entropy(
+        logits, target, offset, 1.0, margin, target_weight, weight, ignore_index,
+        reduction, label_smoothing, smoothing_distribution, impl,
+    )  # fmt: skip
+
+
+def _cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    offset: Tensor | None,
+    tau: float,
+    margin: PairwiseMargin,
+    target_weight: Tensor | None,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    smoothing_distribution: Tensor | None,
+    impl: str,
+) -> Tensor:
+    """The loss of checked logits, with tau * offset as the margin's negative offset."""
     label_smoothing = _checks.check_label_smoothing(label_smoothing)
     ignore_index = _checks.check_ignore_index(ignore_index)
     _checks.check_choice("reduction", reduction, _checks.REDUCTIONS)
-    _checks.check_logits(logits)
-    _checks.check_log_prior(log_prior, logits, tau)
     _checks.check_target(target, target_weight, logits, ignore_index)
-    n_classes = len(log_prior)
+    n_classes = logits.shape[_checks.class_dim(logits)]
     if weight is not None:
         _checks.check_class_vector("weight", weight, n_classes)
         _checks.check_device("weight", weight, logits)
     if smoothing_distribution is not None:
         smoothing_distribution = _checks.check_smoothing_distribution(smoothing_distribution, n_classes)
         _checks.check_device("smoothing_distribution", smoothing_distribution, logits)
-    impl = _choose(impl, logits, log_prior, target, target_weight, weight, smoothing_distribution)
 
+    mass = weight
+    if margin.alpha is not None:
+        mass = margin.alpha if weight is None else margin.alpha * weight
     problem = Problem(
         _rows_by_classes(logits),
-        _offset_prior(log_prior, tau),
+        offset,
         _rows_by_classes(target) if target.is_floating_point() else _label_rows(target, logits),
         None if target_weight is None else _label_rows(target_weight, logits),
+        None if mass is None else mass.contiguous(),
         None if weight is None else weight.contiguous(),
         None if smoothing_distribution is None else smoothing_distribution.contiguous(),
+        margin.label_offset(logits),
+        margin.scale_of(logits),
         tau,
         label_smoothing,
         ignore_index,
     )
+    impl = _choose(impl, problem)
     if impl == "reference":
         loss, row_weight = reference.loss_rows(problem)
         loss = reduce_rows(loss, row_weight.sum(), reduction)
@@ -234,32 +320,29 @@ class LogitAdjustedCrossEntropyLoss(nn.Module):
 # Choice ---------------------------------------------------------------------------------------------------------------
 
 
-def _choose(impl: str, logits: Tensor, log_prior: Tensor, *constants: Tensor | None) -> str:
-    """The implementation that runs; `constants` are the tensors for which only the reference has a gradient."""
+def _choose(impl: str, problem: Problem) -> str:
+    """The implementation that runs."""
     _checks.check_choice("impl", impl, _checks.IMPLEMENTATIONS)
+    device = problem.logits.device
+    on_cpu, on_gpu = device.type == "cpu", device.type == "cuda"  # ROCm's too
     transformed = under_transform()
     if transformed:
         needs_formula = torch.compiler.is_compiling() or not folds()
     else:
-        needs_formula = any(t is not None and _has_tangent(t) for t in (logits, log_prior, *constants))
-    learned = not transformed and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in constants)
-    on_cpu = logits.device.type == "cpu"
-    on_gpu = logits.device.type == "cuda"  # ROCm's too
+        needs_formula = any(isinstance(field, Tensor) and _has_tangent(field) for field in problem)
+    only_reference = "" if needs_formula else _why_only_reference(problem, transformed)
     if impl == "auto":
-        if needs_formula or learned or (on_cpu and torch.compiler.is_compiling()):
+        if needs_formula or only_reference or (on_cpu and torch.compiler.is_compiling()):
             return "reference"
         if on_gpu and _has_triton():
             return "triton"
         return "blocked" if on_cpu else "reference"
     if impl == "reference":
         return impl
-    if learned and not needs_formula:
-        raise ValueError(
-            f"impl must be 'reference' or 'auto' for a gradient of target, target_weight, weight or "
-            f"smoothing_distribution, got {impl!r}"
-        )
+    if only_reference:
+        raise ValueError(f"impl must be 'reference' or 'auto' for {only_reference}, got {impl!r}")
     if impl == "blocked" and not on_cpu:
-        raise ValueError(f"impl must not be 'blocked' for logits on {logits.device}: it runs on a CPU")
+        raise ValueError(f"impl must not be 'blocked' for logits on {device}: it runs on a CPU")
     if impl == "triton":
         if not _has_triton():
             raise ModuleNotFoundError("impl='triton' needs the package triton, which is not installed")
@@ -267,10 +350,23 @@ def _choose(impl: str, logits: Tensor, log_prior: Tensor, *constants: Tensor | N
 
         if not on_gpu and not (on_cpu and INTERPRETED):
             raise ValueError(
-                f"impl must not be 'triton' for logits on {logits.device}: it runs on a GPU, or on a CPU in Triton's "
+                f"impl must not be 'triton' for logits on {device}: it runs on a GPU, or on a CPU in Triton's "
                 "interpreter if TRITON_INTERPRET=1 is set before the first use"
             )
     return "reference" if needs_formula else impl
+
+
+def _why_only_reference(problem: Problem, transformed: bool) -> str:
+    """What of a problem only the reference computes; empty if nothing is."""
+    if problem.target_offset is not None and (problem.has_probabilities or problem.label_smoothing > 0.0):
+        return "class probabilities or label smoothing under a margin whose two offsets differ"
+    constants = (problem.target, problem.target_weight, problem.weight, problem.mean_weight,
+                 problem.smoothing_distribution, problem.target_offset, problem.scale)  # fmt: skip
+    if problem.target_offset is not None:
+        constants += (problem.log_prior,)
+    if not transformed and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in constants):
+        return "a gradient of target, target_weight, weight, smoothing_distribution or a margin"
+    return ""
 
 
 def _has_tangent(tensor: Tensor) -> bool:

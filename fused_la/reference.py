@@ -9,6 +9,9 @@ With m = max_c z_c, j one class that attains it, and everything else kept relati
     dloss/dz_c = (A - t_c) * p_c - t_c * (1 - p_c),    A = sum_c t_c
 
 No term cancels against another of its own size, so a row with p_y -> 1 keeps all its digits.
+Of a label with a target_offset y the loss is log1p(others_c * exp(m - y_c)), with the sum over the other classes
+others_j = rest, others_c = 1 + rest - exp(z_c - m) besides: at least the 1 of class j remains of it.
+
 Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation 10.
 """
 
@@ -20,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_la._problem import Problem, read_labels
+from fused_la._problem import Problem, past, read_labels
 
 # From this length on PyTorch splits a sum to a single number over a CPU's threads (its at::internal::GRAIN_SIZE).
 _SPLIT = 1 << 15
@@ -49,7 +52,7 @@ def _in_order(problem: Problem) -> Problem:
 
 
 def _row(problem: Problem, live: Tensor | None) -> _Row:
-    z = problem.logits.to(problem.compute_dtype)
+    z = problem.scaled_logits()
     offset, dropped = problem.offset(), None
     if offset is not None:
         dropped = offset == -math.inf
@@ -70,6 +73,17 @@ def _weigh(mass: Tensor, nll: Tensor) -> Tensor:
     return mass * torch.where((mass == 0) & (nll == math.inf), 0.0, nll)
 
 
+def _nll(problem: Problem, row: _Row, live: Tensor | None) -> Tensor:
+    """What each class would cost as the label, (N, P, C)."""
+    if problem.target_offset is None:
+        # The gap of class j is 0 by definition, not z_j - z_j, whose two gradients would swamp that of log1p.
+        return torch.where(row.is_top, 0.0, row.m - row.z) + row.rest.log1p()
+    as_label = problem.scaled_logits() + problem.computed(problem.target_offset)
+    if live is not None:
+        as_label = torch.where(live.unsqueeze(-1), as_label, 0.0)
+    return past(row.m - as_label, torch.where(row.is_top, row.rest, 1.0 + row.rest - row.e))
+
+
 def loss_rows(problem: Problem) -> tuple[Tensor, Tensor]:
     """The loss of every row and its weight in a mean, both (N, P); differentiable to any order in every tensor.
 
@@ -78,8 +92,7 @@ def loss_rows(problem: Problem) -> tuple[Tensor, Tensor]:
     problem, n_outer = _in_order(problem), problem.logits.shape[0]
     labels = None if problem.has_probabilities else read_labels(problem)
     row = _row(problem, None if labels is None else labels.live)
-    # The gap of class j is 0 by definition, not z_j - z_j, whose two gradients would swamp that of log1p.
-    nll = torch.where(row.is_top, 0.0, row.m - row.z) + row.rest.log1p()
+    nll = _nll(problem, row, None if labels is None else labels.live)
     if labels is None:
         loss = _weigh(_probability_mass(problem), nll).sum(-1)
         return loss[:n_outer], torch.ones_like(loss[:n_outer])
@@ -93,7 +106,7 @@ def loss_rows(problem: Problem) -> tuple[Tensor, Tensor]:
 def gradient(problem: Problem, grad_rows: Tensor) -> Tensor:
     """d(sum grad_rows * loss)/dz, (N, P, C), in closed form; itself differentiable in logits, log_prior, grad_rows.
 
-    It serves the second derivatives of the fused implementations.
+    It serves the second derivatives of the fused implementations, of problems without a target_offset.
     """
     problem, n_outer = _in_order(problem), problem.logits.shape[0]
     labels = None if problem.has_probabilities else read_labels(problem)
@@ -118,7 +131,7 @@ def gradient(problem: Problem, grad_rows: Tensor) -> Tensor:
 def _probability_mass(problem: Problem) -> Tensor:
     """t, (N, P, C), of a target of class probabilities."""
     mass = problem.target.to(problem.compute_dtype) * (1.0 - problem.label_smoothing)
-    weight = problem.class_weight()
+    weight = problem.computed(problem.weight)
     mass = mass if weight is None else mass * weight
     smoothing = problem.smoothing_mass()
     return mass if smoothing is None else mass + smoothing

@@ -111,14 +111,18 @@ print(*sorted(name for name in sys.modules if name.startswith("fused_la._triton"
 
 # What a module may import from the package, inside functions too. `_triton` stands for all its modules.
 MAY_IMPORT = {
-    "__init__": {"loss", "prior"},
-    "loss": {"_checks", "_autograd", "_transforms", "reference", "_problem", "_triton", "prior"},
+    "__init__": {"loss", "margins", "prior"},
+    "loss": {"_checks", "_autograd", "_margin", "_transforms", "reference", "_problem", "_triton", "prior"},
+    "margins": {"_checks", "_consistency", "_margin"},
+    "_consistency": {"_checks", "_margin"},
+    "_margin": {"_checks"},
     "prior": set(),
     "_checks": set(),
     "_autograd": {"reference", "_problem"},  # and implementations by name, see below
     "_transforms": {"_autograd", "reference", "_problem"},
     "reference": {"_problem"},
-    "_blocked": {"_problem", "_blocks"},
+    "_blocked": {"_problem", "_blocks", "_blocked_rows"},
+    "_blocked_rows": {"_problem", "_blocks"},
     "_blocks": {"_problem"},
     "_triton": {"_problem", "_triton"},
     "_problem": set(),
