@@ -201,7 +201,7 @@ def finish_gradient(
         other_labels = ~_same_label(rows.labels)
         of_others = torch.where(other_labels, (rows.labels.mass / d).unsqueeze(-2), 0.0).sum(-1)
         grad = g * ((candidates.z - m).exp() * of_others - t * (others / d))
-    if rows.dropped is not None:
+    if rows.dropped is not None and rows.as_label is None:
         grad.masked_fill_(rows.dropped[candidates.classes], 0.0)
 
     if grad_logits is not None:

@@ -68,7 +68,8 @@ def consistency(margin: PairwiseMargin, log_prior: Tensor) -> Consistency:
 
     alpha, scale = of(margin.alpha, 1.0), of(margin.scale, 1.0)
     negative, target = of(margin.negative_offset, 0.0), of(margin.target_offset, 0.0)
-    close = 1e-5 * (1.0 + negative.abs().amax() + target.abs().amax() + prior.abs().amax())
+    sizes = torch.stack([negative, target, prior]).abs()
+    close = 1e-5 * (1.0 + sizes[sizes.isfinite()].amax())
     unmet = []
     if bool((scale <= 0.0).any()) or bool((scale.amax() - scale.amin()) > 1e-5 * scale.abs().amax()):
         unmet.append(

@@ -68,7 +68,8 @@ class _Rows(torch.autograd.Function):
         passes_know_prior = Problem(*fields).target_offset is None
         if needs[0] or (needs[1] and passes_know_prior):
             needs_log_prior = needs[1] and passes_know_prior
-            grads[0], grads[1] = _RowGradients.apply(ctx.impl, needs_log_prior, state, grad_loss, *fields)
+            grads[0], of_prior = _RowGradients.apply(ctx.impl, needs_log_prior, state, grad_loss, *fields)
+            grads[1] = of_prior if needs_log_prior else None
         constants = [i for i in range(2 if passes_know_prior else 1, _N_FIELDS) if needs[i]]
         if constants:
 

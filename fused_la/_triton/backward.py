@@ -98,7 +98,7 @@ def _grad_log_prior_kernel(
         rows = start + tl.arange(0, BLOCK_ROWS)
         mask_rows = rows < sizes.n_rows
         starts = row_offsets(rows, sizes.n_inner, strides_logits)
-        z = load_z(logits, vectors.log_prior, starts, 0, cols, mask_rows, mask_cols, strides_logits[2], tau, COMPUTE)
+        z = load_z(logits, vectors, starts, 0, cols, mask_rows, mask_cols, strides_logits[2], tau, COMPUTE)
         mass = dense_mass(
             vectors, row_offsets(rows, sizes.n_inner, strides_target), 0, cols, mask_rows, mask_cols,
             strides_target[2], sizes.n_classes, smoothing, N_LABELS, HAS_SMOOTHING, COMPUTE,

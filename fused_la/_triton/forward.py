@@ -25,16 +25,18 @@ from torch import Tensor
 from fused_la._problem import Problem
 from fused_la._triton.gradient import write_gradient
 from fused_la._triton.launch import choose_launch, device_of, layout_of, makes_gradient_in_forward, on_device_of
-from fused_la._triton.online import absorb, across_lanes, empty, join
+from fused_la._triton.online import absorb, across_lanes, empty, join, others_than
 from fused_la._triton.operands import begin_earlier, grad_buffer, operands
 from fused_la._triton.targets import dense_mass, load_label, row_weights
 from fused_la._triton.tiles import (
     cut_row,
     edge_classes,
+    exp,
     group_rows,
     load_label_z,
     load_z,
     log1p,
+    past,
     row_offsets,
     scalar,
     triton_dtype,
@@ -190,7 +192,7 @@ def _absorb_classes(
     N_LABELS: tl.constexpr, HAS_SMOOTHING: tl.constexpr, COMPUTE: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """Take the classes first + cols of some rows, whose class `first` stands at `bases`, into their lanes."""
-    z = load_z(logits, vectors.log_prior, bases, first, cols, None, mask_cols, stride_class, tau, COMPUTE)
+    z = load_z(logits, vectors, bases, first, cols, None, mask_cols, stride_class, tau, COMPUTE)
     mass = dense_mass(
         vectors, target_bases, first, cols, None, mask_cols, stride_target_class, n_classes, smoothing,
         N_LABELS, HAS_SMOOTHING, COMPUTE,
@@ -251,7 +253,10 @@ def _row_loss(
     tau, smoothing, ignore_index,
     N_LABELS: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """The loss and A of each row, with its labels; gap and total are those of its dense target mass."""
+    """The loss and A of each row, with its labels; gap and total are those of its dense target mass.
+
+    Of labels with a target_offset A is (1 + rest) * sum_k t_k / d_k, d_k the denominator of label k's own softmax.
+    """
     if N_LABELS == 0:
         return gap + total * log1p(rest), total
     else:
@@ -263,15 +268,24 @@ def _row_loss(
             label, mass, _, share, counts = load_label(
                 vectors, rows * N_LABELS + k, mask_rows, n_classes, smoothing, ignore_index, COMPUTE
             )
-            z = load_label_z(logits, vectors.log_prior, starts, label, mask_rows, stride_class, tau, COMPUTE)
-            above = m - z
-            free = (mass == 0.0) & (above == float("inf"))
-            label_gap += mass * tl.where(free, 0.0, above)
-            label_total += mass
+            z, as_label = load_label_z(logits, vectors, starts, label, mask_rows, stride_class, tau, COMPUTE)
+            above = m - as_label
+            if vectors.target_offset is None:
+                free = (mass == 0.0) & (above == float("inf"))
+                label_gap += mass * tl.where(free, 0.0, above)
+                label_total += mass
+            else:
+                others = others_than(z, m, rest, COMPUTE)
+                label_gap += tl.where(mass == 0.0, 0.0, mass * past(above, others, COMPUTE))
+                label_total += mass * ((1.0 + rest) / (others + exp(-above, COMPUTE)))
             share_row += share
             live = live | counts
-        total = label_total + share_row * total
-        return tl.where(live, label_gap + share_row * gap + total * log1p(rest), 0.0), total
+        if vectors.target_offset is None:
+            total = label_total + share_row * total
+            label_gap += share_row * gap + total * log1p(rest)
+            return tl.where(live, label_gap, 0.0), total
+        else:
+            return tl.where(live, label_gap, 0.0), label_total
 
 
 def forward_gradient(problem: Problem, reduction: str) -> bool:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fused_la._triton.online import others_than
 from fused_la._triton.targets import dense_mass, load_label, smoothing_mass
 from fused_la._triton.tiles import edge_classes, exp, load_classes, load_label_z, load_z, whole_vectors
 
@@ -114,7 +115,7 @@ def _write_classes(
     N_LABELS: tl.constexpr, HAS_SMOOTHING: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the classes first + cols of some rows, as if none were a label."""
-    z = load_z(logits, vectors.log_prior, bases, first, cols, live, mask_cols, stride_class, tau, COMPUTE)
+    z = load_z(logits, vectors, bases, first, cols, live, mask_cols, stride_class, tau, COMPUTE)
     mass = dense_mass(
         vectors, target_bases, first, cols, None, mask_cols, stride_target_class, n_classes, smoothing,
         N_LABELS, HAS_SMOOTHING, COMPUTE,
@@ -128,6 +129,8 @@ def _write_classes(
     if vectors.log_prior is not None and (N_LABELS == 0 or HAS_SMOOTHING):
         prior = load_classes(vectors.log_prior, first, cols, mask_cols)
         grad = tl.where(prior[None, :] == float("-inf"), (rest - rest)[:, None], grad)
+    if vectors.scale is not None:
+        grad = grad * load_classes(vectors.scale, first, cols, mask_cols).to(COMPUTE)[None, :]
     tl.store(
         grad_logits + (grad_bases[:, None] + cols.to(tl.int64)[None, :] * stride_grad_class),
         grad.to(grad_logits.dtype.element_ty),
@@ -145,18 +148,32 @@ def label_gradient(
     label, mass, _row_weight, _share, counts = load_label(
         vectors, rows * N_LABELS + k, mask_rows, n_classes, smoothing, ignore_index, COMPUTE
     )
+    z, as_label = load_label_z(logits, vectors, starts, label, mask_rows, stride_class, tau, COMPUTE)
+    of_others = tl.zeros(rows.shape, COMPUTE)  # with a target_offset: sum of t / d over the labels of other classes
     if N_LABELS > 1:
         mass = tl.zeros(rows.shape, COMPUTE)
         for other in range(N_LABELS):
-            other_label, other_mass, _, _, _ = load_label(
+            other_label, other_mass, _, _, other_counts = load_label(
                 vectors, rows * N_LABELS + other, mask_rows, n_classes, smoothing, ignore_index, COMPUTE
             )
-            mass += tl.where(other_label == label, other_mass, 0.0)
-    if HAS_SMOOTHING:
-        mass += share * smoothing_mass(vectors, 0, label, None, n_classes, smoothing, COMPUTE)
-    z = load_label_z(logits, vectors.log_prior, starts, label, mask_rows, stride_class, tau, COMPUTE)
-    grad = full_form(z, m, rest, total, g, mass, COMPUTE)
-    if vectors.log_prior is not None:
-        prior = load_classes(vectors.log_prior, 0, label, None)
-        grad = tl.where(prior == float("-inf"), rest - rest, grad)
+            same = (other_label == label) & other_counts
+            mass += tl.where(same, other_mass, 0.0)
+            if vectors.target_offset is not None:
+                other_z, other_as = load_label_z(
+                    logits, vectors, starts, other_label, mask_rows, stride_class, tau, COMPUTE
+                )
+                d = others_than(other_z, m, rest, COMPUTE) + exp(other_as - m, COMPUTE)
+                of_others += tl.where(same | (other_counts == 0), 0.0, other_mass / d)
+    if vectors.target_offset is not None:
+        others = others_than(z, m, rest, COMPUTE)
+        grad = g * (exp(z - m, COMPUTE) * of_others - mass * (others / (others + exp(as_label - m, COMPUTE))))
+    else:
+        if HAS_SMOOTHING:
+            mass += share * smoothing_mass(vectors, 0, label, None, n_classes, smoothing, COMPUTE)
+        grad = full_form(z, m, rest, total, g, mass, COMPUTE)
+        if vectors.log_prior is not None:
+            prior = load_classes(vectors.log_prior, 0, label, None)
+            grad = tl.where(prior == float("-inf"), rest - rest, grad)
+    if vectors.scale is not None:
+        grad = grad * load_classes(vectors.scale, 0, label, None).to(COMPUTE)
     return label, grad, counts

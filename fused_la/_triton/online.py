@@ -121,3 +121,9 @@ def across_lanes(lanes, HAS_MASS: tl.constexpr, COMPUTE: tl.constexpr):
         gap_row = tl.sum(gap + tl.where(total == 0.0, 0.0, total * below), 1)
         total_row = tl.sum(total, 1)
     return m_row, rest_row, gap_row, total_row
+
+
+@triton.jit
+def others_than(z, m, rest, COMPUTE: tl.constexpr):
+    """The sum of exp(z_k - m) over all classes but one that stands at z: rest for a top class, at least 1 besides."""
+    return tl.where(z == m, rest, 1.0 + rest - exp(z - m, COMPUTE))

@@ -33,7 +33,7 @@ def operands(problem: Problem, launch: Launch, layout: Layout) -> Operands:
     return Operands(
         begin_earlier(logits, shift),
         shift,
-        Vectors(problem.log_prior, target, problem.target_weight, problem.weight, problem.smoothing_distribution),
+        Vectors(**{name: getattr(problem, name) for name in Vectors._fields}),
         Sizes(n_outer * n_inner, n_inner, n_classes),
         (float_bits(problem.tau), float_bits(problem.label_smoothing), problem.ignore_index),
         constants | launch.constants(),

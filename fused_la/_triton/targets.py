@@ -28,10 +28,13 @@ def load_label(vectors, at, mask, n_classes, smoothing, ignore_index, COMPUTE: t
     if vectors.target_weight is not None:
         share = tl.load(vectors.target_weight + at, mask, other=0.0).to(COMPUTE)
     share = tl.where(counts, tl.where(in_range, share, float("nan")), 0.0)
+    mass = share
     row_weight = share
     if vectors.weight is not None:
-        row_weight = share * tl.load(vectors.weight + label, mask, other=0.0).to(COMPUTE)
-    return label, row_weight * (1.0 - smoothing).to(COMPUTE), row_weight, share, counts
+        mass = share * tl.load(vectors.weight + label, mask, other=0.0).to(COMPUTE)
+    if vectors.mean_weight is not None:
+        row_weight = share * tl.load(vectors.mean_weight + label, mask, other=0.0).to(COMPUTE)
+    return label, mass * (1.0 - smoothing).to(COMPUTE), row_weight, share, counts
 
 
 @triton.jit

@@ -28,7 +28,10 @@ class Vectors(NamedTuple):
     target: Any  # (N, P, K) labels or (N, P, C) probabilities
     target_weight: Any  # (N, P, K)
     weight: Any  # (C,)
+    mean_weight: Any  # (C,)
     smoothing_distribution: Any  # (C,)
+    target_offset: Any  # (C,)
+    scale: Any  # (C,)
 
 
 class Sizes(NamedTuple):
@@ -111,12 +114,14 @@ def exp(x, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def adjust(logits, log_prior, tau, COMPUTE: tl.constexpr):
-    """z = logits + tau * log_prior in one rounding, so that every kernel finds the same bits.
+def adjust(logits, log_prior, scale, tau, COMPUTE: tl.constexpr):
+    """z = scale * logits + tau * log_prior, by the same operations in every kernel, so that all find the same bits.
 
     A class at -inf stays out, whatever its logit.
     """
     z = logits.to(COMPUTE)
+    if scale is not None:
+        z = z * scale.to(COMPUTE)
     if log_prior is None:
         return z
     else:
@@ -150,23 +155,39 @@ def load_classes(vector, first, cols, mask_cols):
 
 
 @triton.jit
-def load_z(logits, log_prior, bases, first, cols, mask_rows, mask_cols, stride_class, tau, COMPUTE: tl.constexpr):
+def load_z(logits, vectors, bases, first, cols, mask_rows, mask_cols, stride_class, tau, COMPUTE: tl.constexpr):
     """z of a tile, -inf outside: classes first + cols of rows whose class `first` stands at `bases`."""
     values = load_tile(logits, bases, cols, stride_class, mask_rows, mask_cols, float("-inf"))
     prior = None
-    if log_prior is not None:
-        prior = load_classes(log_prior, first, cols, mask_cols)[None, :]
-    return adjust(values, prior, tau, COMPUTE)
+    scale = None
+    if vectors.log_prior is not None:
+        prior = load_classes(vectors.log_prior, first, cols, mask_cols)[None, :]
+    if vectors.scale is not None:
+        scale = load_classes(vectors.scale, first, cols, mask_cols)[None, :]
+    z = adjust(values, prior, scale, tau, COMPUTE)
+    if vectors.scale is not None and mask_cols is not None:
+        z = tl.where(mask_cols[None, :], z, float("-inf"))  # -inf * 0
+    if vectors.scale is not None and mask_rows is not None:
+        z = tl.where(mask_rows[:, None], z, float("-inf"))
+    return z
 
 
 @triton.jit
-def load_label_z(logits, log_prior, starts, label, mask_rows, stride_class, tau, COMPUTE: tl.constexpr):
-    """z of one class of each row, the same bits as in a tile."""
+def load_label_z(logits, vectors, starts, label, mask_rows, stride_class, tau, COMPUTE: tl.constexpr):
+    """(z of one class of each row, the same bits as in a tile; what that class stands at as the label)."""
     values = tl.load(logits + (starts + label * stride_class), mask_rows, other=0.0)
     prior = None
-    if log_prior is not None:
-        prior = tl.load(log_prior + label, mask_rows, other=0.0)
-    return adjust(values, prior, tau, COMPUTE)
+    scale = None
+    if vectors.log_prior is not None:
+        prior = tl.load(vectors.log_prior + label, mask_rows, other=0.0)
+    if vectors.scale is not None:
+        scale = tl.load(vectors.scale + label, mask_rows, other=0.0)
+    z = adjust(values, prior, scale, tau, COMPUTE)
+    as_label = z
+    if vectors.target_offset is not None:
+        as_label = adjust(values, None, scale, tau, COMPUTE)
+        as_label += tl.load(vectors.target_offset + label, mask_rows, other=0.0).to(COMPUTE)
+    return z, as_label
 
 
 @triton.jit
@@ -175,3 +196,15 @@ def log1p(x):
     u = 1.0 + x
     # u rounds x away, and log(u) is the log of the rounded one: x / (u - 1) puts it right.
     return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
+
+
+@triton.jit
+def past(margin, others, COMPUTE: tl.constexpr):
+    """log(1 + others * exp(margin)), however large the margin is."""
+    near = margin < 40.0
+    large = tl.where(near, 1.0, margin)
+    return tl.where(
+        near,
+        log1p(others * exp(tl.where(near, margin, 0.0), COMPUTE)),
+        large + tl.log(others + exp(-large, COMPUTE)),
+    )
