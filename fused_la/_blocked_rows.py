@@ -144,19 +144,21 @@ def margin_total(rows: Rows, state: State, block: Block) -> Tensor:
 
     d_k, others plus the label itself, is the denominator of label k's own softmax.
     """
+    assert rows.labels is not None
     _, d = _label_terms(rows, state, block)
     return (1.0 + state.rest) * (rows.labels.mass[block] / d).sum(-1)
 
 
 def _label_terms(rows: Rows, state: State, block: Block) -> tuple[Tensor, Tensor]:
     """(others, d) of the labels of a block with a target_offset, over exp(m), each (N, P, K)."""
+    assert rows.as_label is not None
     m, rest = state.m.unsqueeze(-1), state.rest.unsqueeze(-1)
     others = others_than(rows.candidates.z[block], m, rest)
     return others, others + (rows.as_label[block] - m).exp()
 
 
 def row_losses(rows: Rows, state: State, gap: Tensor) -> Tensor:
-    if rows.as_label is not None:
+    if rows.as_label is not None and rows.labels is not None:
         m, rest = state.m.unsqueeze(-1), state.rest.unsqueeze(-1)
         each = past(m - rows.as_label, others_than(rows.candidates.z, m, rest))
         each = each.masked_fill((rows.labels.mass == 0) & (each == math.inf), 0.0)
@@ -191,7 +193,7 @@ def finish_gradient(
             t = torch.where(_same_label(rows.labels), t.unsqueeze(-2), 0.0).sum(-1)
         if rows.smoothing is not None:
             t = t + rows.labels.share.unsqueeze(-1) * rows.smoothing[candidates.classes]
-    if rows.as_label is None:
+    if rows.as_label is None or rows.labels is None:
         d = 1.0 + rest
         p = (candidates.z - m).exp() / d
         not_p = torch.where(candidates.z == m, rest / d, 1.0 - p)

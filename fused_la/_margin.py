@@ -24,6 +24,13 @@ class PairwiseMargin:
         target_offset: v, added where it is.
         scale: s, (C,) or one number for all classes.
 
+    Attributes:
+        alpha, negative_offset, target_offset, scale: as given. One tensor for both offsets costs less than two that
+            are equal.
+
+    Shape:
+        (C,) for every vector, with C the number of classes of the logits that it is used with.
+
     Raises:
         TypeError, ValueError: vectors of another kind, dtype, length or device than each other's.
 
@@ -97,7 +104,8 @@ class PairwiseMargin:
         if self.offsets_are_equal:
             return None
         if self.target_offset is None:
-            return logits.new_zeros(len(self.negative_offset), dtype=self.negative_offset.dtype)
+            n_classes = logits.shape[_checks.class_dim(logits)]
+            return logits.new_zeros(n_classes, dtype=torch.promote_types(logits.dtype, torch.float32))
         return self.target_offset.contiguous()
 
     def scale_of(self, logits: Tensor) -> Tensor | None:

@@ -61,7 +61,8 @@ class _Rows(torch.autograd.Function):
         ctx.impl = impl
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple:
+        grad_loss = grad_outputs[0]
         fields, (state,) = _saved(ctx)
         needs = ctx.needs_input_grad[1:]
         grads: list[Tensor | None] = [None] * _N_FIELDS
@@ -76,16 +77,17 @@ class _Rows(torch.autograd.Function):
             def losses(*values: Tensor) -> Tensor:
                 return reference.loss_rows(_replaced(fields, constants, values))[0]
 
-            _, pull = torch.func.vjp(losses, *(fields[i] for i in constants))
+            pull = torch.func.vjp(losses, *(fields[i] for i in constants))[1]
             for i, grad in zip(constants, pull(grad_loss), strict=True):
                 grads[i] = grad
         return (None, *grads)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple, impl: str, *fields: Any) -> tuple:
+    def vmap(info: Any, in_dims: tuple, *arguments: Any) -> tuple:
+        impl, *fields = arguments
         problem, rows = _fold(info.batch_size, in_dims[1:], fields), _rows_of(fields, in_dims[1:])
         if problem is None:
-            loss = torch.vmap(lambda *f: reference.loss_rows(Problem(*f))[0], in_dims[1:])(*fields)
+            loss = torch.vmap(lambda *f: reference.loss_rows(Problem._make(f))[0], in_dims[1:])(*fields)
             # What does not fold here does not in backward either, so that no state is read.
             return (loss, loss.new_tensor(torch.nan).expand(3, *rows)), (0, None)
         loss, state = _Rows.apply(impl, *problem)
@@ -109,25 +111,26 @@ class _RowGradients(torch.autograd.Function):
         ctx.needs_log_prior = needs_log_prior
 
     @staticmethod
-    def backward(ctx: Any, grad_grad_logits: Tensor, grad_grad_log_prior: Tensor) -> tuple:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple:
         fields, (grad_rows,) = _saved(ctx)
         wanted = [i for i in range(_N_FIELDS) if ctx.needs_input_grad[4 + i]]
 
         def gradients(grad_rows: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
             grad_logits, grad_log_prior = differentiable_gradient(_replaced(fields, wanted, values), grad_rows, None)
-            return (grad_logits, grad_log_prior) if ctx.needs_log_prior else (grad_logits,)
+            return (
+                (grad_logits,) if grad_log_prior is None or not ctx.needs_log_prior else (grad_logits, grad_log_prior)
+            )
 
-        _, pull = torch.func.vjp(gradients, grad_rows, *(fields[i] for i in wanted))
-        of_rows, *found = pull((grad_grad_logits, grad_grad_log_prior)[: 1 + ctx.needs_log_prior])
+        pull = torch.func.vjp(gradients, grad_rows, *(fields[i] for i in wanted))[1]
+        of_rows, *found = pull(grad_outputs[: 1 + ctx.needs_log_prior])
         grads: list[Tensor | None] = [None] * _N_FIELDS
         for i, grad in zip(wanted, found, strict=True):
             grads[i] = grad
         return (None, None, None, of_rows, *grads)
 
     @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple, impl: str, needs_log_prior: bool, state: Tensor, grad_rows: Tensor, *fields: Any
-    ) -> tuple:
+    def vmap(info: Any, in_dims: tuple, *arguments: Any) -> tuple:
+        impl, needs_log_prior, state, grad_rows, *fields = arguments
         _, _, state_dim, grad_dim, *field_dims = in_dims
         problem = None if needs_log_prior else _fold(info.batch_size, field_dims, fields)
         if problem is None:
@@ -148,7 +151,7 @@ class _RowGradients(torch.autograd.Function):
 # Batches --------------------------------------------------------------------------------------------------------------
 
 
-def _fold(batch_size: int, in_dims: Any, fields: tuple) -> Problem | None:
+def _fold(batch_size: int, in_dims: Any, fields: list) -> Problem | None:
     """A batch of problems as one with batch_size * N * P rows, or None where vectors over the classes differ in it."""
     if any(in_dims[i] is not None for i in _PER_CLASS):
         return None
@@ -167,7 +170,7 @@ def _batch_first(tensor: Tensor, dim: int | None, batch_size: int) -> Tensor:
     return tensor.expand(batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
 
-def _rows_of(fields: tuple, in_dims: Any) -> tuple[int, int]:
+def _rows_of(fields: list, in_dims: Any) -> tuple[int, int]:
     """(N, P) of each problem of a batch."""
     shape = list(fields[0].shape)
     if in_dims[0] is not None:

@@ -197,7 +197,7 @@ def logit_adjusted_adaptive(log_prior: Tensor) -> PairwiseMargin:
     Example:
         >>> from fused_la import log_prior_from_counts, margins
         >>> margins.logit_adjusted_adaptive(log_prior_from_counts([900, 90, 10])).target_offset
-        tensor([-1.1320, -4.2337, -7.7675])
+        tensor([-1.1321, -4.2337, -7.7674])
 
     Source: Menon et al., ICLR 2021, section 5.2.
     """

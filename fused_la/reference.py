@@ -75,10 +75,11 @@ def _weigh(mass: Tensor, nll: Tensor) -> Tensor:
 
 def _nll(problem: Problem, row: _Row, live: Tensor | None) -> Tensor:
     """What each class would cost as the label, (N, P, C)."""
-    if problem.target_offset is None:
+    target_offset = problem.computed(problem.target_offset)
+    if target_offset is None:
         # The gap of class j is 0 by definition, not z_j - z_j, whose two gradients would swamp that of log1p.
         return torch.where(row.is_top, 0.0, row.m - row.z) + row.rest.log1p()
-    as_label = problem.scaled_logits() + problem.computed(problem.target_offset)
+    as_label = problem.scaled_logits() + target_offset
     if live is not None:
         as_label = torch.where(live.unsqueeze(-1), as_label, 0.0)
     return past(row.m - as_label, torch.where(row.is_top, row.rest, 1.0 + row.rest - row.e))

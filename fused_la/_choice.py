@@ -1,0 +1,75 @@
+"""Which implementation runs, and why a named one may not."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fused_la import _checks
+from fused_la._autograd import under_transform
+from fused_la._problem import Problem
+from fused_la._transforms import folds
+
+
+def choose_implementation(impl: str, problem: Problem) -> str:
+    """The implementation that runs."""
+    _checks.check_choice("impl", impl, _checks.IMPLEMENTATIONS)
+    device = problem.logits.device
+    on_cpu, on_gpu = device.type == "cpu", device.type == "cuda"  # ROCm's too
+    transformed = under_transform()
+    if transformed:
+        needs_formula = torch.compiler.is_compiling() or not folds()
+    else:
+        needs_formula = any(isinstance(field, Tensor) and _has_tangent(field) for field in problem)
+    only_reference = "" if needs_formula else _why_only_reference(problem, transformed)
+    if impl == "auto":
+        if needs_formula or only_reference or (on_cpu and torch.compiler.is_compiling()):
+            return "reference"
+        if on_gpu and _has_triton():
+            return "triton"
+        return "blocked" if on_cpu else "reference"
+    if impl == "reference":
+        return impl
+    if only_reference:
+        raise ValueError(f"impl must be 'reference' or 'auto' for {only_reference}, got {impl!r}")
+    if impl == "blocked" and not on_cpu:
+        raise ValueError(f"impl must not be 'blocked' for logits on {device}: it runs on a CPU")
+    if impl == "triton":
+        if not _has_triton():
+            raise ModuleNotFoundError("impl='triton' needs the package triton, which is not installed")
+        from fused_la._triton.launch import INTERPRETED
+
+        if not on_gpu and not (on_cpu and INTERPRETED):
+            raise ValueError(
+                f"impl must not be 'triton' for logits on {device}: it runs on a GPU, or on a CPU in Triton's "
+                "interpreter if TRITON_INTERPRET=1 is set before the first use"
+            )
+    return "reference" if needs_formula else impl
+
+
+def _why_only_reference(problem: Problem, transformed: bool) -> str:
+    """What of a problem only the reference computes; empty if nothing is."""
+    if problem.target_offset is not None and (problem.has_probabilities or problem.label_smoothing > 0.0):
+        return "class probabilities or label smoothing under a margin whose two offsets differ"
+    constants = (problem.target, problem.target_weight, problem.weight, problem.mean_weight,
+                 problem.smoothing_distribution, problem.target_offset, problem.scale)  # fmt: skip
+    if problem.target_offset is not None:
+        constants += (problem.log_prior,)
+    if not transformed and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in constants):
+        return "a gradient of target, target_weight, weight, smoothing_distribution or a margin"
+    return ""
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    """Whether forward-mode differentiation is under way for this tensor."""
+    return forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def _has_triton() -> bool:
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except (ImportError, ValueError):  # from a finder that hides it; from a stand-in among sys.modules without a spec
+        return False
