@@ -79,7 +79,7 @@ def make_problem(variant: str, n_rows: int, n_classes: int, dtype: torch.dtype, 
     n_labels = 2 if variant == "two labels" else 1
     target, weights = torch.empty(*rows, n_labels, dtype=torch.int64), torch.empty(n_classes)
     if variant == "probabilities":
-        target = torch.empty(rows + (n_classes,), dtype=compute)
+        target = torch.empty((*rows, n_classes), dtype=compute)
     smooth = variant == "weights, smoothing"
     return Problem(
         logits,

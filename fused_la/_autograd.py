@@ -33,7 +33,7 @@ def fused_loss(problem: Problem, reduction: str, impl: str) -> Tensor:
         return _forward_op(*problem._replace(log_prior=problem.offset(), tau=1.0), reduction, impl)[0]
     needs_gradient = torch.is_grad_enabled() and problem.logits.requires_grad
     learns_prior = problem.log_prior is not None and problem.log_prior.requires_grad
-    with_gradient = needs_gradient and not learns_prior and _load(impl).forward_gradient(problem, reduction)
+    with_gradient = needs_gradient and not learns_prior and implementation(impl).forward_gradient(problem, reduction)
     return _Loss.apply(impl, reduction, with_gradient, *problem)
 
 
@@ -42,15 +42,15 @@ def under_transform() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
-def _load(impl: str) -> ModuleType:
+def implementation(impl: str) -> ModuleType:
     return importlib.import_module(f"fused_la._{impl}")
 
 
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, impl: str, reduction: str, with_gradient: bool, *fields: Any) -> Tensor:
-        problem = _in_memory(Problem(*fields))
-        loss, state, normalizer, gradient = _load(impl).forward(problem, reduction, with_gradient)
+        problem = in_memory(Problem(*fields))
+        loss, state, normalizer, gradient = implementation(impl).forward(problem, reduction, with_gradient)
         _save(ctx, fields, state, normalizer, impl, reduction)
         ctx.gradient = gradient if with_gradient else None
         return loss
@@ -63,19 +63,19 @@ class _Loss(torch.autograd.Function):
         problem, state, normalizer = _saved(ctx)
         grad_rows = grad_loss if ctx.reduction == "none" else grad_loss.expand(state.shape[1:])
         if differentiable:
-            grads[3], grads[4] = _differentiable_gradient(problem, grad_rows, normalizer)
+            grads[3], grads[4] = differentiable_gradient(problem, grad_rows, normalizer)
         else:
             # Handed over, not kept: a caller may write into it, and a second backward recomputes.
             made_for_one, ctx.gradient = ctx.gradient, None
             needs = ctx.needs_input_grad[3:5]
-            run = _load(ctx.impl).backward
+            run = implementation(ctx.impl).backward
             grads[3], grads[4] = run(
-                _in_memory(problem), state, grad_rows.resolve_neg(), normalizer, *needs, made_for_one
+                in_memory(problem), state, grad_rows.resolve_neg(), normalizer, *needs, made_for_one
             )
         return tuple(grads)
 
 
-def _in_memory(problem: Problem) -> Problem:
+def in_memory(problem: Problem) -> Problem:
     """The problem with every tensor as its memory has it: a lazy negation (`x.conj().imag`) carried out."""
     return Problem._make(field.resolve_neg() if isinstance(field, Tensor) else field for field in problem)
 
@@ -94,7 +94,7 @@ def _saved(ctx: Any) -> tuple[Problem, Tensor, Tensor | None]:
     return Problem(*fields), state, normalizer if ctx.reduction == "mean" else None
 
 
-def _differentiable_gradient(
+def differentiable_gradient(
     problem: Problem, grad_rows: Tensor, normalizer: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     grad_rows = grad_rows if normalizer is None else grad_rows / normalizer
@@ -133,7 +133,7 @@ def _forward_op(
         label_smoothing,
         ignore_index,
     )
-    return _load(impl).forward(_in_memory(problem), reduction, False)[:3]
+    return implementation(impl).forward(in_memory(problem), reduction, False)[:3]
 
 
 @_forward_op.register_fake
@@ -174,9 +174,9 @@ def _backward_op(
         label_smoothing,
         ignore_index,
     )
-    run = _load(impl).backward
+    run = implementation(impl).backward
     grad_loss = grad_loss.resolve_neg()
-    grad_logits, grad_prior = run(_in_memory(problem), state, grad_loss, normalizer, True, needs_log_prior)
+    grad_logits, grad_prior = run(in_memory(problem), state, grad_loss, normalizer, True, needs_log_prior)
     return grad_logits, logits.new_empty(0) if grad_prior is None else grad_prior
 
 

@@ -70,10 +70,7 @@ def forward_gradient(problem: Problem, reduction: str) -> bool:
 
 
 def forward(problem: Problem, reduction: str, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, row state (3, N, P), the mean's denominator, and the gradient for an upstream of 1.
-
-    The denominator is empty for reduction "none", the gradient without `with_gradient`.
-    """
+    """Loss, row state (3, N, P), the mean's denominator (empty for "none"), the gradient for an upstream of 1."""
     rows = _prepare(problem)
     n_outer, n_inner, _ = problem.logits.shape
     stacked = torch.empty(3, n_outer, n_inner, dtype=problem.compute_dtype)
@@ -109,13 +106,12 @@ def backward(
     needs_log_prior: bool,
     made_for_one: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of logits (N, P, C) and log_prior (C,), None where not needed.
+    """Gradients of logits (N, P, C) and log_prior (C,), None where not needed; grad_loss (N, P) over normalizer.
 
-    grad_loss is (N, P), or a scalar expanded to it; normalizer divides it. `made_for_one` is what the forward pass
-    made of the logits' gradient, for a grad_loss of 1: it is scaled where it stands, and left alone if 1 is what came.
+    `made_for_one` is what forward made of the logits', for a grad_loss of 1: scaled where it stands unless 1 came.
     """
     if made_for_one is not None:
-        upstream = grad_loss[:1, :1]
+        upstream = grad_loss[:1, :1]  # a scalar expanded, or of no rows
         is_one = upstream.numel() == 0 or upstream.item() == 1.0
         return made_for_one if is_one else made_for_one.mul_(upstream), None
     grad_rows = grad_loss.to(problem.compute_dtype)

@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from fused_la import _checks, reference
 from fused_la._autograd import fused_loss, under_transform
 from fused_la._problem import Problem, reduce_rows
+from fused_la._transforms import folded_loss, folds
 from fused_la.prior import log_prior_from_counts
 
 
@@ -119,7 +120,7 @@ def logit_adjusted_cross_entropy(
         loss, row_weight = reference.loss_rows(problem)
         loss = reduce_rows(loss, row_weight.sum(), reduction)
     else:
-        loss = fused_loss(problem, reduction, impl)
+        loss = (folded_loss if under_transform() else fused_loss)(problem, reduction, impl)
     if reduction != "none":
         return loss
     dim = _checks.class_dim(logits)
@@ -237,21 +238,23 @@ class LogitAdjustedCrossEntropyLoss(nn.Module):
 def _choose(impl: str, logits: Tensor, log_prior: Tensor, *constants: Tensor | None) -> str:
     """The implementation that runs; `constants` are the tensors for which only the reference has a gradient."""
     _checks.check_choice("impl", impl, _checks.IMPLEMENTATIONS)
-    differentiated = under_transform() or any(
-        t is not None and _has_tangent(t) for t in (logits, log_prior, *constants)
-    )
-    learned = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in constants)
+    transformed = under_transform()
+    if transformed:
+        needs_formula = torch.compiler.is_compiling() or not folds()
+    else:
+        needs_formula = any(t is not None and _has_tangent(t) for t in (logits, log_prior, *constants))
+    learned = not transformed and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in constants)
     on_cpu = logits.device.type == "cpu"
     on_gpu = logits.device.type == "cuda"  # ROCm's too
     if impl == "auto":
-        if differentiated or learned or (on_cpu and torch.compiler.is_compiling()):
+        if needs_formula or learned or (on_cpu and torch.compiler.is_compiling()):
             return "reference"
         if on_gpu and _has_triton():
             return "triton"
         return "blocked" if on_cpu else "reference"
     if impl == "reference":
         return impl
-    if learned and not differentiated:
+    if learned and not needs_formula:
         raise ValueError(
             f"impl must be 'reference' or 'auto' for a gradient of target, target_weight, weight or "
             f"smoothing_distribution, got {impl!r}"
@@ -268,7 +271,7 @@ def _choose(impl: str, logits: Tensor, log_prior: Tensor, *constants: Tensor | N
                 f"impl must not be 'triton' for logits on {logits.device}: it runs on a GPU, or on a CPU in Triton's "
                 "interpreter if TRITON_INTERPRET=1 is set before the first use"
             )
-    return "reference" if differentiated else impl
+    return "reference" if needs_formula else impl
 
 
 def _has_tangent(tensor: Tensor) -> bool:

@@ -112,10 +112,11 @@ print(*sorted(name for name in sys.modules if name.startswith("fused_la._triton"
 # What a module may import from the package, inside functions too. `_triton` stands for all its modules.
 MAY_IMPORT = {
     "__init__": {"loss", "prior"},
-    "loss": {"_checks", "_autograd", "reference", "_problem", "_triton", "prior"},
+    "loss": {"_checks", "_autograd", "_transforms", "reference", "_problem", "_triton", "prior"},
     "prior": set(),
     "_checks": set(),
     "_autograd": {"reference", "_problem"},  # and implementations by name, see below
+    "_transforms": {"_autograd", "reference", "_problem"},
     "reference": {"_problem"},
     "_blocked": {"_problem", "_blocks"},
     "_blocks": {"_problem"},

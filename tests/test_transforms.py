@@ -5,9 +5,12 @@ one of three things to the package: reverse mode (a graph at its level), forward
 and what breaks is their nesting: a tangent that is not seen below a graph, a graph that is not seen below a batch.
 """
 
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import DEVICE
 from torch.func import grad, grad_and_value, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 from torch.testing import assert_close
 
@@ -270,6 +273,44 @@ def test_images_may_be_batched_over_any_dimension(impl, device, log_prior):
     logits = torch.randn(2, 5, 4, 3, dtype=torch.float64, device=device)
     target = torch.randint(0, 5, (2, 3, 4), device=device)
     compare(lambda f: vmap(f, in_dims=(2, 2, None), out_dims=1)(logits, target, log_prior), losses(impl, "none"))
+
+
+@pytest.fixture
+def passes(impl, monkeypatch):
+    """What the implementation is called for: ("forward" or "backward", rows) of each call."""
+    module, calls = importlib.import_module(f"fused_la._{impl}"), []
+
+    def recorded(name, run):
+        def call(problem, *arguments):
+            calls.append((name, problem.logits.shape[0] * problem.logits.shape[1]))
+            return run(problem, *arguments)
+
+        return call
+
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(module, name, recorded(name, getattr(module, name)))
+    return calls
+
+
+@pytest.mark.parametrize("impl", ["blocked" if DEVICE == "cpu" else "triton", pytest.param("triton", id="kernels")])
+@pytest.mark.parametrize("transform", ["gradient of each", "gradient of all", "Jacobian", "each of each"])
+def test_batches_fold_into_the_rows_of_one_pass(batch, impl, passes, transform):
+    logits, target, log_prior = batch  # (4, 3, 5), (4, 3)
+
+    def gradients(function):
+        if transform == "gradient of each":
+            return vmap(grad(function), (0, 0, None))(logits, target, log_prior[0])
+        if transform == "gradient of all":
+            return grad(lambda x: vmap(function, (0, 0, None))(x, target, log_prior[0]).square().sum())(logits)
+        if transform == "Jacobian":
+            return jacrev(lambda x: vmap(function, (0, 0, None))(x, target, log_prior[0]))(logits)
+        return vmap(vmap(grad(function), (0, 0, None)), (0, 0, None))(
+            logits[:, :, None], target[:, :, None], log_prior[0]
+        )
+
+    compare(gradients, losses(impl))
+    rows_of_gradient = {"Jacobian": 4 * 12}.get(transform, 12)
+    assert passes == [("forward", 12), ("backward", rows_of_gradient)]
 
 
 @pytest.mark.parametrize("inner", [(0, 0, None), (None, None, 0)], ids=["rows inside", "priors inside"])

@@ -60,12 +60,8 @@ def write_gradient(
     """Write the gradient of the body's tiles [first_tile, last_tile), and with tile 0 that of the edges."""
     share, live = read_shares(vectors, rows, mask_rows, sizes.n_classes, smoothing, ignore_index, N_LABELS, COMPUTE)
     # Nothing of a row that does not count is read: with these, its gradient comes out as 0.
-    m, rest, total, g = (
-        tl.where(live, m, 0.0),
-        tl.where(live, rest, 0.0),
-        tl.where(live, total, 0.0),
-        tl.where(live, g, 0.0),
-    )
+    m, rest = tl.where(live, m, 0.0), tl.where(live, rest, 0.0)
+    total, g = tl.where(live, total, 0.0), tl.where(live, g, 0.0)
     bases = whole_vectors(starts + head, VEC)
     grad_bases = whole_vectors(grad_starts + head, VEC)
     target_bases = bases if TARGET_ALIKE else target_starts + head * strides_target[2]
@@ -146,7 +142,7 @@ def label_gradient(
     N_LABELS: tl.constexpr, HAS_SMOOTHING: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """(class, gradient, whether it counts) of each row's label k; equal labels of a row get equal gradients."""
-    label, mass, row_weight, own_share, counts = load_label(
+    label, mass, _row_weight, _share, counts = load_label(
         vectors, rows * N_LABELS + k, mask_rows, n_classes, smoothing, ignore_index, COMPUTE
     )
     if N_LABELS > 1:
