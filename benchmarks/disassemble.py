@@ -256,7 +256,8 @@ def body_figures(loop: list[str], call: Call) -> dict[str, Any]:
         return sum(1 for line in loop if re.search(pattern, line))
 
     elements, n_bytes = tile_elements(call)
-    unrolled = max(1, round(loaded_bytes(loop) / n_bytes))  # tiles in one body: the compiler may unroll a loop
+    # Tiles in one body: the compiler may unroll a loop (not seen of tall tiles, of which a thread has any shape).
+    unrolled = max(1, round(loaded_bytes(loop) / n_bytes)) if call.arguments.get("VEC", 1) > 1 else 1
     n_elements = unrolled * elements
     return {
         "unrolled": unrolled,
