@@ -6,12 +6,15 @@
 The launchers are called for real problems, with a recorder in the place of each kernel; what they would have launched
 is compiled for each target and disassembled. One line a kernel:
 
-    regs      registers a thread;  local: bytes of local memory a thread (0: nothing spills)
-    16B ld/st wide loads and stores in the loop bodies that read or write rows;  narrow: other accesses of rows there
-    inst/el   instructions in the body of the loop over a row, for each element that it takes (gradient: its own loop)
-    exp2/el   evaluations of 2^x, likewise
+    regs      registers a thread;  local: bytes of local memory a thread (0: nothing spills anywhere)
+    rows      the loop over the full tiles of a row, in a forward pass;  gradient: the loop that writes their gradient
+    last tile the same under a mask, run for the last tile of a row
+    16B ld/st wide loads and stores in the body of a loop;  narrow: its other accesses (offsets of odd rows, and rows)
+    inst/el   instructions in a body, for each element that it takes
+    exp2/el   evaluations of 2^x by the hardware, likewise (none in float64)
 
-A body's elements a thread are BLOCK_ROWS * BLOCK_C / threads. Run it without TRITON_INTERPRET.
+A body's elements a thread are BLOCK_ROWS * BLOCK_C / threads, or more where the compiler unrolls it. Run it without
+TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -123,8 +126,10 @@ def recorded() -> Iterator[list[Call]]:
 def calls_of(problem: Problem, variant: str) -> list[Call]:
     """What a training step launches, each kernel once: forward with and without the gradient, and backward."""
     with recorded() as calls:
-        for with_gradient in {False, forward_module.forward_gradient(problem, "mean")}:
-            _, state, normalizer, _ = forward_module.launch_forward(problem, "mean", with_gradient)
+        _, state, normalizer, _ = forward_module.launch_forward(problem, "mean", False)
+        if forward_module.forward_gradient(problem, "mean"):
+            forward_module.launch_forward(problem, "mean", True)
+            calls[:] = [*calls[:2], calls[-1]]  # what prepares is the same
         upstream = normalizer.expand(problem.logits.shape[:2])
         backward_module.launch_backward(problem, state, upstream, normalizer, True, variant == "learned prior")
     return calls
@@ -223,20 +228,46 @@ def tile_elements(call: Call) -> tuple[float, float]:
     return elements, n_bytes + (elements * vectors.target.element_size() if dense else 0)
 
 
+def kind_of(loop: list[str]) -> str | None:
+    """What a loop does: only "rows" and "gradient" take elements of a row; None: nothing that matters."""
+    text = "\n".join(loop)
+    if not re.search(r"\b(MUFU\.EX2|DFMA)\b", text):
+        return None
+    if re.search(r"\bLDG\.\S*STRONG", text):
+        return "join"  # the parts of a split row
+    return "gradient" if "STG" in text else "rows"
+
+
+def bodies_of(lines: list[str], call: Call) -> list[dict[str, Any]]:
+    """The figures of each loop over a row, by name; of a kind, the last in the code is the one for the last tile."""
+    loops = [(kind, loop) for loop in innermost_loops(lines) if (kind := kind_of(loop)) in ("rows", "gradient")]
+    bodies = []
+    for i, (kind, loop) in enumerate(loops):
+        is_last = kind not in [later for later, _ in loops[i + 1 :]]
+        name = f"{kind}, last tile" if is_last else kind
+        if call.name == "_grad_log_prior_kernel":
+            name = "sum over rows"
+        bodies.append({"name": name, **body_figures(loop, call)})
+    return bodies
+
+
 def body_figures(loop: list[str], call: Call) -> dict[str, Any]:
     def count(pattern: str) -> int:
         return sum(1 for line in loop if re.search(pattern, line))
 
     elements, n_bytes = tile_elements(call)
-    unrolled = max(1, round(loaded_bytes(loop) / n_bytes))  # tiles in one body: the compiler may unroll a loop
+    # Tiles in one body: the compiler may unroll a loop (not seen of tall tiles, of which a thread has any shape).
+    unrolled = max(1, round(loaded_bytes(loop) / n_bytes)) if call.arguments.get("VEC", 1) > 1 else 1
     n_elements = unrolled * elements
     return {
         "unrolled": unrolled,
+        "row_bytes": n_elements * call.arguments["logits"].element_size(),
         "wide_loads": count(r"\bLDG\.\S*\.?128"),
         "narrow_loads": count(r"\bLDG\b(?!\S*128)"),
         "narrow_row_loads": count(r"\bLDG\.E(\.\w+)*\.(U16|U8)\b"),
         "wide_stores": count(r"\bSTG\.\S*\.?128"),
         "narrow_stores": count(r"\bSTG\b(?!\S*128)"),
+        "spills": count(r"\b(LDL|STL)\b"),
         "barriers": count(r"\bBAR\b"),
         "instructions_per_element": round(len(loop) / n_elements, 2),
         "exp2_per_element": round(count(r"\bMUFU\.EX2") / n_elements, 2),
@@ -261,8 +292,8 @@ def figures(call: Call, target_name: str) -> dict[str, Any]:
     usage, lines = cuda_figures(compiled.asm["cubin"])
     row |= usage
     if "BLOCK_C" in call.arguments:
-        bodies = [loop for loop in innermost_loops(lines) if any("MUFU.EX2" in line for line in loop)]
-        row["bodies"] = [body_figures(loop, call) for loop in bodies]
+        row["block_rows"] = call.arguments["BLOCK_ROWS"]
+        row["bodies"] = bodies_of(lines, call)
     return row
 
 
@@ -284,8 +315,9 @@ def show(row: dict[str, Any]) -> str:
     )
     for body in row.get("bodies", []):
         line += (
-            f" | 16B {body['wide_loads']} ld {body['wide_stores']} st, narrow {body['narrow_loads']} ld "
-            f"{body['narrow_stores']} st, {body['instructions_per_element']:5.2f} inst/el, "
+            f" | {body['name']}: 16B {body['wide_loads']} ld {body['wide_stores']} st, "
+            f"narrow {body['narrow_loads']} ld {body['narrow_stores']} st, "
+            f"{body['instructions_per_element']:.2f} inst/el, "
             f"{body['exp2_per_element']:.2f} exp2/el"
         )
     if "bodies" not in row and "wide_loads" in row:

@@ -1,0 +1,279 @@
+"""The functions that choose a launch, over a grid of shapes, layouts and devices: no kernel runs.
+
+What must hold: the fields that set the bits of a row follow from the row alone; every row is some program's, once; a
+program's rows lie alike towards 16-byte boundaries; a device is filled; what is read twice stays in L2.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from conftest import DEVICE
+
+pytest.importorskip("triton")
+choosing = importlib.import_module("fused_la._triton.launch")
+grad_buffer = importlib.import_module("fused_la._triton.operands").grad_buffer
+Device, Layout = choosing.Device, choosing.Layout
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+DEVICES = [Device(1, 1 << 20), Device(132, 50 << 20)]
+N_ROWS = [1, 2, 3, 5, 16, 64, 255, 264, 1000, 4096, 100_003, 10**7]
+N_CLASSES = [
+    *(1, 2, 3, 7, 8, 9, 63, 64, 127, 128, 248, 255, 256, 257, 512, 513),  # from a vector to the shortest wide rows
+    *(1000, 1023, 1024, 1025, 2048, 2049, 4097, 8142, 8192),  # one tile and more
+    *(16384, 16385, 50257, 65537, 99991, 131072, 524289, 999_999, 10**6),  # one chunk and more
+]  # fmt: skip
+
+
+def layouts(n_classes):
+    """Contiguous, misaligned, padded (evenly, oddly), one row repeated; then those without 16-byte vectors."""
+    padded = -(-n_classes // 8) * 8
+    return [
+        *(Layout(True, shift, step) for shift in (0, 1) for step in (n_classes, padded, padded + 1, padded + 4, 0)),
+        Layout(False, 0, 1), Layout(True, None, n_classes), Layout(True, 0, None),
+    ]  # fmt: skip
+
+
+def grid():
+    for n_classes in N_CLASSES:
+        for dtype, layout in itertools.product(DTYPES, layouts(n_classes)):
+            yield n_classes, dtype, layout
+
+
+def launches(n_rows, n_classes, dtype, layout, device):
+    """Every launch of these rows: a forward pass that reads them once, one that reads them twice, a backward pass."""
+    for read_twice in (False, True):
+        yield choosing.choose_launch(n_rows, n_classes, dtype, layout, device, read_twice)
+    yield choosing.choose_backward_launch(n_rows, n_classes, dtype, layout, device)
+
+
+def test_what_sets_the_bits_of_a_row_depends_on_neither_the_rows_nor_the_device():
+    for n_classes, dtype, layout in grid():
+        of_row = set()
+        for n_rows, device, read_twice in itertools.product(N_ROWS, DEVICES, (False, True)):
+            launch = choosing.choose_launch(n_rows, n_classes, dtype, layout, device, read_twice)
+            narrow_or_one_tile = launch.vec == 1 or n_classes <= launch.block_c
+            block_rows = launch.block_rows if narrow_or_one_tile else None
+            of_row.add((launch.vec, launch.block_c, launch.chunk_tiles, launch.num_warps, block_rows))
+        assert len(of_row) == 1, (n_classes, dtype, layout)
+
+
+def test_wide_rows_are_summed_alike_wherever_they_lie():
+    """An aligned row of a misaligned matrix has the bits that it has alone."""
+    for n_classes, dtype in itertools.product([n for n in N_CLASSES if n >= 256], DTYPES):
+        of_row = set()
+        for layout in layouts(n_classes)[:-3]:
+            launch = choosing.choose_launch(1000, n_classes, dtype, layout, DEVICES[1])
+            of_row.add((launch.vec, launch.block_c, launch.chunk_tiles, launch.num_warps))
+        assert len(of_row) == 1, (n_classes, dtype)
+
+
+@pytest.mark.parametrize("n_classes", [1000, 8142, 50257, 99991])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_rows_of_any_length_and_step_are_read_in_16_bytes(n_classes, dtype):
+    for shift, step, n_rows, device in itertools.product(range(8), range(n_classes, n_classes + 9), (1, 4096), DEVICES):
+        for launch in launches(n_rows, n_classes, dtype, Layout(True, shift, step), device):
+            assert launch.vec * dtype.itemsize == 16, (shift, step)
+
+
+def rows_of_groups(launch, n_rows, groups):
+    """(len(groups), BLOCK_ROWS): the rows of each group as the kernels count them, -1 where there is none."""
+    first = groups // launch.period * (launch.block_rows * launch.period) + groups % launch.period
+    rows = first[:, None] + launch.period * np.arange(launch.block_rows)
+    return np.where(rows < n_rows, rows, -1)
+
+
+def test_every_row_is_in_one_group_and_every_group_has_a_row():
+    for n_rows in (1, 2, 3, 7, 8, 9, 33, 264, 1001):
+        for launch in {launch for case in grid() for launch in launches(n_rows, *case, DEVICES[1])}:
+            rows = rows_of_groups(launch, n_rows, np.arange(launch.n_groups(n_rows)))
+            assert (rows[:, 0] >= 0).all(), (n_rows, launch)  # the first row of a group is always there
+            assert np.array_equal(np.sort(rows[rows >= 0]), np.arange(n_rows)), (n_rows, launch)
+
+
+def test_ten_million_rows_are_in_groups():
+    for n_classes in (3, 1000, 8142):
+        for launch in launches(10**7, n_classes, torch.bfloat16, Layout(True, 1, n_classes), DEVICES[1]):
+            rows = rows_of_groups(launch, 10**7, np.arange(launch.n_groups(10**7), dtype=np.int64))
+            assert (rows[:, 0] >= 0).all()
+            assert (rows >= 0).sum() == 10**7
+            assert rows.max() == 10**7 - 1
+
+
+def test_rows_of_a_program_share_their_head_and_bodies_are_aligned():
+    for n_classes, dtype, layout in grid():
+        for launch in launches(1000, n_classes, dtype, layout, DEVICES[1]):
+            vec = launch.vec
+            if vec == 1:
+                continue
+            assert layout.row_step * launch.period % vec == 0 or launch.block_rows == 1, (layout, launch)
+            for row in range(2 * vec):
+                start = layout.shift + row * layout.row_step
+                head = min(-start % vec, n_classes) if launch.edges else 0
+                body = (n_classes - head) // vec * vec
+                assert (start + head) % vec == 0 or body == 0, (n_classes, layout, launch)
+                assert n_classes - head - body < (vec if launch.edges else 1), (n_classes, layout, launch)
+
+
+def test_tiles_chunks_and_splits_cover_a_row():
+    for n_classes, dtype, layout in grid():
+        for n_rows, device in itertools.product((1, 64, 4096), DEVICES):
+            forward, twice, backward = launches(n_rows, n_classes, dtype, layout, device)
+            for launch in (forward, twice):
+                n_chunks = launch.n_chunks(n_classes)
+                assert (n_chunks - 1) * launch.chunk_tiles * launch.block_c < n_classes
+                assert n_classes <= n_chunks * launch.chunk_tiles * launch.block_c
+                assert 1 <= launch.splits <= n_chunks <= choosing.MAX_CHUNKS
+                assert launch.splits * -(-n_chunks // launch.splits) >= n_chunks
+                if launch.vec > 1 and n_classes > launch.block_c:
+                    assert launch.block_c == launch.vec * 32 * launch.num_warps  # one vector a thread
+            assert 1 <= backward.splits <= -(-n_classes // backward.block_c)
+            assert backward.num_warps == 4
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("device", DEVICES)
+def test_few_rows_of_many_classes_fill_the_device(dtype, device):
+    wanted = 2 * device.n_multiprocessors
+    for n_classes, n_rows in itertools.product((8142, 50257, 131072, 10**6), (1, 2, 8, 64, 256, 1000)):
+        for layout in layouts(n_classes)[:-3]:
+            launch = choosing.choose_launch(n_rows, n_classes, dtype, layout, device)
+            programs = launch.n_groups(n_rows) * launch.splits
+            assert programs >= min(wanted, n_rows * launch.n_chunks(n_classes)), (n_rows, launch)
+            backward = choosing.choose_backward_launch(n_rows, n_classes, dtype, layout, device)
+            n_tiles = -(-n_classes // backward.block_c)
+            assert backward.n_groups(n_rows) * backward.splits >= min(wanted, n_rows * n_tiles), (n_rows, backward)
+
+
+def test_64_rows_of_a_million_classes_fill_an_h100():
+    launch = choosing.choose_launch(64, 10**6, torch.bfloat16, Layout(True, 0, 10**6), DEVICES[1])
+    assert launch.n_groups(64) * launch.splits >= 2 * 132
+
+
+def test_rows_that_share_an_offset_do_so_where_the_device_stays_full():
+    launch = choosing.choose_launch(4096, 8142, torch.bfloat16, Layout(True, 0, 8142), DEVICES[1], read_twice=True)
+    assert (launch.block_rows, launch.period, launch.splits) == (2, 4, 1)  # every fourth row lies alike
+    assert choosing.choose_launch(64, 8142, torch.bfloat16, Layout(True, 0, 8142), DEVICES[1]).block_rows == 1
+
+
+def test_rows_whose_gradient_the_forward_pass_makes_are_whole_and_in_l2():
+    made = set()
+    for n_classes, dtype, layout in grid():
+        for n_rows, device in itertools.product(N_ROWS, DEVICES):
+            if not choosing.makes_gradient_in_forward(n_rows, n_classes, dtype, layout, device, "mean"):
+                continue
+            launch = choosing.choose_launch(n_rows, n_classes, dtype, layout, device, read_twice=True)
+            assert launch.splits == 1
+            resident = device.n_multiprocessors * max(1, choosing.RESIDENT_THREADS // (32 * launch.num_warps))
+            assert resident * launch.block_rows * n_classes * dtype.itemsize < 0.75 * device.l2_bytes
+            made.add((n_classes, dtype, device.n_multiprocessors))
+    for n_classes in (1000, 8142, 50257, 99991):
+        assert (n_classes, torch.bfloat16, 132) in made
+    assert (8142, torch.float32, 132) in made
+    assert (10**6, torch.bfloat16, 132) not in made
+
+
+@pytest.mark.parametrize(
+    ("n_rows", "dtype", "reduction"),
+    [
+        (4096, torch.float16, "mean"),
+        (4096, torch.bfloat16, "none"),
+        (0, torch.bfloat16, "mean"),
+        (0, torch.float32, "sum"),
+    ],
+)
+def test_the_forward_pass_makes_no_gradient(n_rows, dtype, reduction):
+    for n_classes in N_CLASSES:
+        for layout, device in itertools.product(layouts(n_classes), DEVICES):
+            assert not choosing.makes_gradient_in_forward(n_rows, n_classes, dtype, layout, device, reduction)
+
+
+# Tensors --------------------------------------------------------------------------------------------------------------
+
+
+def flat(n_elements, dtype=torch.float32):
+    return torch.empty(n_elements, dtype=dtype, device=DEVICE)
+
+
+LAYOUTS = {
+    "contiguous": (lambda: flat(30).view(3, 1, 10), Layout(True, 0, 10)),
+    "padded": (lambda: flat(36).view(3, 1, 12)[..., :10], Layout(True, 0, 12)),
+    "shifted": (lambda: flat(31)[1:].view(3, 1, 10), Layout(True, 1, 10)),
+    "shifted by a vector": (lambda: flat(34)[4:].view(3, 1, 10), Layout(True, 0, 10)),
+    "one row repeated": (lambda: flat(10).view(1, 1, 10).expand(3, 1, 10), Layout(True, 0, 0)),
+    "every second row": (lambda: flat(60).view(6, 1, 10)[::2], Layout(True, 0, 20)),
+    "transposed": (lambda: flat(30).view(10, 3).t()[:, None], Layout(False, 0, 1)),
+    "sequences": (lambda: flat(60).view(2, 3, 10), Layout(True, 0, 10)),
+    "one sequence, padded": (lambda: flat(36).view(1, 3, 12)[..., :10], Layout(True, 0, 12)),
+    "cut sequences": (lambda: flat(80).view(2, 4, 10)[:, :3], Layout(True, 0, None)),
+    "one class": (lambda: flat(6).view(6, 1)[::2].unsqueeze(1), Layout(True, 0, 2)),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_of_tensors(name):
+    make, expected = LAYOUTS[name]
+    assert choosing.layout_of(make()) == expected
+
+
+def test_memory_that_begins_between_boundaries_has_no_shift():
+    """As PyTorch tensors over foreign memory: nothing lies before the first element to count from."""
+    foreign = torch.frombuffer(bytearray(64 + 16), dtype=torch.float32)
+    at = -foreign.data_ptr() % 16 // 4 + 1
+    outside = torch.frombuffer(memoryview(foreign.numpy())[at:], dtype=torch.float32)[:12].view(3, 1, 4)
+    assert outside.storage_offset() == 0
+    assert outside.data_ptr() % 16 == 4
+    assert choosing.layout_of(outside).shift is None
+
+
+def row_pointers(tensor):
+    n_outer, n_inner, _ = tensor.shape
+    return [tensor[i, j].data_ptr() for i in range(n_outer) for j in range(n_inner)]
+
+
+ROWS_IN_MEMORY = {
+    "contiguous": lambda n, dtype: flat(6 * n, dtype).view(6, 1, n),
+    "sequences": lambda n, dtype: flat(6 * n, dtype).view(2, 3, n),
+    "padded": lambda n, dtype: flat(6 * (n + 5), dtype).view(6, 1, n + 5)[..., :n],
+    "sliced": lambda n, dtype: flat(6 * (n + 3), dtype).view(6, 1, n + 3)[..., 1 : n + 1],
+    "every second row": lambda n, dtype: flat(12 * n, dtype).view(12, 1, n)[::2],
+    "shifted": lambda n, dtype: flat(6 * n + 3, dtype)[3:].view(6, 1, n),
+    "one row repeated": lambda n, dtype: flat(n + 1, dtype)[1:].view(1, 1, n).expand(6, 1, n),
+}
+
+
+@pytest.mark.parametrize("n_classes", [1, 9, 64, 101])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ROWS_IN_MEMORY)
+def test_rows_of_the_gradient_lie_as_those_of_the_logits(name, dtype, n_classes):
+    vec = 16 // dtype.itemsize
+    logits = ROWS_IN_MEMORY[name](n_classes, dtype)
+    gradient = grad_buffer(logits, choosing.layout_of(logits))
+    assert gradient.shape == logits.shape
+    assert gradient.dtype == dtype
+    apart = [g - x for g, x in zip(row_pointers(gradient), row_pointers(logits), strict=True)]
+    assert all(distance % 16 == 0 for distance in apart)
+    if logits.is_contiguous():
+        assert gradient.is_contiguous()
+    n_elements = gradient.untyped_storage().nbytes() // dtype.itemsize
+    assert n_elements <= (vec - 1) + 6 * (n_classes + vec - 1)
+    steps = np.diff(row_pointers(gradient)) // dtype.itemsize
+    assert ((steps >= n_classes) & (steps < n_classes + vec)).all()
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_the_gradient_of_permuted_dense_logits_is_dense_in_the_same_order(order):
+    logits = flat(2 * 3 * 5).view([(2, 3, 5)[dim] for dim in order]).permute(np.argsort(order).tolist())
+    gradient = grad_buffer(logits, choosing.layout_of(logits))
+    assert gradient.stride() == logits.stride()
+    assert gradient.untyped_storage().nbytes() == 30 * 4
+
+
+def test_the_gradient_of_strided_classes_has_no_gaps():
+    logits = flat(2 * 4 * 20).view(2, 4, 20)[:, :, ::2]
+    gradient = grad_buffer(logits, choosing.layout_of(logits))
+    assert gradient.is_contiguous()
