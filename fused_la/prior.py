@@ -230,6 +230,6 @@ def sum_over_group(class_counts: Tensor, group: ProcessGroup) -> Tensor:
     # "cpu:gloo,cuda:nccl" says on which devices the group can reduce; NCCL alone takes no CPU tensors.
     device_types = [part.split(":")[0] for part in dist.get_backend_config(group).split(",")]
     device = class_counts.device if class_counts.device.type in device_types else device_types[0]
-    summed = class_counts.to(device)
+    summed = class_counts.to(device, copy=True)
     dist.all_reduce(summed, group=group)
     return summed.to(class_counts.device)
