@@ -171,7 +171,7 @@ class BalancedError(Metric):
     def scalars(self, prefix: str = "") -> dict[str, float]:
         """`compute()` as a flat dict of floats for a logger, with `class/<name>` for each of `class_names`."""
         result = self.compute()
-        flat = {prefix + name: value.item() for name, value in result.items() if value.dim() == 0}
+        flat = {prefix + name: float(value) for name, value in result.items() if value.dim() == 0}
         if self.class_names is not None:
             errors = result["class_error"].tolist()
             flat |= {f"{prefix}class/{name}": error for name, error in zip(self.class_names, errors, strict=True)}
@@ -194,8 +194,11 @@ def _drawn(result: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _checked_names(class_names: Any, n_classes: int) -> list[str]:
-    if isinstance(class_names, str) or not all(isinstance(name, str) for name in class_names):
-        raise TypeError("class_names must be strings, one a class, got something else")
+    stray = (
+        class_names if isinstance(class_names, str) else next((n for n in class_names if not isinstance(n, str)), None)
+    )
+    if stray is not None:
+        raise TypeError(f"class_names must be strings, one a class, got {type(stray).__name__}")
     if len(class_names) != n_classes:
         raise ValueError(f"class_names must have {n_classes} names, got {len(class_names)}")
     if len(set(class_names)) != n_classes:
