@@ -1,8 +1,11 @@
 """The logit-adjusted loss for long-tailed classification (Menon et al., ICLR 2021), fused, for PyTorch."""
 
+import typing
+
 from fused_la import margins
 from fused_la.loss import LogitAdjustedCrossEntropyLoss, logit_adjusted_cross_entropy, margin_cross_entropy
 from fused_la.margins import PairwiseMargin
+from fused_la.posthoc import adjust_logits, normalize_classifier
 from fused_la.prior import count_classes, log_prior_from_counts
 
 __version__ = "0.1.0"
@@ -10,9 +13,22 @@ __version__ = "0.1.0"
 __all__ = [
     "LogitAdjustedCrossEntropyLoss",
     "PairwiseMargin",
+    "adjust_logits",
     "count_classes",
     "log_prior_from_counts",
     "logit_adjusted_cross_entropy",
     "margin_cross_entropy",
     "margins",
+    "normalize_classifier",
 ]
+
+if typing.TYPE_CHECKING:
+    from fused_la import metrics as metrics
+else:
+
+    def __getattr__(name: str):
+        if name == "metrics":  # when first asked for: it needs torchmetrics, which nothing else does
+            import fused_la.metrics
+
+            return fused_la.metrics
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

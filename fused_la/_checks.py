@@ -28,14 +28,14 @@ def check_tensor(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a dense tensor, got layout {layout}")
 
 
-def check_logits(logits: Any) -> None:
-    check_tensor("logits", logits)
+def check_logits(logits: Any, name: str = "logits") -> None:
+    check_tensor(name, logits)
     if logits.dtype not in FLOATING:
-        raise TypeError(f"logits must be {FLOATING_NAMES}, got {logits.dtype}")
+        raise TypeError(f"{name} must be {FLOATING_NAMES}, got {logits.dtype}")
     if logits.dim() == 0:
-        raise ValueError("logits must have shape (C,), (N, C) or (N, C, d1, ..., dk), got ()")
+        raise ValueError(f"{name} must have shape (C,), (N, C) or (N, C, d1, ..., dk), got ()")
     if logits.shape[class_dim(logits)] == 0:
-        raise ValueError(f"logits must have at least one class, got shape {tuple(logits.shape)}")
+        raise ValueError(f"{name} must have at least one class, got shape {tuple(logits.shape)}")
 
 
 def class_dim(logits: Tensor) -> int:
@@ -46,7 +46,7 @@ def check_class_vector(name: str, value: Any, n_classes: int) -> None:
     """One floating number a class."""
     check_tensor(name, value)
     if value.dtype not in FLOATING:
-        hint = "; log_prior_from_counts makes a log prior from class counts" if name == "log_prior" else ""
+        hint = "; log_prior_from_counts makes a log prior from class counts" if name.endswith("log_prior") else ""
         raise TypeError(f"{name} must be {FLOATING_NAMES}, got {value.dtype}{hint}")
     if value.shape != (n_classes,):
         raise ValueError(f"{name} must have shape ({n_classes},), got {tuple(value.shape)}")
@@ -60,19 +60,19 @@ def check_device(name: str, value: Tensor, logits: Tensor) -> None:
         )
 
 
-def check_log_prior(log_prior: Any, logits: Tensor, tau: float) -> None:
-    check_class_vector("log_prior", log_prior, logits.shape[class_dim(logits)])
-    check_device("log_prior", log_prior, logits)
-    check_prior_values(log_prior, tau)
+def check_log_prior(log_prior: Any, logits: Tensor, tau: float, name: str = "log_prior") -> None:
+    check_class_vector(name, log_prior, logits.shape[class_dim(logits)])
+    check_device(name, log_prior, logits)
+    check_prior_values(log_prior, tau, name)
 
 
-def check_prior_values(log_prior: Tensor, tau: float = 1.0) -> None:
+def check_prior_values(log_prior: Tensor, tau: float = 1.0, name: str = "log_prior") -> None:
     largest = read_value(log_prior.detach().amax())
     if largest is None or math.isfinite(largest) or (largest == -math.inf and tau == 0.0):
         return
     if largest == -math.inf:
-        raise ValueError("log_prior must be finite for some class, got -inf for every class")
-    raise ValueError(f"log_prior must be finite or -inf, got {largest} for some class")
+        raise ValueError(f"{name} must be finite for some class, got -inf for every class")
+    raise ValueError(f"{name} must be finite or -inf, got {largest} for some class")
 
 
 def check_smoothing_distribution(value: Any, n_classes: int) -> Tensor:
@@ -187,3 +187,49 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in choices:
         listed = ", ".join(repr(choice) for choice in choices[:-1]) + f" or {choices[-1]!r}"
         raise ValueError(f"{name} must be {listed}, got {value!r}")
+
+
+def check_classifier(weight: Any) -> None:
+    """One floating row of weights a class."""
+    check_tensor("weight", weight)
+    if weight.dtype not in FLOATING:
+        raise TypeError(f"weight must be {FLOATING_NAMES}, got {weight.dtype}")
+    if weight.dim() != 2 or weight.shape[0] == 0:
+        raise ValueError(f"weight must have shape (C, n_features) with C >= 1, got {tuple(weight.shape)}")
+
+
+def check_int(name: str, value: Any, low: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < low:
+        raise ValueError(f"{name} must be at least {low}, got {value}")
+    return int(value)
+
+
+def check_labels(target: Any, logits: Tensor, ignore_index: int) -> None:
+    """Index labels, one a row."""
+    check_tensor("target", target)
+    if target.dtype != torch.int64:
+        raise TypeError(f"target must be int64 class indices, got {target.dtype}")
+    check_target(target, None, logits, ignore_index)
+
+
+def check_predictions(preds: Tensor, target: Any, n_classes: int, ignore_index: int) -> None:
+    """Predicted classes and index labels, of one shape."""
+    if preds.is_complex() or preds.dtype == torch.bool:
+        raise TypeError(f"preds must be floating scores or integer classes, got {preds.dtype}")
+    check_tensor("target", target)
+    if target.dtype != torch.int64:
+        raise TypeError(f"target must be int64 class indices, got {target.dtype}")
+    if preds.shape != target.shape:
+        raise ValueError(
+            f"preds must have the shape of target, {tuple(target.shape)}, for predicted classes, "
+            f"got {tuple(preds.shape)}"
+        )
+    if target.device != preds.device:
+        raise ValueError(f"target must be on the device of preds, {preds.device}, got {target.device}")
+    _check_labels_in_range(target, n_classes, ignore_index)
+    if preds.device.type == "cpu":
+        outside = preds[((preds < 0) | (preds >= n_classes)) & (target != ignore_index)]
+        if outside.numel() > 0:
+            raise IndexError(f"preds must hold class indices in [0, {n_classes}), got {int(outside[0])}")

@@ -28,6 +28,15 @@ import torch
 from torch import Tensor
 
 
+def rows_by_classes(values: Tensor) -> Tensor:
+    """(C,), (N, C) or (N, C, d1, ..., dk) as (N, P, C): a view wherever the strides allow one."""
+    if values.dim() == 1:
+        return values[None, None]
+    if values.dim() == 2:
+        return values.unsqueeze(1)
+    return values.flatten(2).transpose(1, 2)
+
+
 class Problem(NamedTuple):
     """The checked rows of a loss; N and P count rows, C classes, K labels a row."""
 

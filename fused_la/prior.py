@@ -77,7 +77,7 @@ def count_classes(
             f"got {value} at flat index {position}"
         )
     class_counts = torch.bincount(kept, minlength=n_classes)
-    return class_counts if group is None else _sum_over_group(class_counts, group)
+    return class_counts if group is None else sum_over_group(class_counts, group)
 
 
 def log_prior_from_counts(class_counts: Tensor | np.ndarray | Sequence[float], *, pseudocount: float = 0.0) -> Tensor:
@@ -118,19 +118,7 @@ def log_prior_from_counts(class_counts: Tensor | np.ndarray | Sequence[float], *
         pseudocount = math.inf
     if not (math.isfinite(pseudocount) and pseudocount >= 0):
         raise ValueError(f"pseudocount must be finite and non-negative, got {pseudocount:g}")
-    counts, dtype = _to_float64(class_counts)
-
-    if counts.ndim != 1:
-        raise ValueError(f"class_counts must have shape (n_classes,), got {tuple(counts.shape)}")
-    if counts.numel() == 0:
-        raise ValueError("class_counts must have at least one class, got shape (0,)")
-    if counts.isnan().any():
-        raise ValueError(f"class_counts must have no NaN, got {_listed(counts, counts.isnan())}")
-    if counts.isinf().any():
-        hint = " (float16 counts overflow past 65504: count in int64)" if dtype == "float16" else ""
-        raise ValueError(f"class_counts must be finite, got {_listed(counts, counts.isinf())}{hint}")
-    if (counts < 0).any():
-        raise ValueError(f"class_counts must be non-negative, got {_listed(counts, counts < 0)}")
+    counts = checked_counts(class_counts)
     if not counts.any():
         raise ValueError(f"class_counts must have a positive count, got 0 for all {counts.numel()} classes")
 
@@ -146,6 +134,23 @@ def log_prior_from_counts(class_counts: Tensor | np.ndarray | Sequence[float], *
         )
     device = class_counts.device if isinstance(class_counts, Tensor) else torch.device("cpu")
     return prior.log().to(torch.float32).to(device)
+
+
+def checked_counts(class_counts: Any) -> Tensor:
+    """`class_counts` as (C,) float64 on the CPU: C >= 1, finite and not negative, or the error that says what came."""
+    counts, dtype = _to_float64(class_counts)
+    if counts.ndim != 1:
+        raise ValueError(f"class_counts must have shape (n_classes,), got {tuple(counts.shape)}")
+    if counts.numel() == 0:
+        raise ValueError("class_counts must have at least one class, got shape (0,)")
+    if counts.isnan().any():
+        raise ValueError(f"class_counts must have no NaN, got {_listed(counts, counts.isnan())}")
+    if counts.isinf().any():
+        hint = " (float16 counts overflow past 65504: count in int64)" if dtype == "float16" else ""
+        raise ValueError(f"class_counts must be finite, got {_listed(counts, counts.isinf())}{hint}")
+    if (counts < 0).any():
+        raise ValueError(f"class_counts must be non-negative, got {_listed(counts, counts < 0)}")
+    return counts
 
 
 def _check_dense(tensor: Tensor, name: str) -> None:
@@ -216,7 +221,8 @@ def _listed(counts: Tensor, mask: Tensor) -> str:
     return f"{shown}{more} ({len(classes)} of {len(mask)} classes)"
 
 
-def _sum_over_group(class_counts: Tensor, group: ProcessGroup) -> Tensor:
+def sum_over_group(class_counts: Tensor, group: ProcessGroup) -> Tensor:
+    """The sum over the ranks of `group`, wherever it can reduce, on the device of `class_counts`."""
     import torch.distributed as dist  # here, because builds of PyTorch without it can still count alone
 
     if not isinstance(group, dist.ProcessGroup):
@@ -224,6 +230,6 @@ def _sum_over_group(class_counts: Tensor, group: ProcessGroup) -> Tensor:
     # "cpu:gloo,cuda:nccl" says on which devices the group can reduce; NCCL alone takes no CPU tensors.
     device_types = [part.split(":")[0] for part in dist.get_backend_config(group).split(",")]
     device = class_counts.device if class_counts.device.type in device_types else device_types[0]
-    summed = class_counts.to(device)
+    summed = class_counts.to(device, copy=True)
     dist.all_reduce(summed, group=group)
     return summed.to(class_counts.device)

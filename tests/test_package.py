@@ -107,30 +107,67 @@ print(*sorted(name for name in sys.modules if name.startswith("fused_la._triton"
     assert kernels == ""
 
 
+WITHOUT_TORCHMETRICS = """
+import sys
+sys.modules["torchmetrics"] = None
+import fused_la
+from fused_la import posthoc
+try:
+    fused_la.metrics
+except ModuleNotFoundError as error:
+    assert str(error) == (
+        "fused_la.metrics needs the package torchmetrics, which is not installed: pip install 'fused_la[metrics]'"
+    ), error
+else:
+    raise AssertionError("imported without torchmetrics")
+try:
+    fused_la.nothing
+except AttributeError as error:
+    assert str(error) == "module 'fused_la' has no attribute 'nothing'", error
+else:
+    raise AssertionError("found")
+"""
+
+
+def test_everything_but_the_metrics_works_without_torchmetrics():
+    run_python(WITHOUT_TORCHMETRICS)
+
+
+def test_metrics_are_an_attribute_of_the_package():
+    run_python("import fused_la; fused_la.metrics.BalancedError([1, 2])")
+
+
 # Imports --------------------------------------------------------------------------------------------------------------
 
 # What a module may import from the package, inside functions too. `_triton` stands for all its modules.
 MAY_IMPORT = {
-    "__init__": {"loss", "margins", "prior"},
+    "__init__": {"loss", "margins", "posthoc", "metrics", "prior"},
     "loss": {"_checks", "_autograd", "_choice", "_margin", "_transforms", "reference", "_problem", "prior"},
     "_choice": {"_autograd", "_checks", "_problem", "_transforms", "_triton"},
     "margins": {"_checks", "_consistency", "_margin"},
     "_consistency": {"_checks", "_margin"},
     "_margin": {"_checks"},
+    "posthoc": {"_checks", "_problem", "_sweep"},
+    "metrics": {"_checks", "_per_class"},
     "prior": set(),
+    "_sweep": {"_checks", "_problem", "_argmax", "_triton", "_per_class", "prior"},
+    "_per_class": {"prior"},
     "_checks": set(),
     "_autograd": {"reference", "_problem"},  # and implementations by name, see below
     "_transforms": {"_autograd", "reference", "_problem"},
     "reference": {"_problem"},
     "_blocked": {"_problem", "_blocks", "_blocked_rows"},
     "_blocked_rows": {"_problem", "_blocks"},
+    "_argmax": {"_blocks"},
     "_blocks": {"_problem"},
     "_triton": {"_problem", "_triton"},
     "_problem": set(),
 }
+# What a module may import beyond PyTorch, NumPy and Triton; without its extra, importing the package still works.
+OPTIONAL = {"metrics": {"torchmetrics"}, "_sweep": {"matplotlib"}}
 # Modules that import others by a name that they make up.
 MAY_IMPORT_BY_NAME = {"_autograd"}
-IMPLEMENTATIONS = {"reference", "_blocked", "_triton"}
+IMPLEMENTATIONS = {"reference", "_blocked", "_argmax", "_triton"}
 
 
 def unit_of(module):
@@ -182,7 +219,7 @@ def test_imports_follow_the_one_arrow(source):
 
 def test_the_arrow_has_no_way_back():
     """Nothing imports the door, implementations import neither one another nor what calls them, there is no circle."""
-    above = {"__init__", "loss", "_autograd", "_checks"}
+    above = {"__init__", "loss", "posthoc", "metrics", "_sweep", "_autograd", "_checks"}
     for implementation in IMPLEMENTATIONS:
         assert not MAY_IMPORT[implementation] & (above | IMPLEMENTATIONS - {implementation})
     below = {}
@@ -215,7 +252,8 @@ def test_only_the_kernels_import_triton_and_only_functions_import_the_kernels():
 @pytest.mark.parametrize("source", SOURCES, ids=module_of)
 def test_the_package_needs_pytorch_numpy_and_triton_alone(source):
     outside = {name.partition(".")[0] for name, _ in imports_of(source)} - set(sys.stdlib_module_names)
-    assert outside <= {"fused_la", "torch", "numpy", "triton"}, "in particular no tests, benchmarks, examples"
+    allowed = {"fused_la", "torch", "numpy", "triton"} | OPTIONAL.get(unit_of(module_of(source)), set())
+    assert outside <= allowed, "in particular no tests, benchmarks, examples"
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=module_of)
@@ -245,7 +283,7 @@ INTERFACE = {
     ),
     "count_classes": "(target, n_classes, *, ignore_index=-100, group=None)",
     "log_prior_from_counts": "(class_counts, *, pseudocount=0.0)",
-    "adjust_logits": "(logits, log_prior, tau=1.0)",
+    "adjust_logits": "(logits, log_prior, tau=1.0, *, target_log_prior=None)",
     "normalize_classifier": "(weight, tau=1.0)",
     "PairwiseMargin": None,
     "margins": None,
@@ -255,6 +293,8 @@ WRITTEN = {
     "LogitAdjustedCrossEntropyLoss",
     "count_classes",
     "log_prior_from_counts",
+    "adjust_logits",
+    "normalize_classifier",
 }
 
 

@@ -1,0 +1,92 @@
+"""The predicted classes of many post-hoc corrections at once: each logit is read once for all of them.
+
+    prediction_t = argmax_c  f_c * scale_tc + offset_tc
+
+A class at offset_tc = -inf is out, whatever its logit. Ties go to the lowest class, and a NaN is above all, as in
+`torch.argmax`: what is compared are integers that are ordered as the numbers are, with NaN on top. One program takes a
+row and keeps, for each correction and each of BLOCK_C lanes, the highest number so far and its class; lanes meet at the
+end of the row.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fused_la._triton.launch import on_device_of
+from fused_la._triton.tiles import row_offsets, triton_dtype
+
+MAX_TAUS = 32  # of a program; more read the logits once more
+TILE = 2048  # elements: 32 registers a thread for the state. Not tuned on a GPU yet
+
+
+@triton.jit
+def _ordered(z, KEY: tl.constexpr, HIGHEST: tl.constexpr):
+    """Integers in the order of the numbers; -0 is 0, and NaN is HIGHEST."""
+    bits = tl.where(z == 0.0, 0.0, z).to(KEY, bitcast=True)
+    key = tl.where(bits < 0, bits ^ HIGHEST, bits)
+    return tl.where(z != z, HIGHEST, key)
+
+
+@triton.jit
+def _argmax_kernel(
+    logits, scale, offset,
+    predictions,
+    strides_logits,
+    n_rows, n_inner, n_classes, n_taus,
+    COMPUTE: tl.constexpr, KEY: tl.constexpr, HIGHEST: tl.constexpr, TAUS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    taus = tl.program_id(1) * TAUS + tl.arange(0, TAUS)
+    table_rows = tl.where(taus < n_taus, taus, 0).to(tl.int64)[:, None] * n_classes
+    start = row_offsets(row, n_inner, strides_logits)
+
+    lowest = -HIGHEST - 1  # below the key of -inf
+    best = tl.full([TAUS, BLOCK_C], lowest, KEY)
+    best_class = tl.full([TAUS, BLOCK_C], 0, tl.int32)
+    for first in range(0, n_classes, BLOCK_C):
+        cols = first + tl.arange(0, BLOCK_C)
+        mask = (cols < n_classes)[None, :]
+        z = tl.load(logits + start + cols.to(tl.int64)[None, :] * strides_logits[2], mask, other=0.0).to(COMPUTE)
+        if scale is not None:
+            z = z * tl.load(scale + table_rows + cols[None, :], mask, other=1.0)
+        if offset is not None:
+            o = tl.load(offset + table_rows + cols[None, :], mask, other=0.0)
+            z = tl.where(o == float("-inf"), float("-inf"), z + o)
+        key = tl.where(mask, _ordered(z, KEY, HIGHEST), lowest)
+        better = key > best  # not >=: the lowest class of equals stays
+        best = tl.where(better, key, best)
+        best_class = tl.where(better, cols[None, :], best_class)
+
+    top = tl.max(best, 1)
+    predicted = tl.min(tl.where(best == top[:, None], best_class, n_classes), 1)
+    tl.store(predictions + taus.to(tl.int64) * n_rows + row, predicted.to(tl.int64), taus < n_taus)
+
+
+def launch_argmax(logits: Tensor, scale: Tensor | None, offset: Tensor | None) -> Tensor:
+    """Classes, (T, N, P) int64, of (N, P, C) logits; scale and offset are contiguous (T, C) in the dtype to compute in,
+    not both None."""
+    table = scale if scale is not None else offset
+    assert table is not None
+    n_taus, n_classes = table.shape
+    n_outer, n_inner, _ = logits.shape
+    n_rows = n_outer * n_inner
+    predictions = torch.empty((n_taus, n_outer, n_inner), dtype=torch.int64, device=logits.device)
+    if n_rows == 0:
+        return predictions
+    taus = min(triton.next_power_of_2(n_taus), MAX_TAUS)
+    block_c = min(triton.next_power_of_2(n_classes), TILE // taus)
+    wide = table.dtype == torch.float64
+    with on_device_of(logits):
+        _argmax_kernel[(n_rows, triton.cdiv(n_taus, taus))](
+            logits, scale, offset,
+            predictions,
+            logits.stride(),
+            n_rows, n_inner, n_classes, n_taus,
+            COMPUTE=triton_dtype(table.dtype), KEY=tl.int64 if wide else tl.int32,
+            HIGHEST=2**63 - 1 if wide else 2**31 - 1, TAUS=taus, BLOCK_C=block_c,
+            num_warps=4, enable_fp_fusion=False,  # rounded as on a CPU
+        )  # fmt: skip
+    return predictions

@@ -1,0 +1,207 @@
+"""The balanced error as a torchmetrics metric; needs the extra `metrics` of this package."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fused_la import _checks
+from fused_la._per_class import class_error, count_predictions, mean_rates, read_counts, shot_groups
+
+try:
+    from torchmetrics import Metric
+except ModuleNotFoundError as error:
+    if error.name != "torchmetrics":
+        raise
+    raise ModuleNotFoundError(
+        "fused_la.metrics needs the package torchmetrics, which is not installed: pip install 'fused_la[metrics]'",
+        name="torchmetrics",
+    ) from error
+
+__all__ = ["BalancedError", "shot_groups"]
+
+_DRAWS = 1 << 20  # bootstrap draws held at a time
+
+
+class BalancedError(Metric):
+    r"""The mean over classes of the error rate of each class, and what long-tail results report beside it.
+
+    .. math:: \mathrm{error} = \frac{1}{C} \sum_c P(\hat y \ne c \mid y = c)
+
+    `compute()` gives a dict of float32 tensors, rates in [0, 1], computed in float64 from integer counts:
+
+    - `balanced_error`: mean of the class errors; classes without examples are left out (and counted, see below).
+      1 - `sklearn.metrics.balanced_accuracy_score`.
+    - `balanced_error_low`, `balanced_error_high`: its bootstrap interval; see `n_bootstrap`.
+    - `top1_accuracy`: the share of all examples that is right.
+    - `many_error`, `medium_error`, `few_error`: means over the classes of more than 100, 20 to 100 and fewer than 20
+      *training* examples; NaN for a group without examples here.
+    - `worst_class_error`, and `worst_class` (int64): the highest class error and the first class that has it.
+    - `n_absent_classes` (int64): classes without examples.
+    - `class_error`: (C,), NaN for absent classes.
+
+    Over no examples rates are NaN and `worst_class` is -1. Counts are summed over ranks by `compute()`, as those of any
+    torchmetrics metric. A sampler that pads its last batches makes some examples count twice: give the padded ones the
+    label `ignore_index`. For checkpoints call `metric.persistent(True)`.
+
+    Args:
+        class_counts: (C,) *training* examples a class, from which the number of classes and many/medium/few follow: a
+            list, an array or a tensor, integer or floating.
+        class_names: C different names; with them `scalars()` reports every class.
+        ignore_index: label that is not counted.
+        n_bootstrap: resamples for the interval; 0 for none (NaN). Each draws, for every class, its examples with
+            replacement, that is the number of errors from Binomial(n_c, error_c). So the classes are held fixed, and a
+            class without errors contributes no spread.
+        confidence: of the interval, in (0, 1): from percentile (1 - confidence) / 2 to (1 + confidence) / 2.
+        seed: of the resamples, >= 0; the same counts give the same interval.
+        kwargs: as of `torchmetrics.Metric`: process_group, sync_on_compute, dist_sync_on_step, ...
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, dtype, shape, device or range; the message names it.
+        IndexError: a label or predicted class outside [0, C), on a CPU. A label outside on a GPU raises in
+            `compute()`; a predicted class outside is an error of the model there.
+
+    Example:
+        >>> import torch
+        >>> from fused_la.metrics import BalancedError
+        >>> metric = BalancedError([900, 90, 10], class_names=["cat", "lynx", "ocelot"])
+        >>> metric.update(torch.tensor([0, 0, 0, 1, 0]), torch.tensor([0, 0, 1, 1, 2]))
+        >>> result = metric.compute()
+        >>> result["balanced_error"], result["class_error"]
+        (tensor(0.5000), tensor([0.0000, 0.5000, 1.0000]))
+        >>> metric.scalars("val/")["val/class/lynx"]
+        0.5
+
+    Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation 2; groups of Liu et al.,
+        "Large-scale long-tailed recognition in an open world", CVPR 2019.
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
+
+    n_correct: Tensor
+    n_examples: Tensor
+
+    def __init__(
+        self,
+        class_counts: Any,
+        *,
+        class_names: Sequence[str] | None = None,
+        ignore_index: int = -100,
+        n_bootstrap: int = 1000,
+        confidence: float = 0.95,
+        seed: int = 0,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        self.groups = shot_groups(class_counts)
+        self.n_classes = len(self.groups["many"])
+        self.class_names = None if class_names is None else _checked_names(class_names, self.n_classes)
+        self.ignore_index = _checks.check_ignore_index(ignore_index)
+        self.n_bootstrap = _checks.check_int("n_bootstrap", n_bootstrap, 0)
+        self.confidence = _checks.check_number(
+            "confidence", confidence, math.nextafter(0, 1), math.nextafter(1, 0), "between 0 and 1"
+        )
+        self.seed = _checks.check_int("seed", seed, 0)
+        # The column behind the classes counts labels that are neither a class nor ignored.
+        self.add_state("n_correct", torch.zeros(self.n_classes + 1, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("n_examples", torch.zeros(self.n_classes + 1, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Count a batch.
+
+        Args:
+            preds: logits (or any scores) (N, C), (C,) or (N, C, d1, ..., dk), floating; or predicted classes, integer,
+                of the shape of `target`.
+            target: int64 classes, (N,), () or (N, d1, ..., dk).
+        """
+        _checks.check_tensor("preds", preds)
+        _checks.check_tensor("target", target)
+        if preds.is_floating_point():
+            _checks.check_logits(preds, "preds")
+            if preds.shape[_checks.class_dim(preds)] != self.n_classes:
+                raise ValueError(f"preds must have {self.n_classes} classes, got shape {tuple(preds.shape)}")
+            _checks.check_labels(target, preds, self.ignore_index)
+            predictions = preds.argmax(_checks.class_dim(preds))
+        else:
+            _checks.check_predictions(preds, target, self.n_classes, self.ignore_index)
+            predictions = preds
+        if preds.device != self.n_correct.device:
+            raise ValueError(f"preds must be on the device of the metric, {self.n_correct.device}, got {preds.device}")
+        count_predictions(self.n_correct, self.n_examples, predictions.flatten(), target.flatten(), self.ignore_index)
+
+    def compute(self) -> dict[str, Tensor]:
+        """The rates of all that was counted; see the class."""
+        n_correct, n_examples = read_counts(self.n_correct, self.n_examples, self.ignore_index)
+        rates = mean_rates(n_correct, n_examples, self.groups)
+        rates["balanced_error_low"], rates["balanced_error_high"] = self._interval(n_correct, n_examples)
+        error = class_error(n_correct, n_examples)
+        known = error.nan_to_num(nan=-1.0)
+        worst = known.argmax()
+        rates["worst_class_error"] = error[worst]
+        rates["class_error"] = error
+        result = {name: rate.to(self.device, torch.float32) for name, rate in rates.items()}
+        result["worst_class"] = torch.where(known[worst] < 0, -1, worst).to(self.device)
+        result["n_absent_classes"] = (n_examples == 0).sum().to(self.device)
+        return result
+
+    def _interval(self, n_correct: Tensor, n_examples: Tensor) -> tuple[Tensor, Tensor]:
+        present = n_examples > 0
+        n = n_examples[present].numpy()
+        if self.n_bootstrap == 0 or len(n) == 0:
+            return torch.tensor(math.nan), torch.tensor(math.nan)
+        error = 1.0 - n_correct[present].numpy() / n
+        generator = np.random.default_rng(self.seed)
+        means, height = [], max(1, _DRAWS // len(n))
+        for first in range(0, self.n_bootstrap, height):
+            n_errors = generator.binomial(n, error, (min(height, self.n_bootstrap - first), len(n)))
+            means.append((n_errors / n).mean(1))
+        ends = np.quantile(np.concatenate(means), [(1.0 - self.confidence) / 2.0, (1.0 + self.confidence) / 2.0])
+        low, high = torch.from_numpy(ends)
+        return low, high
+
+    def scalars(self, prefix: str = "") -> dict[str, float]:
+        """`compute()` as a flat dict of floats for a logger, with `class/<name>` for each of `class_names`."""
+        result = self.compute()
+        flat = {prefix + name: float(value) for name, value in result.items() if value.dim() == 0}
+        if self.class_names is not None:
+            errors = result["class_error"].tolist()
+            flat |= {f"{prefix}class/{name}": error for name, error in zip(self.class_names, errors, strict=True)}
+        return flat
+
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Draw the rates of `val` (what `compute()` gave, or a list of that, one a step); as torchmetrics' own plots.
+
+        Returns the figure (None if `ax` was given) and the axes.
+        """
+        val = self.compute() if val is None else val
+        if isinstance(val, dict):
+            return self._plot(_drawn(val), ax)
+        return self._plot([_drawn(step) for step in val], ax)
+
+
+def _drawn(result: dict[str, Tensor]) -> dict[str, Tensor]:
+    names = ("balanced_error", "many_error", "medium_error", "few_error", "worst_class_error", "top1_accuracy")
+    return {name: result[name] for name in names}
+
+
+def _checked_names(class_names: Any, n_classes: int) -> list[str]:
+    stray = (
+        class_names if isinstance(class_names, str) else next((n for n in class_names if not isinstance(n, str)), None)
+    )
+    if stray is not None:
+        raise TypeError(f"class_names must be strings, one a class, got {type(stray).__name__}")
+    if len(class_names) != n_classes:
+        raise ValueError(f"class_names must have {n_classes} names, got {len(class_names)}")
+    if len(set(class_names)) != n_classes:
+        twice = next(name for i, name in enumerate(class_names) if name in class_names[:i])
+        raise ValueError(f"class_names must be different, got {twice!r} twice")
+    return list(class_names)
