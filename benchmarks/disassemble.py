@@ -67,7 +67,7 @@ class Call(NamedTuple):
 
 # Problems -------------------------------------------------------------------------------------------------------------
 
-VARIANTS = ("label", "two labels", "weights, smoothing", "probabilities", "images", "learned prior")
+VARIANTS = ("label", "two labels", "margin", "weights, smoothing", "probabilities", "images", "learned prior")
 
 
 def make_problem(variant: str, n_rows: int, n_classes: int, dtype: torch.dtype, row_step: int | None) -> Problem:
@@ -89,11 +89,12 @@ def make_problem(variant: str, n_rows: int, n_classes: int, dtype: torch.dtype, 
         torch.empty(n_classes),
         target,
         torch.empty(*rows, 2) if variant == "two labels" else None,
-        weights if smooth else None,
-        weights if smooth else None,
-        1.0,
-        0.1 if smooth else 0.0,
-        -100,
+        weight=weights if smooth else None,
+        mean_weight=weights if smooth else None,
+        smoothing_distribution=weights if smooth else None,
+        target_offset=weights if variant == "margin" else None,
+        scale=weights if variant == "margin" else None,
+        label_smoothing=0.1 if smooth else 0.0,
     )
 
 
@@ -219,7 +220,7 @@ def tile_elements(call: Call) -> tuple[float, float]:
     n_threads = 32 * call.num_warps
     elements = call.arguments["BLOCK_ROWS"] * call.arguments["BLOCK_C"] / n_threads
     vectors, dense = call.arguments["vectors"], call.arguments["N_LABELS"] == 0
-    per_class = [vectors.log_prior]
+    per_class = [vectors.log_prior, vectors.scale]
     if dense or call.arguments["HAS_SMOOTHING"]:
         per_class += [vectors.weight, vectors.smoothing_distribution]
     columns = max(call.arguments.get("VEC", 1), call.arguments["BLOCK_C"] / n_threads)

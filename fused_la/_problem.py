@@ -43,15 +43,15 @@ class Problem(NamedTuple):
     logits: Tensor  # (N, P, C) any strides
     log_prior: Tensor | None  # (C,) or None where tau = 0
     target: Tensor  # (N, P, K) int64 labels, or (N, P, C) floating probabilities
-    target_weight: Tensor | None  # (N, P, K) floating
-    weight: Tensor | None  # (C,) floating
-    mean_weight: Tensor | None  # (C,) floating
-    smoothing_distribution: Tensor | None  # (C,) floating, None is uniform or no smoothing
-    target_offset: Tensor | None  # (C,) floating, None is tau * log_prior
-    scale: Tensor | None  # (C,) floating
-    tau: float
-    label_smoothing: float
-    ignore_index: int
+    target_weight: Tensor | None = None  # (N, P, K) floating
+    weight: Tensor | None = None  # (C,) floating
+    mean_weight: Tensor | None = None  # (C,) floating
+    smoothing_distribution: Tensor | None = None  # (C,) floating, None is uniform or no smoothing
+    target_offset: Tensor | None = None  # (C,) floating, None is tau * log_prior
+    scale: Tensor | None = None  # (C,) floating
+    tau: float = 1.0
+    label_smoothing: float = 0.0
+    ignore_index: int = -100
 
     @property
     def compute_dtype(self) -> torch.dtype:

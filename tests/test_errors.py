@@ -546,7 +546,7 @@ def test_a_traced_impossible_log_prior_makes_loss_and_gradient_nan(impl, cpu):
 def test_second_derivatives_of_an_impossible_log_prior_are_nan():
     """Of the reference's closed form, which the other implementations differentiate."""
     logits, log_prior = torch.zeros(1, 1, 5), torch.full((5,), -math.inf)
-    problem = Problem(logits, log_prior, torch.zeros(1, 1, 1).long(), None, None, None, 1.0, 0.0, -100)
+    problem = Problem(logits, log_prior, torch.zeros(1, 1, 1).long())
     assert fused_la.reference.gradient(problem, torch.ones(1, 1)).isnan().all()
 
 

@@ -263,10 +263,9 @@ def problem_of(rows):
         rows.target.reshape(shape),
         None if weights is None else weights.reshape(shape),
         rows.options.get("weight"),
+        rows.options.get("weight"),
         rows.options.get("smoothing_distribution"),
-        1.0,
-        rows.options.get("label_smoothing", 0.0),
-        -100,
+        label_smoothing=rows.options.get("label_smoothing", 0.0),
     )
 
 
