@@ -30,12 +30,10 @@ def predict(logits: Tensor, scale: Tensor | None, offset: Tensor | None) -> Tens
         block = logits[outer, inner].to(table.dtype)
         z = torch.empty(block.shape, dtype=table.dtype, device=logits.device)
         for t in range(len(table)):
-            if scale is None:
-                z.copy_(block)
-            else:
+            if scale is not None:
                 torch.mul(block, scale[t], out=z)
             if offset is not None:
-                z += offset[t]
+                torch.add(block if scale is None else z, offset[t], out=z)
             if out is not None and any_out[t]:
                 z.masked_fill_(out[t], -math.inf)
             predictions[t, outer, inner] = z.argmax(-1)
