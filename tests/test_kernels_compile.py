@@ -63,12 +63,12 @@ def kernels_of(variant, dtype):
 
 
 def register_budget(row):
-    """Of 255 a thread. Rows of adjacent classes took up to 128, in float64 92; tall tiles of images 168, 222."""
+    """Of 255 a thread; where 16 bytes are read at a time, sm_90 took up to 128, in float64 92, and sm_80 up to 168."""
     if row["kernel"] == "_grad_log_prior_kernel":
         return 208 if row["dtype"] == "float64" else 144
     if row["variant"] == "images":
         return 232 if row["dtype"] == "float64" else 176
-    return 128
+    return 176 if row["variant"] == "weights, smoothing" and row["target"] != "sm_90" else 128
 
 
 @pytest.mark.parametrize(
