@@ -12,7 +12,7 @@ from fused_la import _checks, reference
 from fused_la._autograd import fused_loss, under_transform
 from fused_la._choice import choose_implementation
 from fused_la._margin import PairwiseMargin
-from fused_la._problem import Problem, reduce_rows
+from fused_la._problem import Problem, reduce_rows, rows_by_classes
 from fused_la._transforms import folded_loss
 from fused_la.prior import log_prior_from_counts
 
@@ -187,9 +187,9 @@ def _cross_entropy(
     if margin.alpha is not None:
         mass = margin.alpha if weight is None else margin.alpha * weight
     problem = Problem(
-        _rows_by_classes(logits),
+        rows_by_classes(logits),
         offset,
-        _rows_by_classes(target) if target.is_floating_point() else _label_rows(target, logits),
+        rows_by_classes(target) if target.is_floating_point() else _label_rows(target, logits),
         None if target_weight is None else _label_rows(target_weight, logits),
         None if mass is None else mass.contiguous(),
         None if weight is None else weight.contiguous(),
@@ -320,20 +320,11 @@ class LogitAdjustedCrossEntropyLoss(nn.Module):
 # Rows -----------------------------------------------------------------------------------------------------------------
 
 
-def _rows_by_classes(values: Tensor) -> Tensor:
-    """(C,), (N, C) or (N, C, d1, ..., dk) as (N, P, C): a view wherever the strides allow one."""
-    if values.dim() == 1:
-        return values[None, None]
-    if values.dim() == 2:
-        return values.unsqueeze(1)
-    return values.flatten(2).transpose(1, 2)
-
-
 def _label_rows(labels: Tensor, logits: Tensor) -> Tensor:
     """Labels or their weights as contiguous (N, P, K), K = 1 for one label a row."""
     if labels.dim() < logits.dim():
         labels = labels.unsqueeze(_checks.class_dim(logits))
-    return _rows_by_classes(labels).contiguous()
+    return rows_by_classes(labels).contiguous()
 
 
 def _offset_prior(log_prior: Tensor, tau: float) -> Tensor | None:
