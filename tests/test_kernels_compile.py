@@ -141,7 +141,7 @@ def instruction_budget(row, body, dtype):
     shared = row["block_rows"] > 1
     if "last tile" in body["name"]:  # once a row: its masks cost 2 to 8 more
         return 18 if shared else 23
-    if shared or dtype != "float32":
+    if shared or (dtype != "float32" and row.get("splits", 1) == 1):
         return 15
     return 18 if "rows" in body["name"] else 15.5
 
@@ -155,7 +155,7 @@ def test_instructions_stay_within_budget(disassembled, dtype, n_classes, odd):
     for row in rows:
         if row["kernel"].endswith("+ gradient") and row["block_rows"] > 1:
             both = {body["name"]: body["instructions_per_element"] for body in row["bodies"]}
-            assert both["rows"] + both["gradient"] <= 25, "both passes over a full tile"
+            assert both["rows"] + both["gradient"] <= 26, "both passes over a full tile"
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", slow("float16"), slow("float32")])

@@ -78,7 +78,7 @@ def _prepare_kernel(
         tl.store(row_weight_parts + part, tl.sum(weight_sum, 0))
 
 
-@triton.jit(do_not_specialize=["shift", "n_groups", "n_row_weight_parts", "tau_bits", "smoothing_bits", "ignore_index"])
+@triton.jit(do_not_specialize=["n_groups", "n_row_weight_parts", "tau_bits", "smoothing_bits", "ignore_index"])
 def _forward_kernel(
     # in
     logits, vectors, row_weight_parts,
