@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -175,7 +176,7 @@ def source(call: Call) -> ASTSource:
 
 
 def tool(name: str) -> str:
-    return str(getattr(triton.knobs.nvidia, name).path)
+    return str(getattr(knobs.nvidia, name).path)
 
 
 def cuda_figures(cubin: bytes) -> tuple[dict[str, int], list[str]]:
@@ -326,7 +327,9 @@ def show(row: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.disassemble", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.disassemble", description=(__doc__ or "").split("\n\n")[0]
+    )
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=["sm_90"])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16", "float32"])
     parser.add_argument("--classes", nargs="+", type=int, default=[8142, 8192], metavar="C")
@@ -335,7 +338,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--row-step", type=int, metavar="S", help="elements from row to row (default: C)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line in place of the table")
     given = parser.parse_args(arguments)
-    if triton.knobs.runtime.interpret:
+    if knobs.runtime.interpret:
         sys.exit("unset TRITON_INTERPRET: interpreted kernels are not compiled")
     if given.rows < 1 or min(given.classes) < 1 or (given.row_step is not None and given.row_step < max(given.classes)):
         parser.error("--rows and --classes must be at least 1, --row-step at least the number of classes")
