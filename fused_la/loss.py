@@ -64,9 +64,8 @@ def logit_adjusted_cross_entropy(
             data and infinite if a class is at -inf. `log_prior.exp()` smooths toward the prior and keeps it consistent.
         impl: "auto" is "triton" on a GPU, "blocked" on a CPU, and "reference" for anything else: while torch.compile
             traces a CPU graph, where Triton is not installed, or when a target or a weight requires grad. A named
-            one works or raises. Whichever is named, second
-            derivatives, forward mode and the transforms of torch.func (vmap, grad, jvp, ...) compute by the reference
-            formula.
+            one works or raises; `vmap` and `grad` of torch.func run it too. Whichever is named, second derivatives,
+            forward mode (`jvp`) and transforms under torch.compile compute by the reference formula.
 
     Returns:
         float32 (float64 for float64 logits): a scalar, or with reduction "none" one loss a row in the shape that index

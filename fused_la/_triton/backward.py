@@ -33,7 +33,7 @@ def _load_rows(state, grad_loss, normalizer, rows, mask_rows, sizes, strides_gra
     return m, rest, total, g
 
 
-@triton.jit(do_not_specialize=["tau_bits", "smoothing_bits", "ignore_index"])
+@triton.jit(do_not_specialize=["shift", "tau_bits", "smoothing_bits", "ignore_index"])
 def _grad_logits_kernel(
     # in
     logits, vectors, state, grad_loss, normalizer,

@@ -43,10 +43,10 @@ from fused_la._triton.tiles import (
 
 MAX_PARTS = 128  # parts in which the weights of the rows are summed, read by every program
 _OF_NO_ROWS = {"mean": math.nan, "sum": 0.0}
-BLOCK_SUM = tl.constexpr(4096)  # numbers that the last program adds up at a time
+BLOCK_SUM = tl.constexpr(2048)  # numbers that the last program adds up at a time
 
 
-@triton.jit(do_not_specialize=["smoothing_bits", "ignore_index"])
+@triton.jit(do_not_specialize=["n_counters", "rows_a_part", "smoothing_bits", "ignore_index"])
 def _prepare_kernel(
     # in
     vectors,
@@ -76,7 +76,7 @@ def _prepare_kernel(
         tl.store(row_weight_parts + part, tl.sum(weight_sum, 0))
 
 
-@triton.jit(do_not_specialize=["tau_bits", "smoothing_bits", "ignore_index"])
+@triton.jit(do_not_specialize=["shift", "n_groups", "n_row_weight_parts", "tau_bits", "smoothing_bits", "ignore_index"])
 def _forward_kernel(
     # in
     logits, vectors, row_weight_parts,
