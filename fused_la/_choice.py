@@ -54,12 +54,19 @@ def _why_only_reference(problem: Problem, transformed: bool) -> str:
     """What of a problem only the reference computes; empty if nothing is."""
     if problem.target_offset is not None and (problem.has_probabilities or problem.label_smoothing > 0.0):
         return "class probabilities or label smoothing under a margin whose two offsets differ"
-    constants = (problem.target, problem.target_weight, problem.weight, problem.mean_weight,
-                 problem.smoothing_distribution, problem.target_offset, problem.scale)  # fmt: skip
-    if problem.target_offset is not None:
-        constants += (problem.log_prior,)
-    if not transformed and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in constants):
-        return "a gradient of target, target_weight, weight, smoothing_distribution or a margin"
+    if transformed or not torch.is_grad_enabled():
+        return ""
+
+    def learned(*tensors: Tensor | None) -> bool:
+        return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+    of_margin = [problem.scale, problem.target_offset]
+    of_margin += [] if problem.target_offset is None else [problem.log_prior]
+    of_margin += [] if problem.weight is problem.mean_weight else [problem.weight]
+    if learned(*of_margin):
+        return "a gradient of alpha, an offset or the scale of a margin"
+    if learned(problem.target, problem.target_weight, problem.weight, problem.smoothing_distribution):
+        return "a gradient of target, target_weight, weight or smoothing_distribution"
     return ""
 
 

@@ -183,7 +183,7 @@ def _cross_entropy(
         smoothing_distribution = _checks.check_smoothing_distribution(smoothing_distribution, n_classes)
         _checks.check_device("smoothing_distribution", smoothing_distribution, logits)
 
-    mass = weight
+    mass = weight = None if weight is None else weight.contiguous()
     if margin.alpha is not None:
         mass = margin.alpha if weight is None else margin.alpha * weight
     problem = Problem(
@@ -192,7 +192,7 @@ def _cross_entropy(
         rows_by_classes(target) if target.is_floating_point() else _label_rows(target, logits),
         None if target_weight is None else _label_rows(target_weight, logits),
         None if mass is None else mass.contiguous(),
-        None if weight is None else weight.contiguous(),
+        weight,
         None if smoothing_distribution is None else smoothing_distribution.contiguous(),
         margin.label_offset(logits),
         margin.scale_of(logits),
