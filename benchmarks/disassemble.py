@@ -161,7 +161,7 @@ def source(call: Call) -> ASTSource:
         if isinstance(value, int) and not isinstance(value, bool) and (frozen or value != 1):
             if not frozen and value % 16 == 0:
                 attributes[path] = [["tt.divisibility", 16]]
-            return "i32" if -(2**31) <= value < 2**31 and not frozen else "i64"
+            return "i32" if -(2**31) <= value < 2**31 else "i64"
         constants[path] = value
         return "constexpr"
 

@@ -136,12 +136,12 @@ def test_rows_are_read_and_written_16_bytes_at_a_time(disassembled, dtype, n_cla
         assert body["wide_stores"] * 16 == (body["row_bytes"] if writes else 0), (row["kernel"], body)
 
 
-def instruction_budget(row, body, dtype):
+def instruction_budget(row, body):
     """Instructions an element. Rows that share a program share the offset's loads: 4 bytes of it for each class."""
     shared = row["block_rows"] > 1
     if "last tile" in body["name"]:  # once a row: its masks cost 2 to 8 more
         return 18 if shared else 23
-    if shared or (dtype != "float32" and row.get("splits", 1) == 1):
+    if shared:
         return 15
     return 18 if "rows" in body["name"] else 15.5
 
@@ -150,7 +150,7 @@ def instruction_budget(row, body, dtype):
 def test_instructions_stay_within_budget(disassembled, dtype, n_classes, odd):
     rows = steps_with_a_label(disassembled, dtype, n_classes, odd)
     for row, body in bodies(rows, "rows", "gradient"):
-        assert body["instructions_per_element"] <= instruction_budget(row, body, dtype), (row["kernel"], body)
+        assert body["instructions_per_element"] <= instruction_budget(row, body), (row["kernel"], body)
         assert body["exp2_per_element"] == 1, (row["kernel"], body)
     for row in rows:
         if row["kernel"].endswith("+ gradient") and row["block_rows"] > 1:
@@ -180,4 +180,4 @@ def test_a_split_row_is_read_16_bytes_at_a_time(disassembled, dtype):
     for row, body in bodies(rows, "rows", "gradient"):
         assert body["wide_loads"] * 16 == body["row_bytes"], row["kernel"]
         assert body["narrow_row_loads"] == body["narrow_stores"] == body["spills"] == row["local"] == 0
-        assert body["instructions_per_element"] <= instruction_budget(row, body, dtype), (row["kernel"], body)
+        assert body["instructions_per_element"] <= instruction_budget(row, body), (row["kernel"], body)
