@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,8 +15,15 @@ from fused_la._problem import Problem
 from fused_la._transforms import folds
 
 
-def choose_implementation(impl: str, problem: Problem) -> str:
-    """The implementation that runs."""
+def choose_implementation(
+    impl: str, problem: Problem, differentiable: Sequence[Tensor | None], of_target: Sequence[Tensor | None],
+    of_margin: Sequence[Tensor | None],
+) -> str:  # fmt: skip
+    """The implementation that runs.
+
+    The sequences are the caller's own tensors: those that every implementation differentiates, and those of the target
+    and of the margin, which are the reference's to differentiate.
+    """
     _checks.check_choice("impl", impl, _checks.IMPLEMENTATIONS)
     device = problem.logits.device
     on_cpu, on_gpu = device.type == "cpu", device.type == "cuda"  # ROCm's too
@@ -23,8 +31,8 @@ def choose_implementation(impl: str, problem: Problem) -> str:
     if transformed:
         needs_formula = torch.compiler.is_compiling() or not folds()
     else:
-        needs_formula = any(isinstance(field, Tensor) and _has_tangent(field) for field in problem)
-    only_reference = "" if needs_formula else _why_only_reference(problem, transformed)
+        needs_formula = any(t is not None and _has_tangent(t) for t in (*differentiable, *of_target, *of_margin))
+    only_reference = "" if needs_formula else _why_only_reference(problem, transformed, of_target, of_margin)
     if impl == "auto":
         if needs_formula or only_reference or (on_cpu and torch.compiler.is_compiling()):
             return "reference"
@@ -50,22 +58,17 @@ def choose_implementation(impl: str, problem: Problem) -> str:
     return "reference" if needs_formula else impl
 
 
-def _why_only_reference(problem: Problem, transformed: bool) -> str:
+def _why_only_reference(
+    problem: Problem, transformed: bool, of_target: Sequence[Tensor | None], of_margin: Sequence[Tensor | None]
+) -> str:
     """What of a problem only the reference computes; empty if nothing is."""
     if problem.target_offset is not None and (problem.has_probabilities or problem.label_smoothing > 0.0):
         return "class probabilities or label smoothing under a margin whose two offsets differ"
     if transformed or not torch.is_grad_enabled():
         return ""
-
-    def learned(*tensors: Tensor | None) -> bool:
-        return any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-    of_margin = [problem.scale, problem.target_offset]
-    of_margin += [] if problem.target_offset is None else [problem.log_prior]
-    of_margin += [] if problem.weight is problem.mean_weight else [problem.weight]
-    if learned(*of_margin):
+    if any(t is not None and t.requires_grad for t in of_margin):
         return "a gradient of alpha, an offset or the scale of a margin"
-    if learned(problem.target, problem.target_weight, problem.weight, problem.smoothing_distribution):
+    if any(t is not None and t.requires_grad for t in of_target):
         return "a gradient of target, target_weight, weight or smoothing_distribution"
     return ""
 

@@ -72,9 +72,9 @@ class PairwiseMargin:
     def to(self, *args: Any, **kwargs: Any) -> PairwiseMargin:
         """The same margin with its tensors moved or cast as `torch.Tensor.to` does."""
         moved: dict[int, Tensor] = {}  # one tensor that is two fields stays one: it says that the offsets are equal
-        for _, value in self.tensors():
+        for _, value in self.named_vectors():
             moved.setdefault(id(value), value.to(*args, **kwargs))
-        return replace(self, **{name: moved[id(value)] for name, value in self.tensors()})
+        return replace(self, **{name: moved[id(value)] for name, value in self.named_vectors()})
 
     def __add__(self, other: PairwiseMargin) -> PairwiseMargin:
         """Both: offsets add up, alphas multiply, and one of the two may scale."""
@@ -115,8 +115,13 @@ class PairwiseMargin:
         n_classes = logits.shape[_checks.class_dim(logits)]
         return logits.new_full((n_classes,), self.scale, dtype=torch.promote_types(logits.dtype, torch.float32))
 
-    def tensors(self) -> list[tuple[str, Tensor]]:
+    def named_vectors(self) -> list[tuple[str, Tensor]]:
         return [(name, value) for name, value in self._items() if isinstance(value, Tensor)]
+
+    def only_of_reference(self) -> list[Tensor]:
+        """The vectors whose gradient is the reference's alone: all but two offsets that are one tensor."""
+        shared = ("negative_offset", "target_offset") if self.offsets_are_equal else ()
+        return [vector for name, vector in self.named_vectors() if name not in shared]
 
     def _items(self) -> list[tuple[str, Any]]:
         items = [(field.name, getattr(self, field.name)) for field in fields(self)]

@@ -146,7 +146,7 @@ def margin_cross_entropy(
     _checks.check_logits(logits)
     if not isinstance(margin, PairwiseMargin):
         raise TypeError(f"margin must be a PairwiseMargin, got {type(margin).__name__}")
-    for name, vector in margin.tensors():
+    for name, vector in margin.named_vectors():
         _checks.check_class_vector(f"margin.{name}", vector, logits.shape[_checks.class_dim(logits)])
         _checks.check_device(f"margin.{name}", vector, logits)
     offset = None if margin.negative_offset is None else margin.negative_offset.contiguous()
@@ -183,6 +183,7 @@ def _cross_entropy(
         smoothing_distribution = _checks.check_smoothing_distribution(smoothing_distribution, n_classes)
         _checks.check_device("smoothing_distribution", smoothing_distribution, logits)
 
+    of_target = (target, target_weight, weight, smoothing_distribution)
     mass = weight = None if weight is None else weight.contiguous()
     if margin.alpha is not None:
         mass = margin.alpha if weight is None else margin.alpha * weight
@@ -200,7 +201,7 @@ def _cross_entropy(
         label_smoothing,
         ignore_index,
     )
-    impl = choose_implementation(impl, problem)
+    impl = choose_implementation(impl, problem, (logits, offset), of_target, margin.only_of_reference())
     if impl == "reference":
         loss, row_weight = reference.loss_rows(problem)
         loss = reduce_rows(loss, row_weight.sum(), reduction)
