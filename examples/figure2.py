@@ -101,7 +101,7 @@ def geometric_prior(n_classes: int, rarest: float) -> np.ndarray:
     def last(log_r: float) -> float:
         return float(np.exp(log_r * (n_classes - 1)) / np.exp(log_r * np.arange(n_classes)).sum())
 
-    log_r = brentq(lambda x: last(x) - rarest, -50, 50, xtol=1e-14)
+    log_r: Any = brentq(lambda x: last(x) - rarest, -50, 50, xtol=1e-14)
     pi = np.exp(log_r * np.arange(n_classes))
     return pi / pi.sum()
 
@@ -328,7 +328,7 @@ def power_law_counts(n_classes: int, most: int, least: int, total: int) -> Tenso
         return np.rint(most * stretch**-exponent).astype(int)
 
     # The total is a step function of q that takes one example at a time; bisection stops where it is met.
-    log_q = bisect(lambda x: int(counts(x).sum()) - total, -10, 20, maxiter=200, xtol=1e-15, rtol=1e-15)
+    log_q: Any = bisect(lambda x: int(counts(x).sum()) - total, -10, 20, maxiter=200, xtol=1e-15)
     found = counts(log_q)
     if found.sum() != total:
         raise ValueError(f"no power law from {most} to {least} has {total} examples in {n_classes} classes")
@@ -408,7 +408,7 @@ def inaturalist(n_classes: int, epochs: int, out: Path) -> None:
     test = draw_classes(every.repeat(N_TEST), means, generator)
 
     results = {"Bayes rule": evaluate(lambda features: nearest_mean(features, means), test, counts)}
-    learned = torch.zeros_like(means).index_reduce(0, train[1], train[0], "mean", include_self=False)
+    learned = torch.zeros_like(means).index_add(0, train[1], train[0]) / counts[:, None]
     results["nearest training mean"] = evaluate(lambda features: nearest_mean(features, learned), test, counts)
     heads = {}
     with tqdm(total=len(LARGE_LOSSES) * epochs * math.ceil(len(train[1]) / BATCH), desc="training", unit="step") as bar:
