@@ -10,9 +10,9 @@ K keeps int(n_max * imb_factor ** (i / (K - 1))) for training. Each seed shuffle
 images and initialises the models anew.
 
 The methods are losses to train with, or correct a model of plain cross entropy (ERM) once it is trained: weight
-normalisation (a class's weight over its norm^tau, its bias kept, or its score over its frequency^tau) and logit
-adjustment post hoc. tau = 1 needs no choice; tau* is the best on "val" of the model in question. The table, three figures and all
-numbers per seed (JSON) say how each method does on "test":
+normalisation (a class's weight over its norm^tau, the bias kept, or its score over its frequency^tau) and logit
+adjustment post hoc. tau = 1 needs no choice; tau* is the best on "val" of the model in question. The table, three
+figures and all numbers per seed (JSON) say how each method does on "test":
 
     balanced error     mean over classes of the error of a class: mean and standard deviation over seeds, and a 95 %
                        interval (Student's t) for what the mean over many seeds would be

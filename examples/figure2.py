@@ -30,6 +30,7 @@ import math
 import platform
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def geometric_prior(n_classes: int, rarest: float) -> np.ndarray:
 
 
 def bayes_balanced_error(means: Tensor) -> float:
-    """1 - mean_c P(x is nearest to mu_c | c): of jointly normal distances along mu_k - mu_c, each below half its length."""
+    """1 - mean_c P(x is nearest to mu_c | c), that is P((x - mu_c) . (mu_k - mu_c) < |mu_k - mu_c|^2 / 2 for all k)."""
     correct = []
     for c in range(len(means)):
         towards = np.delete((means - means[c]).numpy(), c, axis=0)
@@ -164,6 +165,16 @@ def sweeps(head: nn.Linear, log_prior: Tensor, taus: list[float], split: str) ->
     }
 
 
+def corrected(head: nn.Linear, log_prior: Tensor, name: str, tau: float, features: Tensor) -> Tensor:
+    """The scores of one of `sweeps` at one tau."""
+    if name == POST_HOC:
+        return adjust_logits(head(features), log_prior, tau)
+    if name == NORM_WEIGHT:
+        return nn.functional.linear(features, normalize_classifier(head.weight, tau), head.bias)
+    row = torch.cat([head.weight, head.bias[:, None]], dim=1)
+    return nn.functional.pad(features, (0, 1), value=1.0) @ normalize_classifier(row, tau).T
+
+
 def run_trial(seed: int, means: Tensor, prior: np.ndarray) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
     train, val, test = (draw(means, prior, generator) for _ in range(3))
@@ -183,17 +194,10 @@ def run_trial(seed: int, means: Tensor, prior: np.ndarray) -> dict[str, Any]:
             tau_star[name] = on_val[name].best()
             errors[f"{name}, tau = 1"] = curves[name][TAUS.index(1.0)]
             errors[f"{name}, tau*"] = curves[name][TAUS.index(tau_star[name])]
-        # The same, by hand: how many predictions the two forms of weight normalisation change
-        row = torch.cat([erm.weight, erm.bias[:, None]], dim=1)
-        with_one = nn.functional.pad(test[0], (0, 1), value=1.0)
         predicted = erm(test[0]).argmax(1)
         changed = {
-            NORM_ALL: max(
-                int(((with_one @ normalize_classifier(row, tau).T).argmax(1) != predicted).sum()) for tau in TAUS
-            ),
-            NORM_WEIGHT: int(
-                (nn.functional.linear(test[0], normalize_classifier(erm.weight), erm.bias).argmax(1) != predicted).sum()
-            ),
+            name: [int((corrected(erm, log_prior, name, tau, test[0]).argmax(1) != predicted).sum()) for tau in taus]
+            for name, taus in ((NORM_ALL, TAUS), (NORM_WEIGHT, [1.0]))
         }
     return {"errors": errors, "curves": curves, "tau_star": tau_star, "changed": changed, "heads": heads, "test": test}
 
@@ -203,9 +207,8 @@ def format_table(errors: dict[str, np.ndarray], bayes: float) -> str:
     for name, error in errors.items():
         error, rule = 100 * error, 100 * errors["Bayes rule"]
         sd = error.std(ddof=1) if len(error) > 1 else math.nan
-        lines.append(
-            f"{name:34} {error.mean():6.2f} {sd:6.2f} {error.mean() - 100 * bayes:+13.2f} {(error - rule).mean():+28.2f}"
-        )
+        mean, excess = error.mean(), (error - rule).mean()
+        lines.append(f"{name:34} {mean:6.2f} {sd:6.2f} {mean - 100 * bayes:+13.2f} {excess:+28.2f}")
     return "\n".join(lines)
 
 
@@ -276,17 +279,16 @@ def figure2(n_trials: int, n_classes: int, rarest: float, out: Path) -> None:
     title = f"{n_classes} Gaussians with {frequencies} % of the examples: balanced error (%) over {n_trials} trials"
     print(f"\n{title}\n")
     print(format_table(errors, bayes))
+    off = 100 * (rule.mean() - bayes)
     print(
-        f"\nBayes-optimal: {100 * bayes:.2f} %, by integration. Drawing the test examples puts a mean over the trials"
+        f"\nBayes-optimal: {100 * bayes:.2f} %, by integration. The luck of drawing the test examples moves the means by"
     )
+    print(f"a standard error of {100 * sampling:.2f} points; it moves the Bayes rule's by {off:+.2f}.")
+    changed = {name: [max(trial["changed"][name]) for trial in trials] for name in trials[0]["changed"]}
     print(
-        f"off by a standard error of {100 * sampling:.2f} points; the Bayes rule is off by {100 * (rule.mean() - bayes):+.2f}."
+        f"Of {N_EXAMPLES} predictions of ERM, weight normalisation of (w, b) changes {max(changed[NORM_ALL])} at most,"
     )
-    changed = {name: [trial["changed"][name] for trial in trials] for name in trials[0]["changed"]}
-    print(
-        f"Of {N_EXAMPLES} predictions of ERM, weight normalisation of (w, b) changes at most {max(changed[NORM_ALL])} at any tau,"
-    )
-    print(f"that of w alone, at tau = 1, {np.mean(changed[NORM_WEIGHT]):.0f} on average.")
+    print(f"at any tau; that of w alone, at tau = 1, {np.mean(changed[NORM_WEIGHT]):.0f} on average.")
     tau_star = {name: [trial["tau_star"][name] for trial in trials] for name in trials[0]["tau_star"]}
     print("Mean tau*, chosen on 'val': " + ", ".join(f"{name} {np.mean(taus):.2f}" for name, taus in tau_star.items()))
     print(f"{time.perf_counter() - started:.0f} s")
@@ -297,7 +299,7 @@ def figure2(n_trials: int, n_classes: int, rarest: float, out: Path) -> None:
             "trials": n_trials,
             "class_frequencies": prior.tolist(),
             "means": means.tolist(),
-            "examples": {split: N_EXAMPLES for split in ("train", "val", "test")},
+            "examples": dict.fromkeys(("train", "val", "test"), N_EXAMPLES),
             "tau_star_chosen_on": "val",
             "taus": TAUS,
         },
@@ -319,7 +321,7 @@ def figure2(n_trials: int, n_classes: int, rarest: float, out: Path) -> None:
 
 
 def power_law_counts(n_classes: int, most: int, least: int, total: int) -> Tensor:
-    """Integers n_i = most * ((i + q) / (1 + q))^-a, i = 1 .. n_classes: a so that the last is `least`, q by the total."""
+    """n_i = round(most * ((i + q) / (1 + q))^-a), i = 1 .. n_classes: a so that the last is `least`, q by the total."""
     rank = np.arange(n_classes)
 
     def counts(log_q: float) -> np.ndarray:
@@ -375,7 +377,9 @@ def plot_inaturalist(
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     by_rank, against_tau = figure.subplots(1, 2)
     groups = np.array_split(np.arange(len(counts)), 10)
-    for (name, result), color, marker in zip(results.items(), COLORS, "osD^vPX", strict=False):
+    drawn = ["Bayes rule", "nearest training mean", *LARGE_LOSSES, f"{POST_HOC}, tau = 1", f"{NORM_ALL}, tau*"]
+    for name, color, marker in zip(drawn, COLORS, "osD^vPX", strict=True):
+        result = results[name]
         error = [100 * float(result["class_error"][torch.from_numpy(group)].mean()) for group in groups]
         by_rank.plot(range(10), error, color=color, marker=marker, markersize=5, label=name)
     labels = [f"{int(counts[group[0]])}-{int(counts[group[-1]])}" for group in groups]
@@ -424,15 +428,9 @@ def inaturalist(n_classes: int, epochs: int, out: Path) -> None:
             for sweep in on_val.values():
                 sweep.update(logits, target)
     tau_star = {name: sweep.best() for name, sweep in on_val.items()}
-    for form, tau in (("tau = 1", 1.0), ("tau*", tau_star[POST_HOC])):
-        results[f"post hoc, {form}"] = evaluate(
-            lambda features, tau=tau: adjust_logits(erm(features), log_prior, tau), test, counts
-        )
-        tau = tau if form == "tau = 1" else tau_star[NORM_WEIGHT]
-        weight = normalize_classifier(erm.weight, tau)
-        results[f"{NORM_WEIGHT}, {form}"] = evaluate(
-            lambda features, weight=weight: nn.functional.linear(features, weight, erm.bias), test, counts
-        )
+    for name in (NORM_ALL, NORM_WEIGHT, POST_HOC):
+        for form, tau in (("tau = 1", 1.0), ("tau*", tau_star[name])):
+            results[f"{name}, {form}"] = evaluate(partial(corrected, erm, log_prior, name, tau), test, counts)
     seconds = time.perf_counter() - started
 
     title = f"{n_classes:,} Gaussians with {counts[0]} down to {counts[-1]} training examples, {len(train[1]):,} in all"
@@ -445,11 +443,10 @@ def inaturalist(n_classes: int, epochs: int, out: Path) -> None:
     error = float(results["Bayes rule"]["balanced_error"])
     standard_error = math.sqrt(error * (1 - error) / len(test[1]))  # at most: the classes' own errors differ
     print(
-        f"\nThe Bayes rule, nearest true mean, has {100 * error:.2f} % with a standard error of at most {100 * standard_error:.2f}."
+        f"\nThe Bayes rule, nearest true mean: {100 * error:.2f} %, standard error at most {100 * standard_error:.2f}."
     )
-    print(
-        "tau* chosen on 'val': " + ", ".join(f"{name} {tau:g}" for name, tau in tau_star.items()) + f". {seconds:.0f} s"
-    )
+    print("tau* chosen on 'val': " + ", ".join(f"{name} {tau:g}" for name, tau in tau_star.items()))
+    print(f"{seconds:.0f} s")
 
     curves = {name: sweep.compute()["balanced_error"].tolist() for name, sweep in on_val.items()}
     plot_inaturalist(results, curves, counts, title).savefig(out / "figure2_inaturalist.png", dpi=80)
