@@ -333,11 +333,12 @@ def plot_error_against_tau(found: Found, title: str) -> Figure:
             taus = (0.0, *LOSS_TAUS) if name == "adjusted loss" else TAUS
             error = np.stack([found[model][method]["balanced_error"] for method in methods], axis=1)
             mean, bar = error.mean(axis=0), standard_error(error)
-            panel.plot(taus, mean, label=name, markersize=4, **style)
+            every = 1 if name == "adjusted loss" else 5  # markers
+            panel.plot(taus, mean, label=name, markersize=4, markevery=every, **style)
             panel.fill_between(taus, mean - bar, mean + bar, color=style["color"], alpha=0.2, linewidth=0)
         panel.axvline(1, color="0.5", linewidth=1, linestyle=":")  # where logit adjustment is Fisher-consistent
         panel.set_ylim(bottom=0)
-    panels["linear"].legend(loc="lower right")
+    panels["linear"].legend(loc="upper left")
     return figure
 
 
@@ -462,7 +463,7 @@ def main() -> None:
         "weight_norm_by_rank.png": plot_weight_norms(norms, profile, title),
     }
     for name, figure in figures.items():
-        figure.savefig(args.out / name, dpi=150)
+        figure.savefig(args.out / name, dpi=100)
 
     def listed(values: np.ndarray) -> list:
         return values.tolist() if not np.isnan(values).any() else [None] * len(values)  # JSON has no NaN

@@ -280,9 +280,7 @@ def figure2(n_trials: int, n_classes: int, rarest: float, out: Path) -> None:
     print(f"\n{title}\n")
     print(format_table(errors, bayes))
     off = 100 * (rule.mean() - bayes)
-    print(
-        f"\nBayes-optimal: {100 * bayes:.2f} %, by integration. The luck of drawing the test examples moves the means by"
-    )
+    print(f"\nBayes-optimal: {100 * bayes:.2f} %, by integration. Drawing the test examples moves the means by")
     print(f"a standard error of {100 * sampling:.2f} points; it moves the Bayes rule's by {off:+.2f}.")
     changed = {name: [max(trial["changed"][name]) for trial in trials] for name in trials[0]["changed"]}
     print(
