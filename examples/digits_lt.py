@@ -254,14 +254,14 @@ def format_table(found: Found) -> str:
 
     lines = []
     for model in MODELS:
-        lines.append(f"{model:27} balanced error   95 % interval  long-tailed error     many   medium      few")
+        lines.append(f"{model:29} balanced error   95 % interval  long-tailed error     many   medium      few")
         for method in METHODS:
             of = found[model][method]
             error = of["balanced_error"]
             low, high = interval(error)
             others = zip(("long_tailed_error", "many_error", "medium_error", "few_error"), (17, 7, 7, 7), strict=True)
             lines.append(
-                f"{method:27} {show(float(error.mean()), 6)} ± {show(float(deviation(error)), 5)}  "
+                f"{method:29} {show(float(error.mean()), 6)} ± {show(float(deviation(error)), 5)}  "
                 f"{show(low, 5)} to {show(high, 5)}  "
                 + "  ".join(show(float(of[name].mean()), width) for name, width in others)
             )
@@ -463,7 +463,7 @@ def main() -> None:
         "weight_norm_by_rank.png": plot_weight_norms(norms, profile, title),
     }
     for name, figure in figures.items():
-        figure.savefig(args.out / name, dpi=100)
+        figure.savefig(args.out / name, dpi=90)
 
     def listed(values: np.ndarray) -> list:
         return values.tolist() if not np.isnan(values).any() else [None] * len(values)  # JSON has no NaN
