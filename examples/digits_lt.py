@@ -1,46 +1,54 @@
-"""Long-tailed digits: logit adjustment against plain cross entropy on real images, in a minute on a CPU.
+"""Long-tailed digits: Table 3 and Figures 1 and 3 of Menon et al. (ICLR 2021) on real images, in a minute on a CPU.
 
     python examples/digits_lt.py
     python examples/digits_lt.py --seeds 30 --imb-factor 0.1 --out /tmp/digits
 
-scikit-learn's bundled 8x8 scans of handwritten digits (nothing is downloaded) are made long-tailed: half of
-the images are held out for testing, equally many of every class, and of the rest the class of rank i of K
-keeps int(n_max * imb_factor ** (i / (K - 1))) for training. Each seed shuffles which digit has which rank,
-draws the images and initialises the models anew.
+scikit-learn's bundled 8x8 scans of handwritten digits (nothing is downloaded) are made long-tailed. Half of as many
+images as the scarcest digit has are held out of every class, a third of them for validation ("val"), the others for
+testing ("test"): equally many of every class, none of them trained on, none in both. Of the rest the class of rank i of
+K keeps int(n_max * imb_factor ** (i / (K - 1))) for training. Each seed shuffles which digit has which rank, draws the
+images and initialises the models anew.
 
-The table, two figures and all numbers per seed (JSON) say how each method does on the held-out images:
+The methods are losses to train with, or correct a model of plain cross entropy (ERM) once it is trained: weight
+normalisation (a class's weight over its norm^tau, the bias kept, or its score over its frequency^tau) and logit
+adjustment post hoc. tau = 1 needs no choice; tau* is the best on "val" of the model in question. The table, three
+figures and all numbers per seed (JSON) say how each method does on "test":
 
-    balanced error     mean over classes of the error of a class, and its standard deviation over seeds
-    top-1 accuracy     held-out images are as many of every class, so this is 100 - balanced error
-    long-tailed error  top-1 error if the held-out images were as long-tailed as the training images
+    balanced error     mean over classes of the error of a class: mean and standard deviation over seeds, and a 95 %
+                       interval (Student's t) for what the mean over many seeds would be
+    long-tailed error  top-1 error if the images were as long-tailed as the training images
     many, medium, few  mean error of the classes of > 100, 20 to 100, < 20 training images ("-": none)
 
-Nothing is tuned: learning rate, its cosine, momentum and weight decay are those of Menon et al. (ICLR 2021)
-for ImageNet-LT, the table has tau = 1, and the figure against tau shows every tau instead of the best one.
+Learning rate, momentum and weight decay are those of Menon et al. for ImageNet-LT, with enough steps to converge.
 """
 
 import argparse
 import json
 import platform
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
+import scipy.stats
 import sklearn
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot, which looks for a display
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import fused_la
-from fused_la import LogitAdjustedCrossEntropyLoss, count_classes, log_prior_from_counts
+from fused_la import count_classes, log_prior_from_counts, margin_cross_entropy, margins
+from fused_la.margins import PairwiseMargin
+from fused_la.metrics import BalancedError
+from fused_la.posthoc import TauSweep
 
 N_CLASSES = 10
-N_STEPS, LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 250, 0.4, 0.9, 5e-4  # a step sees all training images
+N_STEPS, LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 500, 0.4, 0.9, 5e-4  # a step sees all training images
+ADAM_LEARNING_RATE = 0.03
 
 # The last module of a model is its classifier head.
 MODELS: dict[str, Callable[[], nn.Sequential]] = {
@@ -48,144 +56,221 @@ MODELS: dict[str, Callable[[], nn.Sequential]] = {
     "MLP": lambda: nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, N_CLASSES)),
 }
 
-
-# ---- Methods. One more entry in METHODS is one more line in the table, the figure and the JSON.
-
-
-class Method(NamedTuple):
-    name: str
-    loss: Callable[[Tensor], nn.Module]  # class_counts -> training loss; methods of one loss share its model
-    scores: Callable[[nn.Sequential, Tensor, Tensor], Tensor]  # model, images, log_prior -> what argmax sees
+ERM = "ERM"
 
 
-def cross_entropy(class_counts: Tensor) -> nn.Module:
-    return nn.CrossEntropyLoss()
+def balanced(log_prior: Tensor) -> PairwiseMargin:
+    """alpha_y = 1 / (C pi_y), of mean 1 over the training images, so that step size and weight decay mean the same."""
+    margin = margins.balanced(log_prior)
+    assert margin.alpha is not None
+    return PairwiseMargin(alpha=margin.alpha / len(log_prior))
 
 
-def logits(model: nn.Sequential, images: Tensor, log_prior: Tensor) -> Tensor:
-    return model(images)
-
-
-def adjusted_logits(model: nn.Sequential, images: Tensor, log_prior: Tensor, tau: float) -> Tensor:
-    return model(images) - tau * log_prior
-
-
-ERM = Method("ERM", cross_entropy, logits)
-POST_HOC = {
-    tau: Method(f"post hoc, tau = {tau:g}", cross_entropy, partial(adjusted_logits, tau=tau))
-    for tau in (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
+LOSS_TAUS = (0.5, 1.0, 1.5, 2.0)
+LOSSES: dict[str, Callable[[Tensor], PairwiseMargin]] = {
+    ERM: lambda log_prior: margins.erm(),
+    "adaptive": margins.adaptive,
+    "equalised": margins.equalised,
+    "balanced": balanced,
+    **{
+        f"adjusted loss, tau = {tau:g}": lambda log_prior, tau=tau: margins.logit_adjusted(log_prior, tau)
+        for tau in LOSS_TAUS
+    },
 }
-LOSS = {
-    tau: Method(f"adjusted loss, tau = {tau:g}", partial(LogitAdjustedCrossEntropyLoss, tau=tau), logits)
-    for tau in (0.5, 1.0, 1.5, 2.0)
-}
-CURVES: dict[str, dict[float, Method]] = {  # against tau; at tau = 0 both are ERM
-    "logit adjustment, post hoc": {0.0: ERM, **POST_HOC},
-    "logit adjustment, loss": {0.0: ERM, **LOSS},
-}
-METHODS = [ERM, POST_HOC[1.0], LOSS[1.0]]
+BY_NORM, BY_PRIOR, POST_HOC = "normalised by norm", "normalised by prior", "post hoc"
+TAUS = [round(0.1 * i, 1) for i in range(31)]
+METHODS = [  # the lines of the table
+    ERM,
+    f"{BY_NORM}, tau = 1",
+    f"{BY_NORM}, tau*",
+    f"{BY_PRIOR}, tau = 1",
+    f"{BY_PRIOR}, tau*",
+    "adaptive",
+    "equalised",
+    "balanced",
+    f"{POST_HOC}, tau = 1",
+    f"{POST_HOC}, tau*",
+    "adjusted loss, tau = 1",
+]
+IN_FIGURE = [ERM, f"{BY_NORM}, tau*", "balanced", f"{POST_HOC}, tau = 1", "adjusted loss, tau = 1"]
 
 
-# ---- Data, training, testing
+# ---- Data
 
 
 class Split(NamedTuple):
-    train_images: Tensor
-    train_target: Tensor
-    test_images: Tensor
-    test_target: Tensor
+    train: Tensor  # indices of images
+    val: Tensor
+    test: Tensor
     class_of_rank: Tensor  # the digit with the most training images first
 
 
-def split_digits(images: Tensor, target: Tensor, profile: list[int], n_test: int, seed: int) -> Split:
+def split_digits(target: Tensor, profile: list[int], n_val: int, n_test: int, seed: int) -> Split:
     generator = torch.Generator().manual_seed(seed)
     class_of_rank = torch.randperm(N_CLASSES, generator=generator)
-    train, test = [], []
+    train, val, test = [], [], []
     for c, n_train in zip(class_of_rank.tolist(), profile, strict=True):
         members = (target == c).nonzero().flatten()
         members = members[torch.randperm(len(members), generator=generator)]
         test.append(members[:n_test])
-        train.append(members[n_test : n_test + n_train])
-    train, test = torch.cat(train), torch.cat(test)
-    return Split(images[train], target[train], images[test], target[test], class_of_rank)
+        val.append(members[n_test : n_test + n_val])
+        train.append(members[n_test + n_val : n_test + n_val + n_train])
+    return Split(torch.cat(train), torch.cat(val), torch.cat(test), class_of_rank)
 
 
-def train(new_model: Callable[[], nn.Sequential], loss_fn: nn.Module, split: Split, seed: int) -> nn.Sequential:
-    torch.manual_seed(seed)  # every loss starts from the same weights
-    model = new_model()
-    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, MOMENTUM, weight_decay=WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, N_STEPS)
-    for _ in range(N_STEPS):
-        loss = loss_fn(model(split.train_images), split.train_target)
+# ---- Training: the models of all seeds and losses as one batch of models
+
+
+def full(margin: PairwiseMargin) -> list[Tensor]:
+    """alpha and both offsets, (C,) each, so that margins of any kind can be stacked."""
+    zero = torch.zeros(N_CLASSES)
+    vectors = (margin.alpha, margin.negative_offset, margin.target_offset)
+    return [default if given is None else given for given, default in zip(vectors, (zero + 1, zero, zero), strict=True)]
+
+
+def loss_of_models(
+    template: nn.Module, parameters: dict[str, Tensor], images: Tensor, target: Tensor, vectors: list[Tensor]
+) -> Tensor:
+    """(n_models,) from stacked parameters, and images, targets and margins of every model."""
+
+    def loss(parameters: dict[str, Tensor], images: Tensor, target: Tensor, vectors: list[Tensor]) -> Tensor:
+        logits = torch.func.functional_call(template, parameters, (images,))
+        return margin_cross_entropy(logits, target, PairwiseMargin(*vectors))
+
+    return torch.vmap(loss)(parameters, images, target, vectors)
+
+
+def train(
+    models: list[nn.Sequential],
+    images: Tensor,  # (n_models, N, 64)
+    target: Tensor,  # (n_models, N)
+    loss_margins: list[PairwiseMargin],
+    new_optimizer: Callable[[Any], torch.optim.Optimizer],
+    n_steps: int,
+    progress: tqdm,
+) -> list[nn.Sequential]:
+    """Train each model by itself: neither the sum of their losses nor an optimizer mixes their parameters."""
+    parameters, _ = torch.func.stack_module_state(models)
+    vectors = [torch.stack(column) for column in zip(*map(full, loss_margins), strict=True)]
+    optimizer = new_optimizer(parameters.values())
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)
+    for _ in range(n_steps):
+        loss = loss_of_models(models[0], parameters, images, target, vectors).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    return model
+        progress.update()
+    for i, model in enumerate(models):
+        model.load_state_dict({name: stacked[i].detach() for name, stacked in parameters.items()})
+    return models
 
 
-def count_wrong(scores: Tensor, split: Split) -> list[int]:
-    """Wrong predictions of each class, the most frequent class first."""
-    wrong = scores.argmax(dim=1) != split.test_target
-    return count_classes(split.test_target[wrong], N_CLASSES)[split.class_of_rank].tolist()
+# ---- What the methods do on a split: rates in %, and the error of each class
 
 
-# ---- Metrics: sums of wrong predictions, (n_seeds, K) by class rank, divided once; in %, (n_seeds,)
+Rates = dict[str, Any]
+RATES = ("balanced_error", "top1_accuracy", "many_error", "medium_error", "few_error")
 
 
-def mean_error(wrong: np.ndarray, n_test: int, class_weight: np.ndarray) -> np.ndarray:
-    if not class_weight.any():
-        return np.full(len(wrong), np.nan)  # no class has no error, which is not an error of 0
-    return 100 * (wrong * class_weight).sum(axis=1) / (n_test * class_weight.sum())
-
-
-def balanced_error(wrong: np.ndarray, n_test: int) -> np.ndarray:
-    return mean_error(wrong, n_test, np.ones(N_CLASSES))
-
-
-def metrics(wrong: np.ndarray, n_test: int, profile: np.ndarray) -> dict[str, np.ndarray]:
-    return {
-        "balanced_error": balanced_error(wrong, n_test),
-        "top1_accuracy": 100 - 100 * wrong.sum(axis=1) / (n_test * N_CLASSES),
-        "long_tailed_error": mean_error(wrong, n_test, profile),
-        "many_error": mean_error(wrong, n_test, profile > 100),
-        "medium_error": mean_error(wrong, n_test, (profile >= 20) & (profile <= 100)),
-        "few_error": mean_error(wrong, n_test, profile < 20),
+def rates(computed: dict[str, Tensor], class_error: Tensor, class_counts: Tensor, class_of_rank: Tensor) -> Rates:
+    frequency = class_counts / class_counts.sum()
+    return {name: 100 * float(computed[name]) for name in RATES} | {
+        "long_tailed_error": 100 * float((class_error * frequency).sum()),
+        "class_error_by_rank": (100 * class_error[class_of_rank]).tolist(),
     }
 
 
+def raw_rates(logits: Tensor, target: Tensor, class_counts: Tensor, class_of_rank: Tensor) -> Rates:
+    metric = BalancedError(class_counts, n_bootstrap=0)  # the intervals here are over seeds
+    metric.update(logits, target)
+    computed = metric.compute()
+    return rates(computed, computed["class_error"], class_counts, class_of_rank)
+
+
+def sweeps(
+    model: nn.Sequential, images: Tensor, target: Tensor, class_counts: Tensor, split: str
+) -> dict[str, TauSweep]:
+    """Every correction of a model of plain cross entropy, at every tau."""
+    log_prior, head = log_prior_from_counts(class_counts), model[-1]
+    assert isinstance(head, nn.Linear)
+    options = {"split": split, "class_counts": class_counts}
+    corrections = {
+        BY_NORM: TauSweep.normalize_classifier(head.weight, TAUS, bias=head.bias, **options),
+        BY_PRIOR: TauSweep.divide_by_prior(log_prior, TAUS, **options),
+        POST_HOC: TauSweep(log_prior, TAUS, **options),
+    }
+    for sweep in corrections.values():
+        sweep.update(model(images), target)
+    return corrections
+
+
+def choose_taus(model: nn.Sequential, images: Tensor, target: Tensor, split: Split) -> dict[str, float]:
+    """tau* of every correction. Of all images this reads those of "val", and counts those of "train"."""
+    class_counts = count_classes(target[split.train], N_CLASSES)
+    on_val = sweeps(model, images[split.val], target[split.val], class_counts, "val")
+    return {name: sweep.best() for name, sweep in on_val.items()}
+
+
+def evaluate(
+    models: dict[str, nn.Sequential], tau_star: dict[str, float], images: Tensor, target: Tensor, split: Split
+) -> dict[str, Rates]:
+    """Every method on "test"; "NAME, tau = T" for every correction and tau."""
+    class_counts = count_classes(target[split.train], N_CLASSES)
+    images, target = images[split.test], target[split.test]
+    found = {
+        name: raw_rates(model(images), target, class_counts, split.class_of_rank) for name, model in models.items()
+    }
+    for name, sweep in sweeps(models[ERM], images, target, class_counts, "test").items():
+        computed, class_error = sweep.compute(), sweep.class_error()
+        for t, tau in enumerate(sweep.taus):
+            at_tau = {key: values[t] for key, values in computed.items()}
+            found[f"{name}, tau = {tau:g}"] = rates(at_tau, class_error[t], class_counts, split.class_of_rank)
+        found[f"{name}, tau*"] = found[f"{name}, tau = {tau_star[name]:g}"]
+    return found
+
+
+# ---- Output. `found[model][method][rate]` has one entry a seed, the first axis.
+
+Found = dict[str, dict[str, dict[str, np.ndarray]]]
+
+
 def deviation(values: np.ndarray) -> np.ndarray:
-    """Standard deviation over seeds, the first axis; one seed has none."""
+    """Standard deviation over seeds; one seed has none."""
     return values.std(axis=0, ddof=1) if len(values) > 1 else np.full(values.shape[1:], np.nan)
 
 
-# ---- Output. `wrong[model][method]` is what the metrics take.
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """95 % for the mean over seeds; one seed has none."""
+    if len(values) < 2:
+        return np.nan, np.nan
+    half = scipy.stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
+    return float(values.mean() - half), float(values.mean() + half)
 
-Wrong = dict[str, dict[str, np.ndarray]]
 
-
-def format_table(wrong: Wrong, n_test: int, profile: np.ndarray) -> str:
+def format_table(found: Found) -> str:
     def show(value: float, width: int) -> str:
         return ("-" if np.isnan(value) else f"{value:.2f}").rjust(width)
 
-    columns = "balanced error  top-1 accuracy  long-tailed error     many   medium      few"
     lines = []
     for model in MODELS:
-        lines.append(f"{model:24} {columns}")
+        lines.append(f"{model:29} balanced error   95 % interval  long-tailed error     many   medium      few")
         for method in METHODS:
-            values = metrics(wrong[model][method.name], n_test, profile)
-            balanced, top1, *others = (float(value.mean()) for value in values.values())
-            spread = float(deviation(values["balanced_error"]))
+            of = found[model][method]
+            error = of["balanced_error"]
+            low, high = interval(error)
+            others = zip(("long_tailed_error", "many_error", "medium_error", "few_error"), (17, 7, 7, 7), strict=True)
             lines.append(
-                f"{method.name:24} {show(balanced, 6)} ± {show(spread, 5)}  {show(top1, 14)}  "
-                + "  ".join(show(value, width) for value, width in zip(others, (17, 7, 7, 7), strict=True))
+                f"{method:29} {show(float(error.mean()), 6)} ± {show(float(deviation(error)), 5)}  "
+                f"{show(low, 5)} to {show(high, 5)}  "
+                + "  ".join(show(float(of[name].mean()), width) for name, width in others)
             )
         lines.append("")
     return "\n".join(lines)
 
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; markers and dashes do the same in grey.
-STYLES = [
+STYLES: list[dict[str, Any]] = [
     {"color": color, "marker": marker, "linestyle": linestyle}
     for color, marker, linestyle in zip(
         ("#000000", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#D55E00", "#56B4E9"),
@@ -194,53 +279,81 @@ STYLES = [
         strict=True,
     )
 ]
+STYLE_OF = {
+    ERM: STYLES[0],
+    f"{POST_HOC}, tau = 1": STYLES[1],
+    "adjusted loss, tau = 1": STYLES[2],
+    f"{BY_NORM}, tau*": STYLES[3],
+    "balanced": STYLES[4],
+}
 
 
 def standard_error(values: np.ndarray) -> np.ndarray:
     return np.nan_to_num(deviation(values)) / len(values) ** 0.5  # one seed: bars of no height
 
 
-def plot_error_by_rank(wrong: Wrong, n_test: int, profile: np.ndarray, title: str) -> Figure:
+def panels_of(title: str, y_label: str, x_label: str, sharey: bool = True) -> tuple[Figure, dict[str, Axes]]:
     figure = Figure(figsize=(10, 4.5), layout="constrained")
-    panels = figure.subplots(1, len(MODELS), sharey=True)
-    for panel, model in zip(panels, MODELS, strict=True):
-        for i, method in enumerate(METHODS):
-            error = 100 * wrong[model][method.name] / n_test
-            x = np.arange(N_CLASSES) + 0.12 * (i - (len(METHODS) - 1) / 2)  # so that no bar hides another
-            style = STYLES[i % len(STYLES)] | {"label": method.name, "markersize": 5}
-            panel.errorbar(x, error.mean(axis=0), standard_error(error), capsize=2, **style)
+    panels = dict(zip(MODELS, figure.subplots(1, len(MODELS), sharey=sharey), strict=True))
+    for model, panel in panels.items():
         panel.set_title(model)
-        panel.set_xticks(range(N_CLASSES), [str(n_train) for n_train in profile])
-        panel.set_xlabel("training images of the class, by class rank")
-        panel.set_ylim(bottom=0)
+        panel.set_xlabel(x_label)
         panel.grid(alpha=0.3)
-    panels[0].set_ylabel("error on held-out images (%)")
-    panels[0].legend()
+    next(iter(panels.values())).set_ylabel(y_label)
     figure.suptitle(title)
+    return figure, panels
+
+
+BY_RANK = "training images of the class, by class rank"
+
+
+def plot_error_by_rank(found: Found, profile: list[int], title: str) -> Figure:
+    figure, panels = panels_of(title, 'error on "test" (%)', BY_RANK)
+    for model, panel in panels.items():
+        for i, method in enumerate(IN_FIGURE):
+            error = found[model][method]["class_error_by_rank"]
+            x = np.arange(N_CLASSES) + 0.12 * (i - (len(IN_FIGURE) - 1) / 2)  # so that no bar hides another
+            style = STYLE_OF[method] | {"label": method, "markersize": 5}
+            panel.errorbar(x, error.mean(axis=0), standard_error(error), capsize=2, **style)
+        panel.set_xticks(range(N_CLASSES), [str(n_train) for n_train in profile])
+        panel.set_ylim(bottom=0)
+    panels["linear"].legend()
     return figure
 
 
-def plot_error_against_tau(wrong: Wrong, n_test: int, title: str) -> Figure:
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
-    panels = figure.subplots(1, len(MODELS), sharey=True)
-    for panel, model in zip(panels, MODELS, strict=True):
-        erm = balanced_error(wrong[model][ERM.name], n_test).mean()
-        panel.axhline(erm, color=STYLES[0]["color"], linewidth=1, label="ERM")
-        for style, (name, curve) in zip(STYLES[1:], CURVES.items(), strict=False):
-            taus = list(curve)
-            errors = [balanced_error(wrong[model][method.name], n_test) for method in curve.values()]
-            error = np.stack(errors, axis=1)  # (n_seeds, n_taus)
+def plot_error_against_tau(found: Found, title: str) -> Figure:
+    """Figure 3. At tau = 0 every curve is ERM."""
+    figure, panels = panels_of(title, 'balanced error on "test" (%)', "tau")
+    curves = {name: [f"{name}, tau = {tau:g}" for tau in TAUS] for name in (POST_HOC, BY_NORM, BY_PRIOR)}
+    curves["adjusted loss"] = [ERM] + [f"adjusted loss, tau = {tau:g}" for tau in LOSS_TAUS]
+    for model, panel in panels.items():
+        erm = found[model][ERM]["balanced_error"].mean()
+        panel.axhline(erm, color=STYLES[0]["color"], linewidth=1, label=ERM)
+        for style, (name, methods) in zip((STYLES[1], STYLES[3], STYLES[5], STYLES[2]), curves.items(), strict=True):
+            taus = (0.0, *LOSS_TAUS) if name == "adjusted loss" else TAUS
+            error = np.stack([found[model][method]["balanced_error"] for method in methods], axis=1)
             mean, bar = error.mean(axis=0), standard_error(error)
-            panel.plot(taus, mean, label=name, markersize=5, **style)
+            every = 1 if name == "adjusted loss" else 5  # markers
+            panel.plot(taus, mean, label=name, markersize=4, markevery=every, **style)
             panel.fill_between(taus, mean - bar, mean + bar, color=style["color"], alpha=0.2, linewidth=0)
-        panel.axvline(1, color="0.5", linewidth=1, linestyle=":")  # where the method is Fisher-consistent
-        panel.set_title(model)
-        panel.set_xlabel("tau")
+        panel.axvline(1, color="0.5", linewidth=1, linestyle=":")  # where logit adjustment is Fisher-consistent
         panel.set_ylim(bottom=0)
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel("balanced error on held-out images (%)")
-    panels[0].legend(loc="lower left")
-    figure.suptitle(title)
+    panels["linear"].legend(loc="upper left")
+    return figure
+
+
+def plot_weight_norms(norms: dict[str, dict[str, np.ndarray]], profile: list[int], title: str) -> Figure:
+    """Figure 1: norm of a class's row of the classifier, over the mean of all, against the rank of the class."""
+    figure, panels = panels_of(title, "norm of a class's weight / mean over classes", BY_RANK)
+    for model, panel in panels.items():
+        for style, (optimizer, by_seed) in zip((STYLES[2], STYLES[5]), norms[model].items(), strict=True):
+            relative = by_seed / by_seed.mean(axis=1, keepdims=True)
+            panel.errorbar(
+                range(N_CLASSES), relative.mean(axis=0), standard_error(relative), capsize=2, label=optimizer, **style
+            )
+        panel.set_xticks(range(N_CLASSES), [str(n_train) for n_train in profile])
+        panel.set_ylim(bottom=0)
+    panels["linear"].legend(loc="lower left")
     return figure
 
 
@@ -253,6 +366,7 @@ def main() -> None:
         default=0.02,
         help="training images of the rarest class over those of the most frequent one (default: %(default)s)",
     )
+    parser.add_argument("--steps", type=int, default=N_STEPS, help="of training (default: %(default)s)")
     parser.add_argument(
         "--out",
         type=Path,
@@ -262,6 +376,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.seeds < 1:
         parser.error(f"--seeds must be at least 1, got {args.seeds}")
+    if args.steps < 1:
+        parser.error(f"--steps must be at least 1, got {args.steps}")
     if not 0 < args.imb_factor <= 1:
         parser.error(f"--imb-factor must be in (0, 1], got {args.imb_factor:g}")
 
@@ -269,12 +385,13 @@ def main() -> None:
     images = torch.from_numpy(pixels / 16).float()  # grey levels are 0 to 16
     target = torch.from_numpy(digits)
     n_smallest = int(count_classes(target, N_CLASSES).min())
-    n_test = n_smallest // 2  # of each class
-    n_max = n_smallest - n_test  # the most that every digit can give, because any of them may come first
+    n_val = n_smallest // 6  # of each class
+    n_test = n_smallest // 2 - n_val
+    n_max = n_smallest - n_val - n_test  # the most that every digit can give, because any of them may come first
     depth = [rank / (N_CLASSES - 1) for rank in range(N_CLASSES)]  # 0 at the head, 1 at the end of the tail
-    profile = np.array([int(n_max * args.imb_factor**d) for d in depth])  # training images by class rank
-    if profile.min() < 1:
-        empty = ", ".join(str(rank + 1) for rank in np.flatnonzero(profile < 1))
+    profile = [int(n_max * args.imb_factor**d) for d in depth]  # training images by class rank
+    if min(profile) < 1:
+        empty = ", ".join(str(rank + 1) for rank, n_train in enumerate(profile) if n_train < 1)
         parser.error(
             f"--imb-factor must leave every class a training image, as 1 / {n_max} and more do, "
             f"got {args.imb_factor:g}, which leaves none to the class of rank {empty} of {N_CLASSES}"
@@ -282,69 +399,108 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # fastest for matrices this small, and sums do not depend on the number of cores
 
-    every_method = list(dict.fromkeys([*METHODS, *POST_HOC.values(), *LOSS.values()]))  # each once, in order
-    every_loss = list(dict.fromkeys(method.loss for method in every_method))
-    counted: dict[str, dict[str, list]] = {model: {m.name: [] for m in every_method} for model in MODELS}
-    with tqdm(total=args.seeds * len(MODELS) * len(every_loss), desc="training", unit="model") as progress:
-        for seed in range(args.seeds):
-            split = split_digits(images, target, profile.tolist(), n_test, seed)
-            class_counts = count_classes(split.train_target, N_CLASSES)
-            log_prior = log_prior_from_counts(class_counts)
-            for model, new_model in MODELS.items():
-                trained = {}
-                for loss in every_loss:
-                    trained[loss] = train(new_model, loss(class_counts), split, seed)
-                    progress.update()
-                for method in every_method:
-                    with torch.no_grad():
-                        scores = method.scores(trained[method.loss], split.test_images, log_prior)
-                    counted[model][method.name].append(count_wrong(scores, split))
-    wrong = {model: {m.name: np.array(counted[model][m.name]) for m in every_method} for model in MODELS}
+    def sgd(parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, LEARNING_RATE, MOMENTUM, weight_decay=WEIGHT_DECAY)
+
+    def adam(parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.Adam(parameters, ADAM_LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+
+    splits = [split_digits(target, profile, n_val, n_test, seed) for seed in range(args.seeds)]
+    by_seed: dict[str, list[dict[str, Rates]]] = {model: [] for model in MODELS}
+    tau_star: dict[str, list[dict[str, float]]] = {model: [] for model in MODELS}
+    norms: dict[str, dict[str, np.ndarray]] = {model: {} for model in MODELS}
+    with tqdm(total=2 * len(MODELS) * args.steps, desc="training", unit="step") as progress:
+        for name, new_model in MODELS.items():
+            for optimizer, new_optimizer, losses in (
+                ("SGD with momentum", sgd, LOSSES),
+                ("Adam", adam, {ERM: LOSSES[ERM]}),  # for Figure 1 alone
+            ):
+                models, loss_margins = [], []
+                for seed, split in enumerate(splits):
+                    log_prior = log_prior_from_counts(count_classes(target[split.train], N_CLASSES))
+                    for new_margin in losses.values():
+                        torch.manual_seed(seed)  # every loss starts from the same weights
+                        models.append(new_model())
+                        loss_margins.append(new_margin(log_prior))
+                rows = torch.stack([split.train for split in splits for _ in losses])
+                train(models, images[rows], target[rows], loss_margins, new_optimizer, args.steps, progress)
+                trained = [
+                    dict(zip(losses, models[i : i + len(losses)], strict=True))
+                    for i in range(0, len(models), len(losses))
+                ]
+                with torch.no_grad():
+                    norms[name][optimizer] = np.array(
+                        [
+                            torch.linalg.vector_norm(of_seed[ERM][-1].weight, dim=1)[split.class_of_rank].tolist()
+                            for of_seed, split in zip(trained, splits, strict=True)
+                        ]
+                    )
+                    if losses is LOSSES:
+                        for of_seed, split in zip(trained, splits, strict=True):
+                            tau_star[name].append(choose_taus(of_seed[ERM], images, target, split))
+                            by_seed[name].append(evaluate(of_seed, tau_star[name][-1], images, target, split))
+    found = {
+        name: {
+            method: {rate: np.array([of_seed[method][rate] for of_seed in of_model]) for rate in of_model[0][method]}
+            for method in of_model[0]
+        }
+        for name, of_model in by_seed.items()
+    }
 
     title = f"Digits with {profile[0]} down to {profile[-1]} training images a class"
     over_seeds = f"over {args.seeds} seed" + ("s" if args.seeds > 1 else "")
-    print(f"\n{title}, {n_test} held-out images of each: %, mean ± standard deviation {over_seeds}\n")
-    print(format_table(wrong, n_test, profile))
+    print(
+        f"\n{title}; {n_test} test images of each, {n_val} to choose tau*: %, mean ± standard deviation {over_seeds}\n"
+    )
+    print(format_table(found))
+    for model, chosen in tau_star.items():
+        means = ", ".join(f"{name} {np.mean([taus[name] for taus in chosen]):.2f}" for name in chosen[0])
+        print(f'{model}: mean tau*, chosen on "val": {means}')
     title = f"{title}: mean ± standard error {over_seeds}"
-    plot_error_by_rank(wrong, n_test, profile, title).savefig(args.out / "error_by_rank.png", dpi=150)
-    plot_error_against_tau(wrong, n_test, title).savefig(args.out / "balanced_error_by_tau.png", dpi=150)
-
-    results = {
-        model: {
-            method.name: {"wrong_by_rank": wrong[model][method.name].tolist()}
-            | {
-                metric: [None if np.isnan(value) else value for value in by_seed.tolist()]  # JSON has no NaN
-                for metric, by_seed in metrics(wrong[model][method.name], n_test, profile).items()
-            }
-            for method in every_method
-        }
-        for model in MODELS
+    figures = {
+        "error_by_rank.png": plot_error_by_rank(found, profile, title),
+        "balanced_error_by_tau.png": plot_error_against_tau(found, title),
+        "weight_norm_by_rank.png": plot_weight_norms(norms, profile, title),
     }
+    for name, figure in figures.items():
+        figure.savefig(args.out / name, dpi=90)
+
+    def listed(values: np.ndarray) -> list:
+        return values.tolist() if not np.isnan(values).any() else [None] * len(values)  # JSON has no NaN
+
     report = {
         "settings": {
             "seeds": args.seeds,
             "imb_factor": args.imb_factor,
-            "training_images_by_rank": profile.tolist(),
+            "training_images_by_rank": profile,
+            "val_images_per_class": n_val,
             "test_images_per_class": n_test,
+            "results_on": "test",
+            "tau_star_chosen_on": "val",
+            "taus": TAUS,
             "optimizer": "SGD, cosine learning rate, full batch",
-            "steps": N_STEPS,
+            "steps": args.steps,
             "learning_rate": LEARNING_RATE,
             "momentum": MOMENTUM,
             "weight_decay": WEIGHT_DECAY,
+            "adam_learning_rate": ADAM_LEARNING_RATE,
         },
-        "versions": {
-            "python": platform.python_version(),
-            "fused_la": fused_la.__version__,
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "scikit-learn": sklearn.__version__,
-            "matplotlib": matplotlib.__version__,
+        "versions": {"python": platform.python_version()}
+        | {module.__name__: module.__version__ for module in (fused_la, torch, np, scipy, sklearn, matplotlib)},
+        "table": METHODS,
+        "interval_of_balanced_error": {
+            model: {method: listed(np.array(interval(found[model][method]["balanced_error"]))) for method in METHODS}
+            for model in MODELS
         },
-        "table": [method.name for method in METHODS],
-        "results": results,
+        "tau_star": {model: {n: [taus[n] for taus in of] for n in of[0]} for model, of in tau_star.items()},
+        "weight_norm_by_rank": {model: {o: v.tolist() for o, v in of.items()} for model, of in norms.items()},
+        "results": {
+            model: {method: {rate: listed(v) for rate, v in of.items()} for method, of in of_model.items()}
+            for model, of_model in found.items()
+        },
     }
-    (args.out / "results.json").write_text(json.dumps(report, indent=1) + "\n")
-    print(f"Written to {args.out}: error_by_rank.png, balanced_error_by_tau.png, results.json")
+    (args.out / "results.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    print(f"Written to {args.out}: {', '.join(figures)}, results.json")
 
 
 if __name__ == "__main__":
