@@ -216,7 +216,7 @@ def format_table(errors: dict[str, np.ndarray], bayes: float) -> str:
 def draw_separators(panel: Axes, trial: dict[str, Any], means: Tensor) -> None:
     features, target = (tensor.numpy() for tensor in trial["test"])
     for c in range(len(means)):
-        some = features[target == c][:400]
+        some = features[target == c][:150]
         panel.scatter(*some.T, s=4, alpha=0.35, color=("#999999", "#CC79A7", "#56B4E9")[c], linewidths=0)
     low, high = means.numpy().min(axis=0) - 3, means.numpy().max(axis=0) + 3
     x, y = np.meshgrid(np.linspace(low[0], high[0], 300), np.linspace(low[1], high[1], 300))
@@ -242,7 +242,7 @@ def draw_separators(panel: Axes, trial: dict[str, Any], means: Tensor) -> None:
 
 
 def plot_figure2(errors: dict[str, np.ndarray], trials: list[dict], means: Tensor, bayes: float, title: str) -> Figure:
-    figure = Figure(figsize=(14, 4.6), layout="constrained")
+    figure = Figure(figsize=(14, 5), layout="constrained")
     boxes, separators, against_tau = figure.subplots(1, 3)
     shown = {name: 100 * error for name, error in errors.items() if "tau*" not in name}
     boxes.boxplot(list(shown.values())[::-1], orientation="horizontal", widths=0.6)
@@ -292,7 +292,7 @@ def figure2(n_trials: int, n_classes: int, rarest: float, out: Path) -> None:
     print("Mean tau*, chosen on 'val': " + ", ".join(f"{name} {np.mean(taus):.2f}" for name, taus in tau_star.items()))
     print(f"{time.perf_counter() - started:.0f} s")
 
-    plot_figure2(errors, trials, means, bayes, title).savefig(out / "figure2.png", dpi=80)
+    plot_figure2(errors, trials, means, bayes, title).savefig(out / "figure2.png", dpi=72)
     report = {
         "settings": {
             "trials": n_trials,
