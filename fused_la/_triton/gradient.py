@@ -148,7 +148,6 @@ def label_gradient(
     label, mass, _row_weight, _share, counts = load_label(
         vectors, rows * N_LABELS + k, mask_rows, n_classes, smoothing, ignore_index, COMPUTE
     )
-    z, as_label = load_label_z(logits, vectors, starts, label, mask_rows, stride_class, tau, COMPUTE)
     of_others = tl.zeros(rows.shape, COMPUTE)  # with a target_offset: sum of t / d over the labels of other classes
     if N_LABELS > 1:
         mass = tl.zeros(rows.shape, COMPUTE)
@@ -156,14 +155,14 @@ def label_gradient(
             other_label, other_mass, _, _, other_counts = load_label(
                 vectors, rows * N_LABELS + other, mask_rows, n_classes, smoothing, ignore_index, COMPUTE
             )
-            same = (other_label == label) & other_counts
-            mass += tl.where(same, other_mass, 0.0)
+            mass += tl.where(other_label == label, other_mass, 0.0)  # 0 of one that does not count
             if vectors.target_offset is not None:
                 other_z, other_as = load_label_z(
                     logits, vectors, starts, other_label, mask_rows, stride_class, tau, COMPUTE
                 )
                 d = others_than(other_z, m, rest, COMPUTE) + exp(other_as - m, COMPUTE)
-                of_others += tl.where(same | (other_counts == 0), 0.0, other_mass / d)
+                of_others += tl.where((other_label != label) & other_counts, other_mass / d, 0.0)
+    z, as_label = load_label_z(logits, vectors, starts, label, mask_rows, stride_class, tau, COMPUTE)
     if vectors.target_offset is not None:
         others = others_than(z, m, rest, COMPUTE)
         grad = g * (exp(z - m, COMPUTE) * of_others - mass * (others / (others + exp(as_label - m, COMPUTE))))
