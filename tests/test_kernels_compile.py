@@ -76,6 +76,8 @@ def register_budget(row):
     [
         ("sm_90", "bfloat16", VARIANTS),
         *((target, "bfloat16", VARIANTS[:1]) for target in ("sm_80", "gfx942")),
+        ("sm_100", "bfloat16", ("margin",)),
+        slow("sm_90", "bfloat16", ("margin",)),
         *(slow("sm_90", dtype, VARIANTS) for dtype in ("float16", "float32", "float64")),
         *(slow(target, dtype, VARIANTS) for target in ("sm_80", "sm_100", "gfx942") for dtype in ITEMSIZE),
     ],

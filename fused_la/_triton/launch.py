@@ -78,7 +78,7 @@ ROWS = 2  # that share each load of the offset; with 4, kernels took up to 168 r
 GRAD_TILES = 8  # tiles of a backward program, at most
 NARROW_TILE = 1024  # elements of a tile without 16-byte vectors, whose addresses take more registers
 PROGRAMS_A_MULTIPROCESSOR = 2  # fewer leave multiprocessors idle: rows are split, or fewer share a program
-RESIDENT_THREADS = 768  # on a multiprocessor, at up to 80 registers each
+RESIDENT_THREADS = 768  # assumed on a multiprocessor: what fits with 85 registers a thread
 
 
 def choose_launch(
