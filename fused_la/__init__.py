@@ -3,6 +3,7 @@
 import typing
 
 from fused_la import margins
+from fused_la.linear import LogitAdjustedLinear, linear_logit_adjusted_cross_entropy, linear_margin_cross_entropy
 from fused_la.loss import LogitAdjustedCrossEntropyLoss, logit_adjusted_cross_entropy, margin_cross_entropy
 from fused_la.margins import PairwiseMargin
 from fused_la.posthoc import adjust_logits, normalize_classifier
@@ -12,9 +13,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LogitAdjustedCrossEntropyLoss",
+    "LogitAdjustedLinear",
     "PairwiseMargin",
     "adjust_logits",
     "count_classes",
+    "linear_logit_adjusted_cross_entropy",
+    "linear_margin_cross_entropy",
     "log_prior_from_counts",
     "logit_adjusted_cross_entropy",
     "margin_cross_entropy",

@@ -19,20 +19,23 @@ import math
 import torch
 from torch import Tensor
 
-from fused_la._blocked_rows import (
+from fused_la._blocks import Block, Scratch, choose_blocking, class_chunks, row_blocks, row_sum
+from fused_la._problem import Problem, reduce_rows
+from fused_la._rows import (
     Candidates,
+    Part,
     Rows,
     State,
+    candidate_gradient,
     candidates_but_top,
-    finish_gradient,
+    join,
     label_total,
     margin_total,
     prepare,
     put,
     row_losses,
+    settled,
 )
-from fused_la._blocks import Block, Scratch, class_chunks, row_blocks, row_sum, sum_in_order
-from fused_la._problem import Problem, reduce_rows
 
 
 def forward_gradient(problem: Problem, reduction: str) -> bool:
@@ -56,17 +59,18 @@ def forward(problem: Problem, reduction: str, with_gradient: bool) -> tuple[Tens
     grad_rows = scale.expand(n_outer, n_inner)
     grad_logits = torch.empty_like(problem.logits) if with_gradient else problem.logits.new_empty(0)
 
-    scratch = Scratch(problem, forward=True)
-    for block in row_blocks(n_outer, n_inner, scratch.height):
+    blocking = choose_blocking(problem, forward=True)
+    scratch = Scratch(min(blocking.height, n_outer * n_inner) * blocking.width, problem.compute_dtype)
+    for block in row_blocks(n_outer, n_inner, blocking.height):
         out = grad_logits[block] if with_gradient else None
         part, candidates = state.of(block), rows.candidates.of(block)
-        e = _reduce_block(rows, block, scratch, part, candidates, gap[block], out)
+        e = _reduce_block(rows, block, blocking.width, scratch, part, candidates, gap[block], out)
         if rows.as_label is not None:
             part.total.copy_(margin_total(rows, part, block))
         if with_gradient:
-            _spread_gradient(rows, block, scratch, part, candidates, grad_rows[block], out, None, e)
+            _spread_gradient(rows, block, blocking.width, scratch, part, candidates, grad_rows[block], out, None, e)
     if with_gradient:
-        finish_gradient(rows, state, grad_rows, grad_logits, None)
+        _finish_gradient(rows, state, grad_rows, grad_logits, None)
     loss = reduce_rows(row_losses(rows, state, gap), normalizer, reduction)
     if reduction == "none":
         normalizer = normalizer.new_empty(0)
@@ -97,12 +101,16 @@ def backward(
     grad_logits = torch.empty_like(problem.logits) if needs_logits else None
     # Summed in float64: over many rows a float32 sum would lose what the rows' gradients hold.
     grad_offset = torch.zeros(problem.logits.shape[-1], dtype=torch.float64) if needs_log_prior else None
-    scratch = Scratch(problem, forward=False, sums_gradient=needs_log_prior)
-    for block in row_blocks(state.m.shape[0], state.m.shape[1], scratch.height):
+    n_outer, n_inner = state.m.shape
+    blocking = choose_blocking(problem, forward=False, sums_gradient=needs_log_prior)
+    scratch = Scratch(min(blocking.height, n_outer * n_inner) * blocking.width, problem.compute_dtype)
+    for block in row_blocks(n_outer, n_inner, blocking.height):
         out = None if grad_logits is None else grad_logits[block]
         part, candidates = state.of(block), rows.candidates.of(block)
-        _spread_gradient(rows, block, scratch, part, candidates, grad_rows[block], out, grad_offset, None)
-    finish_gradient(rows, state, grad_rows, grad_logits, grad_offset)
+        _spread_gradient(
+            rows, block, blocking.width, scratch, part, candidates, grad_rows[block], out, grad_offset, None
+        )
+    _finish_gradient(rows, state, grad_rows, grad_logits, grad_offset)
     if grad_offset is None or problem.log_prior is None:
         return grad_logits, None
     return grad_logits, (grad_offset * problem.tau).to(problem.log_prior.dtype)
@@ -114,6 +122,7 @@ def backward(
 def _reduce_block(
     rows: Rows,
     block: Block,
+    width: int,
     scratch: Scratch,
     state: State,
     candidates: Candidates,
@@ -125,55 +134,59 @@ def _reduce_block(
     Works where the gradient will stand if it can, and in scratch otherwise. Returns exp(z - m), 0 in the candidates'
     columns, where whole rows of it are left.
     """
-    maxima, sums, gaps, masses, tops = [], [], [], [], []
-    e = None
-    for chunk in class_chunks(rows.problem.logits.shape[-1], scratch.width):
-        whole = chunk.stop - chunk.start == rows.problem.logits.shape[-1]
+    n_classes = rows.problem.logits.shape[-1]
+    e = found = None
+    for chunk in class_chunks(n_classes, width):
+        whole = chunk.stop - chunk.start == n_classes
         z = _adjusted(rows, block, chunk, scratch, grad_logits if whole else None)
-        if rows.labels is None:
-            m, top = z.max(-1, keepdim=True)
-            tops.append(top + chunk.start)
-        else:
-            m, top = z.amax(-1, keepdim=True), None
-        # A chunk that is -inf throughout adds nothing; a row that is so throughout is NaN.
-        z.sub_(m if whole else m.masked_fill(m == -math.inf, 0.0))
-        mass = _dense_mass(rows, block, chunk, scratch)
-        if mass is not None:
-            product = torch.mul(z, mass, out=scratch.view(2, z.shape)).neg_()
-            product.masked_fill_((mass == 0) & (z == -math.inf), 0.0)
-            gaps.append(row_sum(product))
-            masses.append(row_sum(mass.expand_as(z)))
-        e = z.exp_()
-        if top is None:
-            put(e, candidates, chunk, 0.0)
-        else:
-            e.scatter_(-1, top, 0.0)
-        sums.append(row_sum(e))
-        maxima.append(m.squeeze(-1))
-
-    if len(maxima) == 1:
-        m, rest = maxima[0], sums[0]
-    else:
-        e = None
-        m = torch.stack(maxima).amax(0)
-        shifts = [torch.where(part == -math.inf, -math.inf, part - m) for part in maxima]
-        rest = sum_in_order([part * shift.exp() for part, shift in zip(sums, shifts, strict=True)])
-        if masses:
-            gaps += [torch.where(mass == 0, 0.0, -mass * by) for mass, by in zip(masses, shifts, strict=True)]
+        part = reduce_tile(rows, block, chunk, z, scratch, candidates, found)
+        found = part if found is None else join(found, part)
+        e = z if whole else None
+    assert found is not None
+    state.m.copy_(found.m)
+    state.rest.copy_(settled(found))
     if rows.labels is None:
-        every = torch.stack(maxima, -1)
-        first = every.argmax(-1, keepdim=True)
-        candidates.classes.copy_(torch.cat(tops, -1).gather(-1, first))
-        candidates.z.copy_(m.unsqueeze(-1))
-        rest = rest + (every - m.unsqueeze(-1)).exp().scatter(-1, first, 0.0).sum(-1)
-        state.total.copy_(sum_in_order(masses))
-    else:
-        rest = rest + candidates_but_top(candidates, m)
-    state.m.copy_(m)
-    torch.add(rest, m - m, out=state.rest)  # an infinite maximum makes the row NaN
-    if gaps:
-        gap.copy_(sum_in_order(gaps))
+        state.total.copy_(found.total)
+        candidates.z.copy_(found.m.unsqueeze(-1))
+    if rows.labels is None or rows.smoothing is not None:
+        gap.copy_(found.gap)
     return e
+
+
+def reduce_tile(
+    rows: Rows, block: Block, chunk: slice, z: Tensor, scratch: Scratch, candidates: Candidates, found: Part | None
+) -> Part:
+    """What a tile of z leaves of its rows; `found` is what came before it. Leaves exp(z - m) in z, 0 for candidates.
+
+    Of class probabilities the candidate is the row's top class: it becomes this tile's where that is higher.
+    """
+    if rows.labels is None:
+        m, top = z.max(-1, keepdim=True)
+    else:
+        m, top = z.amax(-1, keepdim=True), None
+    m.clamp_(min=torch.finfo(z.dtype).min)  # a tile that is -inf throughout adds nothing
+    z.sub_(m)
+    mass = _dense_mass(rows, block, chunk, scratch)
+    total = gap = torch.zeros_like(m.squeeze(-1))
+    if mass is not None:
+        product = torch.mul(z, mass, out=scratch.view(2, z.shape)).neg_()
+        product.masked_fill_((mass == 0) & (z == -math.inf), 0.0)
+        gap, total = row_sum(product), row_sum(mass.expand_as(z))
+    e = z.exp_()
+    if top is None:
+        here = candidates.within(chunk)
+        put(e, here, chunk, 0.0)
+        m = m.squeeze(-1)
+        return Part(m, row_sum(e) + candidates_but_top(here, m), gap, total)
+    # What stands for the top, 1, is left out; where no class is left it is 0, and the rest -1.
+    of_top = e.gather(-1, top).squeeze(-1)
+    e.scatter_(-1, top, 0.0)
+    m = m.squeeze(-1)
+    top += chunk.start
+    candidates.classes.copy_(
+        top if found is None else torch.where((m > found.m).unsqueeze(-1), top, candidates.classes)
+    )
+    return Part(m, row_sum(e) + (of_top - 1.0), gap, total)
 
 
 def _adjusted(rows: Rows, block: Block, chunk: slice, scratch: Scratch, into: Tensor | None = None) -> Tensor:
@@ -212,6 +225,7 @@ def _dense_mass(rows: Rows, block: Block, chunk: slice, scratch: Scratch) -> Ten
 def _spread_gradient(
     rows: Rows,
     block: Block,
+    width: int,
     scratch: Scratch,
     state: State,
     candidates: Candidates,
@@ -230,7 +244,7 @@ def _spread_gradient(
     if find_top:
         candidates.uses.fill_(False)
         candidates.z.copy_(m)
-    for chunk in class_chunks(rows.problem.logits.shape[-1], scratch.width):
+    for chunk in class_chunks(rows.problem.logits.shape[-1], width):
         part = e
         if part is None:
             part = _adjusted(rows, block, chunk, scratch)
@@ -240,15 +254,11 @@ def _spread_gradient(
                 candidates.classes.copy_(torch.where(is_top, top + chunk.start, candidates.classes))
                 candidates.uses.logical_or_(is_top)
             part.sub_(m).exp_()
-        mass = _dense_mass(rows, block, chunk, scratch)
         grad = part
         if grad_logits is not None and grad_logits.dtype == part.dtype and grad_offset is None:
             grad = grad_logits[..., chunk]
         torch.mul(part, scale, out=grad)
-        if mass is not None:
-            grad.addcmul_(mass, g if rows.labels is None else g * rows.labels.share[block].unsqueeze(-1), value=-1.0)
-            if rows.dropped is not None:
-                grad.masked_fill_(rows.dropped[chunk], 0.0)
+        take_dense_mass(rows, block, chunk, grad, g, scratch)
         if grad_offset is not None:
             put(grad, candidates, chunk, 0.0)
             if not rows.all_live and rows.labels is not None:
@@ -258,3 +268,28 @@ def _spread_gradient(
             grad.mul_(rows.scale[chunk])
         if grad_logits is not None and grad is part:
             grad_logits[..., chunk].copy_(grad)
+
+
+def take_dense_mass(rows: Rows, block: Block, chunk: slice, grad: Tensor, g: Tensor, scratch: Scratch) -> None:
+    """Subtract g * t_c, smoothing or probabilities, from a tile of g * A * p_c; a class at -inf keeps its 0."""
+    mass = _dense_mass(rows, block, chunk, scratch)
+    if mass is None:
+        return
+    grad.addcmul_(mass, g if rows.labels is None else g * rows.labels.share[block].unsqueeze(-1), value=-1.0)
+    if rows.dropped is not None:
+        grad.masked_fill_(rows.dropped[chunk], 0.0)
+
+
+def _finish_gradient(
+    rows: Rows, state: State, grad_rows: Tensor, grad_logits: Tensor | None, grad_offset: Tensor | None
+) -> None:
+    """Write the candidates' columns, and zeros where a row does not count."""
+    candidates, grad = rows.candidates, candidate_gradient(rows, state, grad_rows)
+    if grad_logits is not None:
+        scaled = grad if rows.scale is None else grad * rows.scale[candidates.classes]
+        put(grad_logits, candidates, slice(0, grad_logits.shape[-1]), scaled)
+        if not rows.all_live and rows.labels is not None:
+            grad_logits.masked_fill_(~rows.labels.live.unsqueeze(-1), 0.0)
+    if grad_offset is not None:
+        at = candidates.uses.nonzero(as_tuple=True)
+        grad_offset.index_add_(0, candidates.classes[at], grad[at].double())

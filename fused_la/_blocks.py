@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,28 +18,36 @@ BLOCK_ELEMENTS = 1 << 21
 Block = tuple[slice, slice]  # of the (N, P) rows
 
 
-class Scratch:
-    """One block's float32 (float64) buffers, allocated when first used and reused by every block.
+class Blocking(NamedTuple):
+    """The largest block: rows, and classes at a time."""
 
-    All that is held at a time, PyTorch's own copies included, shares the elements of one block; only the height of a
-    block may depend on that, for a row's bits depend on its width.
+    height: int
+    width: int
+
+
+def choose_blocking(problem: Problem, forward: bool, sums_gradient: bool = False) -> Blocking:
+    """All that is held at a time, PyTorch's own copies included, shares BLOCK_ELEMENTS.
+
+    Only the height of a block may depend on that, for a row's bits depend on its width.
     """
+    # z, and PyTorch's copy of half-precision logits in float32 or of a gradient to be summed in float64;
+    # class probabilities; their or the smoothing's product with z, and masks.
+    n_buffers = 1 + (problem.logits.element_size() == 2)
+    if sums_gradient and problem.compute_dtype == torch.float32:
+        n_buffers = 3
+    if problem.has_probabilities:
+        n_buffers += 1
+    if forward and (problem.has_probabilities or problem.label_smoothing > 0.0):
+        n_buffers += 2
+    width = min(problem.logits.shape[-1], BLOCK_ELEMENTS)
+    return Blocking(max(4, BLOCK_ELEMENTS // (n_buffers * width)), width)
 
-    def __init__(self, problem: Problem, forward: bool, sums_gradient: bool = False):
-        n_outer, n_inner, n_classes = problem.logits.shape
-        # z, and PyTorch's copy of half-precision logits in float32 or of a gradient to be summed in float64;
-        # class probabilities; their or the smoothing's product with z, and masks.
-        n_buffers = 1 + (problem.logits.element_size() == 2)
-        if sums_gradient and problem.compute_dtype == torch.float32:
-            n_buffers = 3
-        if problem.has_probabilities:
-            n_buffers += 1
-        if forward and (problem.has_probabilities or problem.label_smoothing > 0.0):
-            n_buffers += 2
-        self.width = min(n_classes, BLOCK_ELEMENTS)
-        self.height = max(4, BLOCK_ELEMENTS // (n_buffers * self.width))
-        self._n_elements = min(self.height, n_outer * n_inner) * self.width
-        self._dtype = problem.compute_dtype
+
+class Scratch:
+    """Buffers of one block, allocated when first used and reused by every block."""
+
+    def __init__(self, n_elements: int, dtype: torch.dtype):
+        self._n_elements, self._dtype = n_elements, dtype
         self._buffers: dict[int, Tensor] = {}
 
     def view(self, which: int, shape: torch.Size) -> Tensor:
@@ -69,10 +78,3 @@ def row_sum(x: Tensor) -> Tensor:
     if x.numel() == x.shape[-1]:
         return x.expand(2, *x.shape).sum(-1)[0]
     return x.sum(-1)
-
-
-def sum_in_order(parts: list[Tensor]) -> Tensor:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total

@@ -11,30 +11,29 @@ from torch.autograd import forward_ad
 
 from fused_la import _checks
 from fused_la._autograd import under_transform
-from fused_la._problem import Problem
+from fused_la._call import Call
 from fused_la._transforms import folds
 
 
-def choose_implementation(
-    impl: str, problem: Problem, differentiable: Sequence[Tensor | None], of_target: Sequence[Tensor | None],
-    of_margin: Sequence[Tensor | None],
-) -> str:  # fmt: skip
+def choose_implementation(impl: str, call: Call, differentiable: Sequence[Tensor | None], of_head: bool = False) -> str:
     """The implementation that runs.
 
-    The sequences are the caller's own tensors: those that every implementation differentiates, and those of the target
-    and of the margin, which are the reference's to differentiate.
+    `differentiable` are the caller's own tensors that every implementation differentiates. A head has no formula of its
+    own under transforms, and while torch.compile traces a CPU graph it stays one operator, whose memory is bounded.
     """
     _checks.check_choice("impl", impl, _checks.IMPLEMENTATIONS)
-    device = problem.logits.device
+    device = call.problem.logits.device
     on_cpu, on_gpu = device.type == "cpu", device.type == "cuda"  # ROCm's too
     transformed = under_transform()
     if transformed:
-        needs_formula = torch.compiler.is_compiling() or not folds()
+        needs_formula = torch.compiler.is_compiling() or of_head or not folds()
     else:
-        needs_formula = any(t is not None and _has_tangent(t) for t in (*differentiable, *of_target, *of_margin))
-    only_reference = "" if needs_formula else _why_only_reference(problem, transformed, of_target, of_margin)
+        needs_formula = any(
+            t is not None and _has_tangent(t) for t in (*differentiable, *call.of_target, *call.of_margin)
+        )
+    only_reference = "" if needs_formula else _why_only_reference(call, transformed)
     if impl == "auto":
-        if needs_formula or only_reference or (on_cpu and torch.compiler.is_compiling()):
+        if needs_formula or only_reference or (on_cpu and torch.compiler.is_compiling() and not of_head):
             return "reference"
         if on_gpu and _has_triton():
             return "triton"
@@ -43,8 +42,9 @@ def choose_implementation(
         return impl
     if only_reference:
         raise ValueError(f"impl must be 'reference' or 'auto' for {only_reference}, got {impl!r}")
+    of = "features" if of_head else "logits"
     if impl == "blocked" and not on_cpu:
-        raise ValueError(f"impl must not be 'blocked' for logits on {device}: it runs on a CPU")
+        raise ValueError(f"impl must not be 'blocked' for {of} on {device}: it runs on a CPU")
     if impl == "triton":
         if not _has_triton():
             raise ModuleNotFoundError("impl='triton' needs the package triton, which is not installed")
@@ -52,23 +52,22 @@ def choose_implementation(
 
         if not on_gpu and not (on_cpu and INTERPRETED):
             raise ValueError(
-                f"impl must not be 'triton' for logits on {device}: it runs on a GPU, or on a CPU in Triton's "
+                f"impl must not be 'triton' for {of} on {device}: it runs on a GPU, or on a CPU in Triton's "
                 "interpreter if TRITON_INTERPRET=1 is set before the first use"
             )
     return "reference" if needs_formula else impl
 
 
-def _why_only_reference(
-    problem: Problem, transformed: bool, of_target: Sequence[Tensor | None], of_margin: Sequence[Tensor | None]
-) -> str:
-    """What of a problem only the reference computes; empty if nothing is."""
+def _why_only_reference(call: Call, transformed: bool) -> str:
+    """What of a call only the reference computes; empty if nothing is."""
+    problem = call.problem
     if problem.target_offset is not None and (problem.has_probabilities or problem.label_smoothing > 0.0):
         return "class probabilities or label smoothing under a margin whose two offsets differ"
     if transformed or not torch.is_grad_enabled():
         return ""
-    if any(t is not None and t.requires_grad for t in of_margin):
+    if any(t is not None and t.requires_grad for t in call.of_margin):
         return "a gradient of alpha, an offset or the scale of a margin"
-    if any(t is not None and t.requires_grad for t in of_target):
+    if any(t is not None and t.requires_grad for t in call.of_target):
         return "a gradient of target, target_weight, weight or smoothing_distribution"
     return ""
 

@@ -1,20 +1,19 @@
-"""The door: check the arguments, bring them into rows, choose an implementation, shape the result."""
+"""The door of the losses of logits: check, choose an implementation, shape the result."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fused_la import _checks, reference
 from fused_la._autograd import fused_loss, under_transform
+from fused_la._call import Call, read_call, read_margin, read_prior
 from fused_la._choice import choose_implementation
 from fused_la._margin import PairwiseMargin
-from fused_la._problem import Problem, reduce_rows, rows_by_classes
+from fused_la._options import LossOptions
+from fused_la._problem import reduce_rows
 from fused_la._transforms import folded_loss
-from fused_la.prior import log_prior_from_counts
 
 
 def logit_adjusted_cross_entropy(
@@ -88,13 +87,13 @@ def logit_adjusted_cross_entropy(
 
     Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation 10.
     """
-    tau = _checks.check_tau(tau)
     _checks.check_logits(logits)
-    _checks.check_log_prior(log_prior, logits, tau)
-    return _cross_entropy(
-        logits, target, _offset_prior(log_prior, tau), tau, PairwiseMargin(), target_weight, weight, ignore_index,
-        reduction, label_smoothing, smoothing_distribution, impl,
+    offset, tau = read_prior(log_prior, tau, logits)
+    call = read_call(
+        logits, offset, tau, PairwiseMargin(), target, target_weight, weight, ignore_index,
+        reduction, label_smoothing, smoothing_distribution,
     )  # fmt: skip
+    return _loss_of(call, logits, impl)
 
 
 def margin_cross_entropy(
@@ -144,76 +143,27 @@ def margin_cross_entropy(
     Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation 11.
     """
     _checks.check_logits(logits)
-    if not isinstance(margin, PairwiseMargin):
-        raise TypeError(f"margin must be a PairwiseMargin, got {type(margin).__name__}")
-    for name, vector in margin.named_vectors():
-        _checks.check_class_vector(f"margin.{name}", vector, logits.shape[_checks.class_dim(logits)])
-        _checks.check_device(f"margin.{name}", vector, logits)
-    offset = None if margin.negative_offset is None else margin.negative_offset.contiguous()
-    return _cross_entropy(
-        logits, target, offset, 1.0, margin, target_weight, weight, ignore_index,
-        reduction, label_smoothing, smoothing_distribution, impl,
+    call = read_call(
+        logits, read_margin(margin, logits), 1.0, margin, target, target_weight, weight, ignore_index,
+        reduction, label_smoothing, smoothing_distribution,
     )  # fmt: skip
+    return _loss_of(call, logits, impl)
 
 
-def _cross_entropy(
-    logits: Tensor,
-    target: Tensor,
-    offset: Tensor | None,
-    tau: float,
-    margin: PairwiseMargin,
-    target_weight: Tensor | None,
-    weight: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-    smoothing_distribution: Tensor | None,
-    impl: str,
-) -> Tensor:
-    """The loss of checked logits, with tau * offset as the margin's negative offset."""
-    label_smoothing = _checks.check_label_smoothing(label_smoothing)
-    ignore_index = _checks.check_ignore_index(ignore_index)
-    _checks.check_choice("reduction", reduction, _checks.REDUCTIONS)
-    _checks.check_target(target, target_weight, logits, ignore_index)
-    n_classes = logits.shape[_checks.class_dim(logits)]
-    if weight is not None:
-        _checks.check_class_vector("weight", weight, n_classes)
-        _checks.check_device("weight", weight, logits)
-    if smoothing_distribution is not None:
-        smoothing_distribution = _checks.check_smoothing_distribution(smoothing_distribution, n_classes)
-        _checks.check_device("smoothing_distribution", smoothing_distribution, logits)
-
-    of_target = (target, target_weight, weight, smoothing_distribution)
-    mass = weight = None if weight is None else weight.contiguous()
-    if margin.alpha is not None:
-        mass = margin.alpha if weight is None else margin.alpha * weight
-    problem = Problem(
-        rows_by_classes(logits),
-        offset,
-        rows_by_classes(target) if target.is_floating_point() else _label_rows(target, logits),
-        None if target_weight is None else _label_rows(target_weight, logits),
-        None if mass is None else mass.contiguous(),
-        weight,
-        None if smoothing_distribution is None else smoothing_distribution.contiguous(),
-        margin.label_offset(logits),
-        margin.scale_of(logits),
-        tau,
-        label_smoothing,
-        ignore_index,
-    )
-    impl = choose_implementation(impl, problem, (logits, offset), of_target, margin.only_of_reference())
+def _loss_of(call: Call, logits: Tensor, impl: str) -> Tensor:
+    impl = choose_implementation(impl, call, (logits, call.problem.log_prior))
     if impl == "reference":
-        loss, row_weight = reference.loss_rows(problem)
-        loss = reduce_rows(loss, row_weight.sum(), reduction)
+        loss, row_weight = reference.loss_rows(call.problem)
+        loss = reduce_rows(loss, row_weight.sum(), call.reduction)
     else:
-        loss = (folded_loss if under_transform() else fused_loss)(problem, reduction, impl)
-    if reduction != "none":
+        loss = (folded_loss if under_transform() else fused_loss)(call.problem, call.reduction, impl)
+    if call.reduction != "none":
         return loss
     dim = _checks.class_dim(logits)
     return loss.reshape(logits.shape[:dim] + logits.shape[dim + 1 :])
 
 
-class LogitAdjustedCrossEntropyLoss(nn.Module):
+class LogitAdjustedCrossEntropyLoss(LossOptions):
     r"""`logit_adjusted_cross_entropy` as a module that holds the log prior of its training counts.
 
     .. math:: \ell(y, f) = -\log \mathrm{softmax}(f + \tau \log \pi)_y, \qquad \pi_c = n_c / \sum_k n_k
@@ -253,9 +203,7 @@ class LogitAdjustedCrossEntropyLoss(nn.Module):
     Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation 10.
     """
 
-    log_prior: Tensor
     weight: Tensor | None
-    smoothing_distribution: Tensor | None
 
     def __init__(
         self,
@@ -270,67 +218,12 @@ class LogitAdjustedCrossEntropyLoss(nn.Module):
         smoothing_distribution: Tensor | None = None,
         impl: str = "auto",
     ):
-        super().__init__()
-        log_prior = log_prior_from_counts(class_counts, pseudocount=pseudocount)
-        if weight is not None:
-            _checks.check_class_vector("weight", weight, len(log_prior))
-        if smoothing_distribution is not None:
-            _checks.check_smoothing_distribution(smoothing_distribution, len(log_prior))
-        self.register_buffer("log_prior", log_prior)
-        self.register_buffer("weight", weight)
-        self.register_buffer("smoothing_distribution", smoothing_distribution)
-        self.tau = _checks.check_tau(tau)
-        self.ignore_index = _checks.check_ignore_index(ignore_index)
-        self.reduction = reduction
-        self.label_smoothing = _checks.check_label_smoothing(label_smoothing)
-        self.impl = impl
-        _checks.check_choice("reduction", reduction, _checks.REDUCTIONS)
-        _checks.check_choice("impl", impl, _checks.IMPLEMENTATIONS)
+        super().__init__(
+            class_counts, tau, pseudocount, weight, "weight", ignore_index, reduction, label_smoothing,
+            smoothing_distribution, impl,
+        )  # fmt: skip
 
     def forward(self, logits: Tensor, target: Tensor, target_weight: Tensor | None = None) -> Tensor:
         return logit_adjusted_cross_entropy(
-            logits,
-            target,
-            self.log_prior,
-            self.tau,
-            target_weight=target_weight,
-            weight=self.weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            label_smoothing=self.label_smoothing,
-            smoothing_distribution=self.smoothing_distribution,
-            impl=self.impl,
+            logits, target, self.log_prior, self.tau, target_weight=target_weight, **self.keywords()
         )
-
-    def extra_repr(self) -> str:
-        options = f"n_classes={self.log_prior.numel()}, tau={self.tau}, reduction={self.reduction!r}"
-        if self.label_smoothing > 0.0:
-            options += f", label_smoothing={self.label_smoothing}"
-        return options
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LogitAdjustedCrossEntropyLoss:
-        exact = {name: self._buffers[name] for name in ("log_prior", "weight", "smoothing_distribution")}
-        super()._apply(fn, recurse)
-        for name, buffer in exact.items():
-            cast = self._buffers[name]
-            if buffer is not None and cast is not None and cast.dtype in (torch.float16, torch.bfloat16):
-                self._buffers[name] = buffer.to(cast.device)
-        return self
-
-
-# Rows -----------------------------------------------------------------------------------------------------------------
-
-
-def _label_rows(labels: Tensor, logits: Tensor) -> Tensor:
-    """Labels or their weights as contiguous (N, P, K), K = 1 for one label a row."""
-    if labels.dim() < logits.dim():
-        labels = labels.unsqueeze(_checks.class_dim(logits))
-    return rows_by_classes(labels).contiguous()
-
-
-def _offset_prior(log_prior: Tensor, tau: float) -> Tensor | None:
-    """The log prior as implementations take it; with tau = 0 no class is out, and there is nothing to add."""
-    if tau > 0.0:
-        kept = torch.compiler.is_compiling() or not log_prior.is_inference()  # autograd keeps no inference tensor
-        return log_prior.contiguous() if kept else log_prior.clone()
-    return log_prior.masked_fill(log_prior == -torch.inf, 0.0) if log_prior.requires_grad else None

@@ -35,6 +35,16 @@ if DEVICE == "cpu":
         _patch_once_a_launch()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Run the whole suite in a process a core, for the kernels' interpreter keeps one busy; a GPU is one process's."""
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not hasattr(config, "workerinput")
+    if DEVICE == "cpu" and whole and config.getoption("numprocesses", None) is None and not config.option.usepdb:
+        config.option.numprocesses = (
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        )
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -141,9 +141,12 @@ def test_metrics_are_an_attribute_of_the_package():
 
 # What a module may import from the package, inside functions too. `_triton` stands for all its modules.
 MAY_IMPORT = {
-    "__init__": {"loss", "margins", "posthoc", "metrics", "prior"},
-    "loss": {"_checks", "_autograd", "_choice", "_margin", "_transforms", "reference", "_problem", "prior"},
-    "_choice": {"_autograd", "_checks", "_problem", "_transforms", "_triton"},
+    "__init__": {"linear", "loss", "margins", "posthoc", "metrics", "prior"},
+    "loss": {"_checks", "_autograd", "_call", "_choice", "_margin", "_options", "_transforms", "reference", "_problem"},
+    "linear": {"_checks", "_call", "_choice", "_head", "_head_autograd", "_margin", "_options", "_problem"},
+    "_call": {"_checks", "_margin", "_problem"},
+    "_choice": {"_autograd", "_call", "_checks", "_transforms", "_triton"},
+    "_options": {"_checks", "prior"},
     "margins": {"_checks", "_consistency", "_margin"},
     "_consistency": {"_checks", "_margin"},
     "_margin": {"_checks"},
@@ -154,20 +157,23 @@ MAY_IMPORT = {
     "_per_class": {"prior"},
     "_checks": set(),
     "_autograd": {"reference", "_problem"},  # and implementations by name, see below
+    "_head_autograd": {"_autograd", "_head", "reference", "_problem"},
+    "_head": {"_blocks", "_problem", "_rows"},  # and epilogues of implementations by name
     "_transforms": {"_autograd", "reference", "_problem"},
     "reference": {"_problem"},
-    "_blocked": {"_problem", "_blocks", "_blocked_rows"},
-    "_blocked_rows": {"_problem", "_blocks"},
+    "_blocked": {"_problem", "_blocks", "_rows"},
+    "_blocked_head": {"_blocked", "_blocks", "_rows"},
+    "_rows": {"_problem", "_blocks"},
     "_argmax": {"_blocks"},
     "_blocks": {"_problem"},
-    "_triton": {"_problem", "_triton"},
+    "_triton": {"_blocks", "_problem", "_rows", "_triton"},
     "_problem": set(),
 }
 # What a module may import beyond PyTorch, NumPy and Triton; without its extra, importing the package still works.
 OPTIONAL = {"metrics": {"torchmetrics"}, "_sweep": {"matplotlib"}}
 # Modules that import others by a name that they make up.
-MAY_IMPORT_BY_NAME = {"_autograd"}
-IMPLEMENTATIONS = {"reference", "_blocked", "_argmax", "_triton"}
+MAY_IMPORT_BY_NAME = {"_autograd", "_head"}
+IMPLEMENTATIONS = {"reference", "_blocked", "_blocked_head", "_argmax", "_triton"}
 
 
 def unit_of(module):
@@ -219,9 +225,21 @@ def test_imports_follow_the_one_arrow(source):
 
 def test_the_arrow_has_no_way_back():
     """Nothing imports the door, implementations import neither one another nor what calls them, there is no circle."""
-    above = {"__init__", "loss", "posthoc", "metrics", "_sweep", "_autograd", "_checks"}
+    above = {
+        "__init__",
+        "loss",
+        "linear",
+        "posthoc",
+        "metrics",
+        "_sweep",
+        "_autograd",
+        "_head_autograd",
+        "_head",
+        "_checks",
+    }
     for implementation in IMPLEMENTATIONS:
-        assert not MAY_IMPORT[implementation] & (above | IMPLEMENTATIONS - {implementation})
+        own = {implementation, implementation.removesuffix("_head")}
+        assert not MAY_IMPORT[implementation] & (above | IMPLEMENTATIONS - own)
     below = {}
     while len(below) < len(MAY_IMPORT):
         placed = {
@@ -281,6 +299,10 @@ INTERFACE = {
     "LogitAdjustedCrossEntropyLoss": (
         f"(class_counts, tau=1.0, *, pseudocount=0.0, {OPTIONS.removeprefix('target_weight=None, ')})"
     ),
+    "LogitAdjustedLinear": (
+        "(in_features, class_counts, tau=1.0, *, bias=True, cosine=False, scale=30.0, pseudocount=0.0, "
+        f"{CLASS_OPTIONS.removeprefix('target_weight=None, ').removesuffix(')')}, device=None, dtype=None)"
+    ),
     "count_classes": "(target, n_classes, *, ignore_index=-100, group=None)",
     "log_prior_from_counts": "(class_counts, *, pseudocount=0.0)",
     "adjust_logits": "(logits, log_prior, tau=1.0, *, target_log_prior=None)",
@@ -291,7 +313,10 @@ INTERFACE = {
 WRITTEN = {
     "logit_adjusted_cross_entropy",
     "LogitAdjustedCrossEntropyLoss",
+    "LogitAdjustedLinear",
     "count_classes",
+    "linear_logit_adjusted_cross_entropy",
+    "linear_margin_cross_entropy",
     "log_prior_from_counts",
     "adjust_logits",
     "normalize_classifier",

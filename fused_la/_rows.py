@@ -1,6 +1,8 @@
-"""The rows of the blocked implementation outside of their blocks: what is prepared, and what labels have of their own.
+"""Rows whose classes come in pieces: what is prepared, what a piece leaves, and what labels have of their own.
 
-Everything here is as large as the rows, not as the classes.
+A piece, a tile or chunk of the classes, leaves a `Part` of each row: m its maximum, rest the sum of exp(z_c - m) over
+all its classes but one that attains m, and of its dense target mass the total and the gap sum_c t_c * (m - z_c). `join`
+makes one part of two. Everything here is as large as the rows, not as the classes.
 """
 
 from __future__ import annotations
@@ -24,10 +26,15 @@ class Candidates(NamedTuple):
     classes: Tensor  # (N, P, K) int64
     uses: Tensor  # (N, P, K) bool: it counts, and no earlier one of the row is equal
     z: Tensor  # (N, P, K) adjusted logits
-    one_each: bool  # K = 1, all are used, and no chunk is less than a row
+    one_each: bool  # K = 1, all are used, and all classes come at once
 
     def of(self, block: Block) -> Candidates:
         return Candidates(self.classes[block], self.uses[block], self.z[block], self.one_each)
+
+    def within(self, chunk: slice) -> Candidates:
+        """The candidates with only those in use that lie in a chunk of the classes."""
+        here = (self.classes >= chunk.start) & (self.classes < chunk.stop)
+        return self if self.one_each else self._replace(uses=self.uses & here)
 
 
 class Rows(NamedTuple):
@@ -43,6 +50,16 @@ class Rows(NamedTuple):
     candidates: Candidates
     as_label: Tensor | None  # (N, P, K) what labels stand at, where that is not z
     scale: Tensor | None  # (C,)
+    target_offset: Tensor | None  # (C,)
+
+
+class Part(NamedTuple):
+    """What some of the classes leave of each row, (N, P) or a block of it."""
+
+    m: Tensor  # at least the lowest finite number, also where no class is left
+    rest: Tensor  # -1 where no class is left: the first top takes the place of one that was never there
+    gap: Tensor
+    total: Tensor
 
 
 class State(NamedTuple):
@@ -59,35 +76,45 @@ class State(NamedTuple):
 # Preparation ----------------------------------------------------------------------------------------------------------
 
 
-def prepare(problem: Problem) -> Rows:
+def prepare(problem: Problem, in_pieces: bool = False) -> Rows:
+    """All that needs no pass over the classes. Where they come `in_pieces`, what labels stand at is filled in later."""
     offset, weight, smoothing = problem.offset(), problem.computed(problem.weight), problem.smoothing_mass()
     scale, target_offset, as_label = problem.computed(problem.scale), problem.computed(problem.target_offset), None
-    dropped = None
+    dropped, on_cpu = None, problem.logits.device.type == "cpu"  # elsewhere nothing is read: it would synchronise
     if offset is not None:
-        lowest, highest = offset.aminmax()
         # Where no class is left (values that the door could not read) the gradient must be NaN as the loss is, not 0.
-        dropped = offset == -math.inf if lowest.item() == -math.inf < highest.item() else None
-    one_chunk = problem.logits.shape[-1] <= _blocks.BLOCK_ELEMENTS
+        lowest, highest = offset.aminmax()
+        if not on_cpu:
+            dropped = (offset == -math.inf) & (highest > -math.inf)
+        elif lowest.item() == -math.inf < highest.item():
+            dropped = offset == -math.inf
+    one_chunk = not in_pieces and problem.logits.shape[-1] <= _blocks.BLOCK_ELEMENTS
     if problem.has_probabilities:
-        z = torch.zeros(*problem.logits.shape[:2], 1, dtype=problem.compute_dtype)
+        z = problem.logits.new_zeros((*problem.logits.shape[:2], 1), dtype=problem.compute_dtype)
         candidates = Candidates(z.long(), z == 0, z, one_chunk)
-        return Rows(problem, offset, dropped, weight, smoothing, None, True, candidates, None, scale)
+        return Rows(problem, offset, dropped, weight, smoothing, None, True, candidates, None, scale, None)
 
     labels = read_labels(problem)
-    all_live = bool(labels.live.all())
-    z = problem.logits.gather(-1, labels.classes).to(problem.compute_dtype)
-    if scale is not None:
-        z = z * scale[labels.classes]
-    if target_offset is not None:
-        as_label = z + target_offset[labels.classes]
-    if offset is not None:
-        z = z + offset[labels.classes]
-    if dropped is not None:
-        z = z.masked_fill_(dropped[labels.classes], -math.inf)
+    all_live = on_cpu and bool(labels.live.all())
+    if in_pieces:
+        z = torch.zeros_like(labels.mass)
+        as_label = None if target_offset is None else torch.zeros_like(z)
+    else:
+        z = problem.logits.gather(-1, labels.classes).to(problem.compute_dtype)
+        if scale is not None:
+            z = z * scale[labels.classes]
+        if target_offset is not None:
+            as_label = z + target_offset[labels.classes]
+        if offset is not None:
+            z = z + offset[labels.classes]
+        if dropped is not None:
+            z = z.masked_fill_(dropped[labels.classes], -math.inf)
     one_label = labels.classes.shape[-1] == 1
     uses = labels.counts if one_label else labels.counts & ~_same_label(labels).tril(-1).any(-1)
     candidates = Candidates(labels.classes, uses, z, one_label and all_live and one_chunk)
-    return Rows(problem, offset, dropped, weight, smoothing, labels, all_live, candidates, as_label, scale)
+    return Rows(
+        problem, offset, dropped, weight, smoothing, labels, all_live, candidates, as_label, scale, target_offset
+    )
 
 
 def _same_label(labels: Labels) -> Tensor:
@@ -103,6 +130,28 @@ def label_total(rows: Rows, out: Tensor) -> Tensor:
         if rows.smoothing is not None:
             out.addcmul_(rows.labels.share, row_sum(rows.smoothing))
     return out
+
+
+# Parts ----------------------------------------------------------------------------------------------------------------
+
+
+def empty_part(like: Tensor) -> Part:
+    lowest, none = torch.full_like(like, torch.finfo(like.dtype).min), torch.full_like(like, -1.0)
+    return Part(lowest, none, torch.zeros_like(like), torch.zeros_like(like))
+
+
+def join(one: Part, two: Part) -> Part:
+    """Two parts of each row as one. Nothing cancels, and an empty part changes nothing."""
+    m = torch.maximum(one.m, two.m)
+    f = (torch.minimum(one.m, two.m) - m).exp()
+    rest = torch.where(one.m >= two.m, one.rest + (two.rest + 1.0) * f, two.rest + (one.rest + 1.0) * f)
+    gaps = [part.gap + torch.where(part.total == 0, 0.0, part.total * (m - part.m)) for part in (one, two)]
+    return Part(m, rest, gaps[0] + gaps[1], one.total + two.total)
+
+
+def settled(part: Part) -> Tensor:
+    """The rest of whole rows: NaN where the maximum is infinite or no class is left."""
+    return torch.where(part.rest < 0.0, math.nan, part.rest) + (part.m - part.m)
 
 
 # Candidates -----------------------------------------------------------------------------------------------------------
@@ -175,10 +224,8 @@ def row_losses(rows: Rows, state: State, gap: Tensor) -> Tensor:
     return loss if rows.all_live else torch.where(labels.live, loss, 0.0)
 
 
-def finish_gradient(
-    rows: Rows, state: State, grad_rows: Tensor, grad_logits: Tensor | None, grad_offset: Tensor | None
-) -> None:
-    """The candidates' columns, in the form that keeps the digits of 1 - p, and zeros where a row does not count."""
+def candidate_gradient(rows: Rows, state: State, grad_rows: Tensor) -> Tensor:
+    """The gradient of the candidates' z, (N, P, K), in the form that keeps the digits of 1 - p."""
     m, rest, total, g = (part.unsqueeze(-1) for part in (*state, grad_rows))
     candidates = rows.candidates
     if rows.labels is None:
@@ -204,13 +251,5 @@ def finish_gradient(
         of_others = torch.where(other_labels, (rows.labels.mass / d).unsqueeze(-2), 0.0).sum(-1)
         grad = g * ((candidates.z - m).exp() * of_others - t * (others / d))
     if rows.dropped is not None and rows.as_label is None:
-        grad.masked_fill_(rows.dropped[candidates.classes], 0.0)
-
-    if grad_logits is not None:
-        scaled = grad if rows.scale is None else grad * rows.scale[candidates.classes]
-        put(grad_logits, candidates, slice(0, grad_logits.shape[-1]), scaled)
-        if not rows.all_live and rows.labels is not None:
-            grad_logits.masked_fill_(~rows.labels.live.unsqueeze(-1), 0.0)
-    if grad_offset is not None:
-        at = candidates.uses.nonzero(as_tuple=True)
-        grad_offset.index_add_(0, candidates.classes[at], grad[at].double())
+        grad = grad.masked_fill(rows.dropped[candidates.classes], 0.0)
+    return grad

@@ -1,0 +1,96 @@
+"""The arguments that every loss takes: checked, and brought into rows."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_la import _checks
+from fused_la._margin import PairwiseMargin
+from fused_la._problem import Problem, rows_by_classes
+
+
+class Call(NamedTuple):
+    """A checked call of a loss, and the caller's own tensors whose gradients are the reference's alone."""
+
+    problem: Problem
+    reduction: str
+    of_target: tuple[Tensor | None, ...]
+    of_margin: list[Tensor]
+
+
+def read_prior(log_prior: Any, tau: Any, logits: Tensor) -> tuple[Tensor | None, float]:
+    """The log prior as implementations take it, and tau; with tau = 0 no class is out, and there is nothing to add."""
+    tau = _checks.check_tau(tau)
+    _checks.check_log_prior(log_prior, logits, tau)
+    if tau > 0.0:
+        kept = torch.compiler.is_compiling() or not log_prior.is_inference()  # autograd keeps no inference tensor
+        return log_prior.contiguous() if kept else log_prior.clone(), tau
+    return log_prior.masked_fill(log_prior == -torch.inf, 0.0) if log_prior.requires_grad else None, tau
+
+
+def read_margin(margin: Any, logits: Tensor) -> Tensor | None:
+    """The negative offset of a margin that fits the logits."""
+    if not isinstance(margin, PairwiseMargin):
+        raise TypeError(f"margin must be a PairwiseMargin, got {type(margin).__name__}")
+    for name, vector in margin.named_vectors():
+        _checks.check_class_vector(f"margin.{name}", vector, logits.shape[_checks.class_dim(logits)])
+        _checks.check_device(f"margin.{name}", vector, logits)
+    return None if margin.negative_offset is None else margin.negative_offset.contiguous()
+
+
+def read_call(
+    logits: Tensor,
+    offset: Tensor | None,
+    tau: float,
+    margin: PairwiseMargin,
+    target: Any,
+    target_weight: Any,
+    weight: Any,
+    ignore_index: Any,
+    reduction: Any,
+    label_smoothing: Any,
+    smoothing_distribution: Any,
+    weight_name: str = "weight",
+) -> Call:
+    """A call with checked logits and tau * offset as the margin's negative offset; `weight_name` is the caller's."""
+    label_smoothing = _checks.check_label_smoothing(label_smoothing)
+    ignore_index = _checks.check_ignore_index(ignore_index)
+    _checks.check_choice("reduction", reduction, _checks.REDUCTIONS)
+    _checks.check_target(target, target_weight, logits, ignore_index)
+    n_classes = logits.shape[_checks.class_dim(logits)]
+    if weight is not None:
+        _checks.check_class_vector(weight_name, weight, n_classes)
+        _checks.check_device(weight_name, weight, logits)
+    if smoothing_distribution is not None:
+        smoothing_distribution = _checks.check_smoothing_distribution(smoothing_distribution, n_classes)
+        _checks.check_device("smoothing_distribution", smoothing_distribution, logits)
+
+    of_target = (target, target_weight, weight, smoothing_distribution)
+    mass = weight = None if weight is None else weight.contiguous()
+    if margin.alpha is not None:
+        mass = margin.alpha if weight is None else margin.alpha * weight
+    problem = Problem(
+        rows_by_classes(logits),
+        offset,
+        rows_by_classes(target) if target.is_floating_point() else _label_rows(target, logits),
+        None if target_weight is None else _label_rows(target_weight, logits),
+        None if mass is None else mass.contiguous(),
+        weight,
+        None if smoothing_distribution is None else smoothing_distribution.contiguous(),
+        margin.label_offset(logits),
+        margin.scale_of(logits),
+        tau,
+        label_smoothing,
+        ignore_index,
+    )
+    return Call(problem, reduction, of_target, margin.only_of_reference())
+
+
+def _label_rows(labels: Tensor, logits: Tensor) -> Tensor:
+    """Labels or their weights as contiguous (N, P, K), K = 1 for one label a row."""
+    if labels.dim() < logits.dim():
+        labels = labels.unsqueeze(_checks.class_dim(logits))
+    return rows_by_classes(labels).contiguous()

@@ -1,0 +1,239 @@
+"""A classifier head and its loss: the logits of a tile at a time, never those of all rows and classes.
+
+    logits = features @ weight.T + bias                      (N, D), (C, D), (C,)
+    grad_features = grad_logits @ weight,   grad_weight = grad_logits.T @ features,   grad_bias = grad_logits.sum(0)
+
+Forward passes once over the classes and keeps a `Part` of every row. Backward makes each tile of logits again, turns it
+into their gradient and uses it in both products. Tiles of classes are the outer loop: the weight is read once a pass,
+and each block of its gradient is written once, however many the rows are. Splitting the rows first would turn the
+products of a vision head, with fewer rows than features, into products with vectors.
+
+Products are the vendor's library's. What makes a part of a tile of logits, or a gradient, is an implementation's
+`Epilogue`. Gradients add up in the compute dtype, float32 or float64, whatever the dtype of the operands.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_la._blocks import Block, class_chunks
+from fused_la._problem import Problem, reduce_rows
+from fused_la._rows import (
+    ALL,
+    Part,
+    Rows,
+    State,
+    candidate_gradient,
+    empty_part,
+    label_total,
+    margin_total,
+    prepare,
+    row_losses,
+    settled,
+)
+
+_EPILOGUES = {"blocked": "fused_la._blocked_head", "triton": "fused_la._triton.head"}
+# Whose tiles lie class by class: a CPU's products are faster so, and its reductions over classes as fast.
+BY_CLASS = {"blocked"}
+
+
+class Head(NamedTuple):
+    features: Tensor  # (N, D)
+    weight: Tensor  # (C, D)
+    bias: Tensor | None  # (C,)
+    product_dtype: torch.dtype  # of the operands of products
+
+
+class Saved(NamedTuple):
+    """What backward needs of a forward pass, all as large as the rows."""
+
+    state: Tensor  # (3, N, 1): m, rest, A
+    classes: Tensor  # (N, 1, K) candidates: the labels, or the top class of class probabilities
+    z: Tensor  # (N, 1, K) what they stand at
+    as_label: Tensor  # (N, 1, K) with a target_offset, else empty
+    normalizer: Tensor  # the mean's denominator, empty for "none"
+
+
+class Gradients(NamedTuple):
+    """Of features, weight, bias and log_prior; None where not asked for."""
+
+    features: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    log_prior: Tensor | None
+
+
+class Tiles(NamedTuple):
+    """Rows and classes of a tile of logits."""
+
+    rows: int
+    classes: int
+
+
+def choose_tiles(n_rows: int, n_classes: int, device_type: str) -> Tiles:
+    """The tile of logits: as many elements as a cache holds, in as many rows as there are, up to a limit."""
+    elements, most_rows = (1 << 21, 1 << 10) if device_type == "cpu" else (1 << 23, 1 << 12)
+    rows = max(1, min(n_rows, most_rows))
+    return Tiles(rows, min(n_classes, max(128, elements // rows // 128 * 128)))
+
+
+def rowless_logits(head: Head) -> Tensor:
+    """Logits (N, 1, C) in shape, dtype and device, of one element in memory: what a `Problem` knows of a head's."""
+    return head.features.new_empty(1).expand(len(head.features), 1, len(head.weight))
+
+
+def forward(head: Head, problem: Problem, reduction: str, impl: str) -> tuple[Tensor, Saved]:
+    rows = prepare(problem, in_pieces=True)
+    part = absorb_tiles(head, rows, impl)
+    return finish(rows, part, reduction)
+
+
+def absorb_tiles(head: Head, rows: Rows, impl: str) -> Part:
+    """The part of all classes of every row, (N, 1); fills in what labels stand at, or which class is the top one."""
+    products = _Products(head, rows.problem.compute_dtype, by_class=impl in BY_CLASS)
+    epilogue = _epilogue(rows, products, impl)
+    part = empty_part(rows.candidates.z[..., 0])
+    for chunk in class_chunks(len(head.weight), products.tiles.classes):
+        weight = products.weight(chunk)
+        for block in products.blocks:
+            epilogue.absorb(block, chunk, products.logits(block, weight), part)
+    return part
+
+
+def finish(rows: Rows, part: Part, reduction: str) -> tuple[Tensor, Saved]:
+    """The loss of rows whose classes have all been seen."""
+    total = part.total if rows.labels is None else label_total(rows, out=torch.empty_like(part.m))
+    stacked = torch.stack([part.m, settled(part), total])
+    state = State(*stacked)
+    if rows.labels is None:
+        rows.candidates.z.copy_(part.m.unsqueeze(-1))
+    elif rows.as_label is not None:
+        state.total.copy_(margin_total(rows, state, ALL))
+    row_weight = torch.ones_like(part.m) if rows.labels is None else rows.labels.row_weight
+    normalizer = row_weight.sum()
+    loss = reduce_rows(row_losses(rows, state, part.gap), normalizer, reduction)
+    if reduction == "none":
+        normalizer = normalizer.new_empty(0)
+    as_label = part.m.new_empty(0) if rows.as_label is None else rows.as_label
+    return loss, Saved(stacked, rows.candidates.classes, rows.candidates.z, as_label, normalizer)
+
+
+def backward(
+    head: Head,
+    problem: Problem,
+    saved: Saved,
+    grad_rows: Tensor,
+    wanted: tuple[bool, bool, bool, bool],
+    impl: str,
+) -> Gradients:
+    """Gradients for grad_rows (N, 1), which is over the mean's denominator already."""
+    rows = prepare(problem, in_pieces=True)
+    rows = rows._replace(
+        candidates=rows.candidates._replace(classes=saved.classes, z=saved.z),
+        as_label=None if rows.as_label is None else saved.as_label,
+    )
+    state, grad_rows = State(*saved.state), grad_rows.to(problem.compute_dtype)
+    products = _Products(head, problem.compute_dtype, by_class=impl in BY_CLASS)
+    epilogue = _epilogue(rows, products, impl)
+    to_gradient = epilogue.gradient_of(state, grad_rows, candidate_gradient(rows, state, grad_rows))
+    features, weight, bias, log_prior = wanted
+    grad_features = torch.zeros_like(head.features, dtype=products.dtype) if features else None
+    grad_weight = torch.empty_like(head.weight) if weight else None
+    # Summed in float64: over many rows a float32 sum would lose what the rows' gradients hold.
+    grad_offset = head.weight.new_zeros(len(head.weight), dtype=torch.float64) if bias or log_prior else None
+    for chunk in class_chunks(len(head.weight), products.tiles.classes):
+        weight_block = products.weight(chunk)
+        of_weight = None if grad_weight is None else products.accumulator(grad_weight[chunk])
+        for block in products.blocks:
+            grad = to_gradient(block, chunk, products.logits(block, weight_block))
+            if grad_offset is not None:
+                grad_offset[chunk] += grad.sum(0, dtype=products.dtype)
+            if rows.scale is not None:
+                grad.mul_(rows.scale[chunk])
+            if grad_features is not None:
+                add_product(grad_features[block[0]], grad, weight_block)
+            if of_weight is not None:
+                add_product(of_weight, grad.T, products.features[block[0]], first=block[0].start == 0)
+        if grad_weight is not None and of_weight is not None and of_weight.dtype != grad_weight.dtype:
+            grad_weight[chunk].copy_(of_weight)
+    grad_bias = grad_prior = None
+    if grad_offset is not None and bias and head.bias is not None:
+        grad_bias = (grad_offset if rows.scale is None else grad_offset * rows.scale).to(head.bias.dtype)
+    if grad_offset is not None and log_prior and problem.log_prior is not None:
+        grad_prior = (grad_offset * problem.tau).to(problem.log_prior.dtype)
+    if grad_features is not None:
+        grad_features = grad_features.to(head.features.dtype)
+    return Gradients(grad_features, grad_weight, grad_bias, grad_prior)
+
+
+@torch.no_grad()
+def predict(head: Head) -> Tensor:
+    """The class of the largest logit of each row, (N,): the lowest of equal ones, and a NaN comes before any number."""
+    dtype = torch.promote_types(head.features.dtype, torch.float32)
+    products = _Products(head, dtype, by_class=head.features.device.type == "cpu")
+    best = head.features.new_full((len(head.features),), -torch.inf, dtype=dtype)
+    classes = torch.zeros_like(best, dtype=torch.int64)
+    for chunk in class_chunks(len(head.weight), products.tiles.classes):
+        weight = products.weight(chunk)
+        for block in products.blocks:
+            rows = block[0]
+            logits = products.logits(block, weight)
+            value, at = (logits if head.bias is None else logits.add_(head.bias[chunk])).max(1)
+            better = (value > best[rows]) | (value.isnan() & ~best[rows].isnan())
+            classes[rows] = torch.where(better, at + chunk.start, classes[rows])
+            best[rows] = torch.where(better, value, best[rows])
+    return classes
+
+
+def _epilogue(rows: Rows, products: _Products, impl: str) -> Any:
+    module = importlib.import_module(_EPILOGUES[impl])
+    head, tiles = products.head, products.tiles
+    return module.Epilogue(rows, tiles.rows * tiles.classes, head.bias, head.product_dtype)
+
+
+class _Products:
+    """The products of one pass over the tiles of a head, in buffers that every tile reuses."""
+
+    def __init__(self, head: Head, dtype: torch.dtype, by_class: bool):
+        n_rows, n_classes = len(head.features), len(head.weight)
+        self.head, self.dtype, self._by_class = head, dtype, by_class
+        self.tiles = choose_tiles(n_rows, n_classes, head.features.device.type)
+        self.features = head.features.to(head.product_dtype)
+        starts = range(0, n_rows, self.tiles.rows)
+        self.blocks: list[Block] = [(slice(i, min(i + self.tiles.rows, n_rows)), slice(0, 1)) for i in starts]
+        self._logits = head.features.new_empty(self.tiles.rows * self.tiles.classes, dtype=dtype)
+
+    def weight(self, chunk: slice) -> Tensor:
+        return self.head.weight[chunk].to(self.head.product_dtype)
+
+    def logits(self, block: Block, weight: Tensor) -> Tensor:
+        """(n, c) logits of a tile, without bias. Its rows, where it lies by rows, are as far apart as any tile's."""
+        features = self.features[block[0]]
+        n, c = len(features), len(weight)
+        logits = self._logits.as_strided((n, c), (1, n) if self._by_class else (self.tiles.classes, 1))
+        add_product(logits, features, weight.T, first=True)
+        return logits
+
+    def accumulator(self, grad_weight: Tensor) -> Tensor:
+        """Where a block of the weight's gradient adds up: where it will stand, unless several products have to meet in
+        more digits than it has."""
+        once = len(self.blocks) == 1 and grad_weight.dtype == self.head.product_dtype
+        return (
+            grad_weight if once or grad_weight.dtype == self.dtype else torch.empty_like(grad_weight, dtype=self.dtype)
+        )
+
+
+def add_product(out: Tensor, a: Tensor, b: Tensor, first: bool = False) -> None:
+    """out += a @ b, or out = a @ b the first time, adding up in the dtype of out or a wider one."""
+    if out.stride(0) == 1 and out.stride(1) != 1:
+        out, a, b = out.T, b.T, a.T  # libraries write rows
+    if a.dtype == out.dtype:
+        torch.addmm(out, a, b, beta=0.0 if first else 1.0, out=out)
+    elif first:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:
+        out += torch.mm(a, b, out_dtype=out.dtype)

@@ -1,0 +1,227 @@
+"""Where a head and its loss meet autograd and torch.compile, as `_autograd.py` is for losses of logits.
+
+Second derivatives come from the reference formula, over whole logits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fused_la import _head, reference
+from fused_la._autograd import under_transform
+from fused_la._head import Gradients, Head, Saved, rowless_logits
+from fused_la._problem import Problem
+
+_N_FIELDS = len(Problem._fields) - 1  # but for the logits
+
+
+def fused_head_loss(head: Head, problem: Problem, reduction: str, impl: str) -> Tensor:
+    """The reduced loss, or (N, 1) rows, by the implementation named `impl`."""
+    if torch.compiler.is_compiling():
+        # An operator's float is a constant of the graph: multiplied outside, tau may change without a recompilation.
+        fields = problem._replace(log_prior=problem.offset(), tau=1.0)[1:]
+        return _forward_op(*head, *fields, reduction, impl)[0]
+    return _HeadLoss.apply(impl, reduction, *head, *problem[1:])
+
+
+def head_formula(features: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem) -> tuple[Tensor, Tensor]:
+    """Losses (N, 1) and row weights of whole logits, by the reference."""
+    logits = F.linear(features, weight, bias)
+    return reference.loss_rows(problem._replace(logits=logits.unsqueeze(1)))
+
+
+class _HeadLoss(torch.autograd.Function):
+    """(impl, reduction, features, weight, bias, product_dtype, log_prior, the other fields of a problem)."""
+
+    @staticmethod
+    def forward(ctx: Any, impl: str, reduction: str, *fields: Any) -> Tensor:
+        head, problem = _of_fields(fields)
+        loss, saved = _run_forward(head, problem, reduction, impl)
+        _save(ctx, fields, saved, reduction, impl)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple:
+        fields, saved = _saved(ctx)
+        head, problem = _of_fields(fields)
+        grad_rows = _over_rows(grad_outputs[0], saved, ctx.reduction)
+        needs = ctx.needs_input_grad[2:]
+        wanted = (needs[0], needs[1], needs[2], needs[4])
+        if torch.is_grad_enabled() or under_transform():
+            grads = _differentiable_gradients(head, problem, grad_rows, wanted)
+        else:
+            grads = _run_backward(head, problem, saved, grad_rows, wanted, ctx.impl)
+        return None, None, *grads[:3], None, grads.log_prior, *(None,) * (_N_FIELDS - 1)
+
+
+def _of_fields(fields: Any) -> tuple[Head, Problem]:
+    head = Head(*fields[:4])
+    return head, Problem(rowless_logits(head), *fields[4:])
+
+
+def _run_forward(head: Head, problem: Problem, reduction: str, impl: str) -> tuple[Tensor, Saved]:
+    with torch.autocast(head.features.device.type, enabled=False):  # the product's dtype has been chosen
+        return _head.forward(head, problem, reduction, impl)
+
+
+def _run_backward(
+    head: Head, problem: Problem, saved: Saved, grad_rows: Tensor, wanted: tuple[bool, bool, bool, bool], impl: str
+) -> Gradients:
+    with torch.autocast(head.features.device.type, enabled=False):
+        return _head.backward(head, problem, saved, grad_rows, wanted, impl)
+
+
+def _over_rows(grad_loss: Tensor, saved: Saved, reduction: str) -> Tensor:
+    """The upstream gradient of every row, over the mean's denominator."""
+    grad_rows = grad_loss.resolve_neg() if reduction == "none" else grad_loss.expand(saved.state.shape[1:])
+    return grad_rows / saved.normalizer if reduction == "mean" else grad_rows
+
+
+def _save(ctx: Any, fields: Any, saved: Saved, reduction: str, impl: str) -> None:
+    ctx.scalars = [None if isinstance(field, Tensor) else field for field in fields]
+    ctx.save_for_backward(*(field if isinstance(field, Tensor) else None for field in fields), *saved)
+    ctx.reduction, ctx.impl = reduction, impl
+
+
+def _saved(ctx: Any) -> tuple[list[Any], Saved]:
+    tensors, n_saved = ctx.saved_tensors, len(Saved._fields)
+    fields = zip(tensors[:-n_saved], ctx.scalars, strict=True)
+    return [tensor if tensor is not None else value for tensor, value in fields], Saved(*tensors[-n_saved:])
+
+
+def _differentiable_gradients(
+    head: Head, problem: Problem, grad_rows: Tensor, wanted: tuple[bool, bool, bool, bool]
+) -> Gradients:
+    leaves = [head.features, head.weight, head.bias, problem.log_prior]
+    chosen = [i for i, want in enumerate(wanted) if want]
+
+    def losses(*inputs: Tensor) -> Tensor:
+        given = leaves.copy()
+        for i, tensor in zip(chosen, inputs, strict=True):
+            given[i] = tensor
+        features, weight, bias, log_prior = given
+        assert features is not None
+        assert weight is not None
+        return head_formula(features, weight, bias, problem._replace(log_prior=log_prior))[0]
+
+    grads = torch.func.vjp(losses, *(leaves[i] for i in chosen))[1](grad_rows)
+    return Gradients(*(grads[chosen.index(i)] if i in chosen else None for i in range(4)))
+
+
+# torch.compile --------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("fused_la::head_forward", mutates_args=())
+def _forward_op(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    product_dtype: torch.dtype,
+    log_prior: Tensor | None,
+    target: Tensor,
+    target_weight: Tensor | None,
+    class_weight: Tensor | None,
+    mean_weight: Tensor | None,
+    smoothing_distribution: Tensor | None,
+    target_offset: Tensor | None,
+    scale: Tensor | None,
+    tau: float,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: str,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    head, problem = _of_fields(
+        (features, weight, bias, product_dtype, log_prior, target, target_weight, class_weight, mean_weight,
+         smoothing_distribution, target_offset, scale, tau, label_smoothing, ignore_index)
+    )  # fmt: skip
+    loss, saved = _run_forward(head, problem, reduction, impl)
+    return loss, saved.state, saved.classes, saved.z, saved.as_label, saved.normalizer
+
+
+@_forward_op.register_fake
+def _(features, weight, bias, product_dtype, log_prior, target, target_weight, class_weight, mean_weight,
+      smoothing_distribution, target_offset, scale, tau, label_smoothing, ignore_index, reduction, impl):  # fmt: skip
+    dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
+    n_rows, n_labels = len(features), 1 if target.is_floating_point() else target.shape[-1]
+    at_labels = features.new_empty((n_rows, 1, n_labels), dtype=dtype)
+    return (
+        features.new_empty((n_rows, 1) if reduction == "none" else (), dtype=dtype),
+        features.new_empty((3, n_rows, 1), dtype=dtype),
+        torch.empty_like(at_labels, dtype=torch.int64),
+        at_labels,
+        features.new_empty(0, dtype=dtype) if target_offset is None else torch.empty_like(at_labels),
+        features.new_empty(0 if reduction == "none" else (), dtype=dtype),
+    )
+
+
+@torch.library.custom_op("fused_la::head_backward", mutates_args=())
+def _backward_op(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    product_dtype: torch.dtype,
+    log_prior: Tensor | None,
+    target: Tensor,
+    target_weight: Tensor | None,
+    class_weight: Tensor | None,
+    mean_weight: Tensor | None,
+    smoothing_distribution: Tensor | None,
+    target_offset: Tensor | None,
+    scale: Tensor | None,
+    tau: float,
+    label_smoothing: float,
+    ignore_index: int,
+    impl: str,
+    state: Tensor,
+    classes: Tensor,
+    z: Tensor,
+    as_label: Tensor,
+    grad_rows: Tensor,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    head, problem = _of_fields(
+        (features, weight, bias, product_dtype, log_prior, target, target_weight, class_weight, mean_weight,
+         smoothing_distribution, target_offset, scale, tau, label_smoothing, ignore_index)
+    )  # fmt: skip
+    saved = Saved(state, classes, z, as_label, z.new_empty(0))
+    of_features, of_weight, of_bias, of_prior = wanted
+    grads = _run_backward(head, problem, saved, grad_rows, (of_features, of_weight, of_bias, of_prior), impl)
+    none = [features.new_empty(0) for _ in grads]
+    full = [spare if grad is None else grad for grad, spare in zip(grads, none, strict=True)]
+    return full[0], full[1], full[2], full[3]
+
+
+@_backward_op.register_fake
+def _(features, weight, bias, product_dtype, log_prior, target, target_weight, class_weight, mean_weight,
+      smoothing_distribution, target_offset, scale, tau, label_smoothing, ignore_index,
+      impl, state, classes, z, as_label, grad_rows, wanted):  # fmt: skip
+    leaves = (features, weight, bias, log_prior)
+    return tuple(
+        torch.empty_like(leaf) if want else features.new_empty(0) for leaf, want in zip(leaves, wanted, strict=True)
+    )
+
+
+def _setup_op_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    *fields, reduction, impl = inputs
+    ctx.set_materialize_grads(False)
+    _save(ctx, tuple(fields), Saved(*output[1:]), reduction, impl)
+
+
+def _op_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple:
+    if grad_loss is None:
+        return (None,) * (4 + _N_FIELDS + 2)
+    fields, saved = _saved(ctx)
+    needs = ctx.needs_input_grad
+    wanted = [needs[0], needs[1], needs[2], needs[4]]
+    grad_rows = _over_rows(grad_loss, saved, ctx.reduction)
+    grads = _backward_op(*fields, ctx.impl, *saved[:4], grad_rows, wanted)
+    grads = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
+    return *grads[:3], None, grads[3], *(None,) * (_N_FIELDS - 1 + 2)
+
+
+_forward_op.register_autograd(_op_backward, setup_context=_setup_op_context)

@@ -1,0 +1,326 @@
+"""The door of the losses of a classifier head, whose logits never exist as a whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fused_la import _checks
+from fused_la._call import Call, read_call, read_margin, read_prior
+from fused_la._choice import choose_implementation
+from fused_la._head import Head, predict
+from fused_la._head_autograd import fused_head_loss, head_formula
+from fused_la._margin import PairwiseMargin
+from fused_la._options import LossOptions
+from fused_la._problem import reduce_rows
+
+
+def linear_logit_adjusted_cross_entropy(
+    features: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    log_prior: Tensor,
+    tau: float = 1.0,
+    *,
+    bias: Tensor | None = None,
+    target_weight: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    smoothing_distribution: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    r"""`logit_adjusted_cross_entropy` of a linear classifier's logits, which never exist as a whole.
+
+    .. math::
+        \ell(y, h) = -\log \mathrm{softmax}(W h + b + \tau \log \pi)_y
+
+    Equivalent to: ``logit_adjusted_cross_entropy(F.linear(features, weight, bias), target, log_prior, tau,
+    weight=class_weight, ...)`` for features of shape (N, D), in loss and in the gradients of features, weight, bias and
+    log_prior. Both passes go over tiles of classes: the memory beside the arguments and their gradients is one tile
+    and what the rows need, never N * C. Backward computes the logits again, so there are four products of
+    the size of the logits where the formula has three. Logits are float32 (float64), also those of half-precision
+    features, and gradients add up in float32.
+
+    It is for many classes: with few, or a head that is a small part of the model, the logits of one product are the
+    faster way. On a GPU, and in the last bits, a row's result depends on the other rows, as that of `F.linear` does.
+
+    Args:
+        features: (D,) or (..., D), floating; N rows in all, which may be 0.
+        weight: (C, D), of the dtype of the features. Under autocast both are cast for products as `F.linear` casts
+            them, except on a CPU, whose products are float32 (float64).
+        target: int64 class indices of shape (...); or class probabilities (..., C); or with `target_weight` indices
+            (..., K).
+        log_prior, tau: as in `logit_adjusted_cross_entropy`.
+        bias: (C,) floating.
+        target_weight: floating, of the shape of `target`: weights of K labels a row.
+        class_weight: (C,) floating: what is `weight` there.
+        ignore_index, reduction, label_smoothing, smoothing_distribution: as there.
+        impl: "auto" is "triton" on a GPU, "blocked" on a CPU, also under torch.compile; "reference", which makes whole
+            logits, for anything else: other devices, transforms of torch.func, forward mode, and gradients of a target
+            or a weight of classes. A named one works or raises. Second derivatives make whole logits, too.
+
+    Returns:
+        float32 (float64 for float64 features): a scalar, or with reduction "none" one loss a row, (...).
+
+    Raises:
+        TypeError, ValueError, IndexError: as `logit_adjusted_cross_entropy`, and for a weight or bias that does not fit
+            the features.
+
+    Example:
+        >>> import torch
+        >>> from fused_la import linear_logit_adjusted_cross_entropy, log_prior_from_counts
+        >>> log_prior = log_prior_from_counts([900, 90, 10])
+        >>> weight = torch.tensor([[2.0, 0.5], [1.0, 0.0], [1.5, 1.0]], requires_grad=True)
+        >>> loss = linear_logit_adjusted_cross_entropy(torch.eye(2), weight, torch.tensor([0, 2]), log_prior)
+        >>> loss.backward()
+        >>> round(loss.item(), 4), weight.grad.shape
+        (2.0592, torch.Size([3, 2]))
+
+    Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation 10.
+    """
+    logits, target, target_weight = _stand_in(features, weight, bias, target, target_weight)
+    offset, tau = read_prior(log_prior, tau, logits)
+    call = read_call(
+        logits, offset, tau, PairwiseMargin(), target, target_weight, class_weight, ignore_index,
+        reduction, label_smoothing, smoothing_distribution, "class_weight",
+    )  # fmt: skip
+    return _loss_of(call, features, weight, bias, impl)
+
+
+def linear_margin_cross_entropy(
+    features: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    margin: PairwiseMargin,
+    *,
+    bias: Tensor | None = None,
+    target_weight: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    smoothing_distribution: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    r"""`margin_cross_entropy` of a linear classifier's logits, which never exist as a whole.
+
+    .. math:: \ell(y, h) = \alpha_y \log\Big[1 + \sum_{c \ne y} e^{(s_c f_c + u_c) - (s_y f_y + v_y)}\Big], f = W h + b
+
+    Equivalent to: ``margin_cross_entropy(F.linear(features, weight, bias), target, margin, weight=class_weight, ...)``.
+
+    Args:
+        features, weight, target: as in `linear_logit_adjusted_cross_entropy`.
+        margin: vectors of as many classes as the weight has rows, on the device of the features.
+        bias, target_weight, class_weight: as there; class weights count in the denominator of a mean, alpha does not.
+        ignore_index, reduction, label_smoothing, smoothing_distribution: as there.
+        impl: as there. Where a margin's two offsets differ, class probabilities and label smoothing are the
+            reference's alone, as gradients of the margin's vectors are.
+
+    Returns:
+        As `linear_logit_adjusted_cross_entropy`.
+
+    Raises:
+        TypeError, ValueError, IndexError: as there, and for a margin of another length or device.
+
+    Example:
+        >>> import torch
+        >>> from fused_la import linear_margin_cross_entropy, log_prior_from_counts, margins
+        >>> margin = margins.adaptive(log_prior_from_counts([900, 90, 10]))
+        >>> weight = torch.tensor([[2.0, 0.5], [1.0, 0.0], [1.5, 1.0]])
+        >>> loss = linear_margin_cross_entropy(torch.eye(2), weight, torch.tensor([0, 2]), margin)
+        >>> round(loss.item(), 4)
+        2.2464
+
+    Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation 11.
+    """
+    logits, target, target_weight = _stand_in(features, weight, bias, target, target_weight)
+    call = read_call(
+        logits, read_margin(margin, logits), 1.0, margin, target, target_weight, class_weight, ignore_index,
+        reduction, label_smoothing, smoothing_distribution, "class_weight",
+    )  # fmt: skip
+    return _loss_of(call, features, weight, bias, impl)
+
+
+class LogitAdjustedLinear(LossOptions):
+    r"""A classifier head that is trained by the logit-adjusted loss and predicts by its raw logits.
+
+    .. math:: f = W h + b, \qquad \text{or with cosine:}\quad f_c = s \, \frac{w_c \cdot h}{\|w_c\| \, \|h\|} + b_c
+
+    Args:
+        in_features: D.
+        class_counts: (C,) training examples a class: a list, an array or a tensor, integer or floating.
+        tau: strength of the adjustment, >= 0.
+        bias: whether there is one.
+        cosine: make features and weights unit vectors first.
+        scale: s > 0 of a cosine head.
+        pseudocount: added to every count; needed if a class has no example.
+        class_weight, ignore_index, reduction, label_smoothing, smoothing_distribution, impl: as in
+            `linear_logit_adjusted_cross_entropy`.
+        device, dtype: of weight and bias, as in `torch.nn.Linear`.
+
+    Attributes:
+        weight, bias: (C, D) and (C,) parameters, initialised as those of `torch.nn.Linear`.
+        log_prior: (C,) float32 buffer; as `class_weight` and `smoothing_distribution` it stays as it is when the module
+            is cast to half precision.
+
+    Shape:
+        features (..., D), target as in `linear_logit_adjusted_cross_entropy`; with a target the loss, without one the
+        raw logits (..., C).
+
+    Raises:
+        TypeError, ValueError: on construction for unusable sizes, counts and options, in a call for unusable inputs.
+
+    Example:
+        >>> import torch
+        >>> from fused_la import LogitAdjustedLinear
+        >>> head = LogitAdjustedLinear(16, [900, 90, 10])
+        >>> features = torch.randn(4, 16)
+        >>> head(features, torch.tensor([0, 0, 1, 2])).backward()
+        >>> head(features).shape, head.predict(features).shape
+        (torch.Size([4, 3]), torch.Size([4]))
+
+    Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation 10; the cosine head is that of
+    Cao et al., "Learning imbalanced datasets with label-distribution-aware margin loss", NeurIPS 2019.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    class_weight: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        class_counts: Any,
+        tau: float = 1.0,
+        *,
+        bias: bool = True,
+        cosine: bool = False,
+        scale: float = 30.0,
+        pseudocount: float = 0.0,
+        class_weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        smoothing_distribution: Tensor | None = None,
+        impl: str = "auto",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(
+            class_counts, tau, pseudocount, class_weight, "class_weight", ignore_index, reduction, label_smoothing,
+            smoothing_distribution, impl,
+        )  # fmt: skip
+        self.in_features = _checks.check_int("in_features", in_features, 1)
+        self.cosine = bool(cosine)
+        self.scale = _checks.check_number("scale", scale, 1e-30, 1e30, "positive and finite")
+        linear = nn.Linear(in_features, len(self.log_prior), bias, device, dtype)
+        self.register_parameter("weight", nn.Parameter(linear.weight.detach()))
+        self.register_parameter("bias", linear.bias)
+        if device is not None:
+            self.to(device)
+
+    def forward(self, features: Tensor, target: Tensor | None = None, target_weight: Tensor | None = None) -> Tensor:
+        features, weight = self._operands(features)
+        if target is None:
+            return F.linear(features, weight, self.bias)
+        return linear_logit_adjusted_cross_entropy(
+            features, weight, target, self.log_prior, self.tau, bias=self.bias, target_weight=target_weight,
+            **self.keywords(),
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def predict(self, features: Tensor) -> Tensor:
+        """The class of the largest raw logit of each row, (...) int64, computed a tile of classes at a time."""
+        features, weight = self._operands(features)
+        _check_head(features, weight, self.bias)
+        rows = features.reshape(-1, self.in_features)
+        return predict(Head(rows, weight, self.bias, product_dtype(rows, weight))).reshape(features.shape[:-1])
+
+    def _operands(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.cosine:
+            return features, self.weight
+        return F.normalize(features, dim=-1) * self.scale, F.normalize(self.weight, dim=-1)
+
+    def extra_repr(self) -> str:
+        head = f"in_features={self.in_features}, bias={self.bias is not None}, "
+        return head + (f"cosine=True, scale={self.scale}, " if self.cosine else "") + super().extra_repr()
+
+
+# A head and its call --------------------------------------------------------------------------------------------------
+
+
+def _stand_in(features: Any, weight: Any, bias: Any, target: Any, target_weight: Any) -> tuple[Tensor, Any, Any]:
+    """Logits of one element in memory that have the shape, dtype and device of the head's; and the target's rows.
+
+    The rows of features (..., D) become one dimension, as do those of a target that fits them.
+    """
+    _check_head(features, weight, bias)
+    shape, n_classes = features.shape[:-1], len(weight)
+    if len(shape) > 1:
+        target = _flat(target, "target", shape, target_weight is not None, n_classes)
+        target_weight = (
+            target_weight if target_weight is None else _flat(target_weight, "target_weight", shape, True, 0)
+        )
+        shape = (shape.numel(),)
+    return features.new_empty(1).expand(*shape, n_classes), target, target_weight
+
+
+def _flat(labels: Any, name: str, shape: torch.Size, several: bool, n_classes: int) -> Tensor:
+    _checks.check_tensor(name, labels)
+    trailing = several or labels.is_floating_point()
+    if labels.shape[: len(shape)] != shape or labels.dim() != len(shape) + trailing:
+        expected = (*shape, "K" if several else n_classes) if trailing else tuple(shape)
+        raise ValueError(f"{name} must have shape ({', '.join(map(str, expected))}), got {tuple(labels.shape)}")
+    return labels.flatten(0, len(shape) - 1)
+
+
+def _check_head(features: Any, weight: Any, bias: Any) -> None:
+    _checks.check_tensor("features", features)
+    if features.dtype not in _checks.FLOATING:
+        raise TypeError(f"features must be {_checks.FLOATING_NAMES}, got {features.dtype}")
+    if features.dim() == 0:
+        raise ValueError("features must have shape (D,) or (..., D), got ()")
+    _checks.check_classifier(weight)
+    if weight.shape[1] != features.shape[-1]:
+        raise ValueError(f"weight must have shape (C, {features.shape[-1]}), got {tuple(weight.shape)}")
+    _check_device("weight", weight, features)
+    if weight.dtype != features.dtype and not torch.is_autocast_enabled(features.device.type):
+        raise TypeError(
+            f"weight must have the dtype of features, {features.dtype}, outside autocast, got {weight.dtype}"
+        )
+    if bias is not None:
+        _checks.check_class_vector("bias", bias, len(weight))
+        _check_device("bias", bias, features)
+
+
+def _check_device(name: str, value: Tensor, features: Tensor) -> None:
+    if value.device != features.device:
+        raise ValueError(f"{name} must be on the device of features, {features.device}, got {value.device}")
+
+
+def product_dtype(features: Tensor, weight: Tensor) -> torch.dtype:
+    """What operands of products are: as under `F.linear`; on a CPU what their sums are, which costs no time there."""
+    device_type = features.device.type
+    if device_type == "cpu" or features.dtype == torch.float64:
+        return torch.promote_types(features.dtype, torch.float32)
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return weight.dtype
+
+
+def _loss_of(call: Call, features: Tensor, weight: Tensor, bias: Tensor | None, impl: str) -> Tensor:
+    differentiable = (features, weight, bias, call.problem.log_prior)
+    impl = choose_implementation(impl, call, differentiable, of_head=True)
+    rows = features.reshape(-1, features.shape[-1])
+    if impl == "reference":
+        loss, row_weight = head_formula(rows, weight, bias, call.problem)
+        loss = reduce_rows(loss, row_weight.sum(), call.reduction)
+    else:
+        head = Head(rows, weight, bias, product_dtype(rows, weight))
+        loss = fused_head_loss(head, call.problem, call.reduction, impl)
+    return loss.reshape(features.shape[:-1]) if call.reduction == "none" else loss
