@@ -335,6 +335,13 @@ def test_consistency_is_that_of_the_table(preset):
         (lambda prior: margins.cdt(prior, 0.1) + margins.logit_adjusted(prior), r"scale must be one positive number"),
         (lambda prior: PairwiseMargin(scale=-1.0), r"scale must be one positive number"),
         (lambda prior: PairwiseMargin(alpha=(-2 * prior).exp()), r"alpha must be proportional"),
+        (lambda prior: PairwiseMargin(alpha=prior * 0.0), "alpha must be positive, but is 0 for class 0"),
+        (
+            lambda prior: PairwiseMargin(None, *2 * [prior.where(prior < -3, -math.inf)]),
+            "must be finite, log delta, but are -inf",
+        ),
+        (lambda prior: PairwiseMargin(None, *2 * [1.01 * prior + 1e4]), r"a factor of up to 1\.0"),
+        (lambda prior: PairwiseMargin(None, *2 * [1.00001 * prior]), r"a factor of up to 1\.0000"),
     ],
 )
 def test_what_is_not_met_is_said(make, unmet):
@@ -423,6 +430,7 @@ VECTOR = torch.zeros(3)
         (lambda: margins.equalised(VECTOR, lambda pi: pi + 1.0), ValueError, "transform must give 3 numbers between"),
         (lambda: margins.fisher_consistent(VECTOR, VECTOR[:2]), ValueError, r"log_delta must have shape \(3,\)"),
         (lambda: margins.fisher_consistent(VECTOR, VECTOR - math.inf), ValueError, "log_delta must be finite"),
+        (lambda: margins.consistency(VECTOR, VECTOR), TypeError, "margin must be a PairwiseMargin, got Tensor"),
         (lambda: margins.consistency(PairwiseMargin(VECTOR), VECTOR[:2]), ValueError, r"must have shape \(2,\)"),
         (
             lambda: margin_cross_entropy(torch.zeros(2, 4), torch.zeros(2).long(), PairwiseMargin(VECTOR)),
