@@ -44,7 +44,8 @@ def consistency(margin: PairwiseMargin, log_prior: Tensor) -> Consistency:
         Consistency: true if the theorem covers the margin; `str()` says what is not met.
 
     Raises:
-        TypeError, ValueError: log_prior is no floating vector, not finite or -inf, or not of the margin's length.
+        TypeError, ValueError: margin is no PairwiseMargin; log_prior is no floating vector, not finite or -inf, or
+            not of the margin's length.
 
     Example:
         >>> from fused_la import log_prior_from_counts, margins
@@ -56,6 +57,8 @@ def consistency(margin: PairwiseMargin, log_prior: Tensor) -> Consistency:
 
     Source: Menon et al., ICLR 2021, Theorem 1.
     """
+    if not isinstance(margin, PairwiseMargin):
+        raise TypeError(f"margin must be a PairwiseMargin, got {type(margin).__name__}")
     prior = normalized_prior(log_prior)
     seen = prior > -math.inf
     prior, n_seen = prior[seen], int(seen.sum())
@@ -69,7 +72,7 @@ def consistency(margin: PairwiseMargin, log_prior: Tensor) -> Consistency:
     alpha, scale = of(margin.alpha, 1.0), of(margin.scale, 1.0)
     negative, target = of(margin.negative_offset, 0.0), of(margin.target_offset, 0.0)
     sizes = torch.stack([negative, target, prior]).abs()
-    close = 1e-5 * (1.0 + sizes[sizes.isfinite()].amax())
+    close = 1e-5 + 1e-6 * sizes[sizes.isfinite()].amax()  # of a logarithm; float32 rounds to 6e-8 of its size
     unmet = []
     if bool((scale <= 0.0).any()) or bool((scale.amax() - scale.amin()) > 1e-5 * scale.abs().amax()):
         unmet.append(
@@ -77,6 +80,9 @@ def consistency(margin: PairwiseMargin, log_prior: Tensor) -> Consistency:
             f"but lies between {scale.amin().item():.4g} and {scale.amax().item():.4g}"
         )
     log_delta, apart = negative, (negative - target).abs()
+    if not bool((torch.stack([negative, target]) > -math.inf).all()):
+        unmet.append("negative_offset and target_offset must be finite, log delta, but are -inf for some class")
+        return Consistency(tuple(unmet))
     if n_seen == 2:  # then only the two differences between a class and the other one count
         apart = (negative.sum() - target.sum()).abs().expand(2)
         log_delta = torch.stack([target[0], negative[1]])
@@ -86,13 +92,15 @@ def consistency(margin: PairwiseMargin, log_prior: Tensor) -> Consistency:
             "negative_offset and target_offset must be equal, log delta, "
             f"but are {apart.amax().item():.4g} apart for class {where}"
         )
+    elif not bool((alpha > 0.0).all()):
+        unmet.append(f"alpha must be positive, but is 0 for class {int(seen.nonzero()[alpha.argmin()])}")
     else:
         ratio = alpha.log() + prior - log_delta
         spread = (ratio.amax() - ratio.amin()).item()
         if not spread <= close:
             unmet.append(
                 "alpha must be proportional to delta / pi with delta = exp(negative_offset), but alpha * pi / delta "
-                f"differs between classes by a factor of up to {math.exp(min(spread, 700.0)):.4g} "
+                f"differs between classes by a factor of up to {math.exp(min(spread, 700.0)):.6g} "
                 "(for tau * log pi as offsets: alpha_y = pi_y^(tau - 1))"
             )
     return Consistency(tuple(unmet))

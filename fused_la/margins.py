@@ -117,9 +117,8 @@ def ldam(log_prior: Tensor, max_margin: float = 0.5, scale: float = 30.0) -> Pai
     scale = _checks.check_number("scale", scale, 1e-30, 1e30, "finite and positive")
     prior = normalized_prior(log_prior)
     rarest = prior[prior > -math.inf].amin()
-    return PairwiseMargin(
-        target_offset=rounded(-scale * max_margin * ((rarest - prior) / 4.0).exp(), log_prior), scale=scale
-    )
+    of_class = max_margin * ((rarest - prior) / 4.0).exp() if max_margin > 0.0 else torch.zeros_like(prior)
+    return PairwiseMargin(target_offset=rounded(-scale * of_class, log_prior), scale=scale)
 
 
 def equalised(log_prior: Tensor, transform: Callable[[Tensor], Tensor] | None = None) -> PairwiseMargin:

@@ -132,7 +132,7 @@ def normalize_classifier(weight: Tensor, tau: float = 1.0) -> Tensor:
 
     The bias is not part of the weight and stays as it was trained: ``F.linear(features, normalize_classifier(weight,
     tau), bias)``. (Kang et al. train classifiers without one; leaving a trained bias out is another model.) It helps
-    where norms follow the class frequencies, as they do under SGD with momentum and do not under Adam.
+    where norms follow the class frequencies, as they do under SGD with momentum, and less or not at all under Adam.
 
     Args:
         weight: (C, n_features) floating, one row a class.

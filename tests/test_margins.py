@@ -197,6 +197,40 @@ def test_a_class_that_competes_with_nobody_may_still_be_a_label(impl, device):
     assert_close(x.grad.cpu(), exact.grad)
 
 
+@pytest.mark.parametrize("preset", ["balanced", "logit_adjusted, consistent", "fisher_consistent"])
+def test_no_mass_on_a_class_without_examples_costs_nothing(impl, device, preset):
+    """Its alpha is infinite there, and 0 * inf is not what a target that asks nothing of it may cost."""
+    seen = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    prior = torch.cat([seen, torch.zeros(1, dtype=torch.float64)]).log()
+    log_delta = torch.tensor([0.5, 0.0, -1.0, 2.0], dtype=torch.float64)
+    margin = margins.fisher_consistent(prior, log_delta) if preset == "fisher_consistent" else PRESETS[preset](prior)
+    assert margin.alpha is not None
+    assert margin.alpha[3] == math.inf
+    logits = torch.randn(2, 4, dtype=torch.float64)
+    mass = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.3, 0.0, 0.7, 0.0]], dtype=torch.float64)
+    labels, shares = torch.tensor([[0, 3], [2, 0]]), torch.tensor([[1.0, 0.0], [0.7, 0.3]], dtype=torch.float64)
+    toward = {"label_smoothing": 0.25, "smoothing_distribution": prior.exp().to(device)}
+    for target, options, asked in (
+        (mass, {}, mass),
+        (labels, {"target_weight": shares.to(device)}, mass),
+        (mass, toward, 0.75 * mass + 0.25 * prior.exp()),
+        (labels[:, 0], toward, 0.75 * F.one_hot(labels[:, 0], 4) + 0.25 * prior.exp()),
+    ):
+        x, exact = logits.clone().to(device).requires_grad_(), logits.clone().requires_grad_()
+        loss = margin_cross_entropy(x, target.to(device), margin.to(device), reduction="sum", impl=impl, **options)
+        every = torch.stack([explicit(exact, torch.full((2,), c), margin) for c in range(3)], 1)
+        want = (asked[:, :3] * every).sum()
+        assert_close(loss.detach().cpu(), want.detach(), rtol=1e-12, atol=0.0)
+        loss.backward()
+        want.backward()
+        assert_near(x.grad, exact.grad, torch.float64)
+
+
+def test_margins_of_0_are_0_for_a_class_without_examples_too():
+    margin = margins.ldam(torch.tensor([0.5, 0.5, 0.0]).log(), max_margin=0.0)
+    assert torch.equal(margin.target_offset, torch.zeros(3))
+
+
 def test_logit_adjusted_is_the_loss_of_that_name_to_the_bit(impl, device):
     prior = make_prior(11, dtype=torch.float32)
     logits, target = torch.randn(5, 11, device=device), torch.randint(11, (5,), device=device)
@@ -301,6 +335,13 @@ def test_consistency_is_that_of_the_table(preset):
         (lambda prior: margins.cdt(prior, 0.1) + margins.logit_adjusted(prior), r"scale must be one positive number"),
         (lambda prior: PairwiseMargin(scale=-1.0), r"scale must be one positive number"),
         (lambda prior: PairwiseMargin(alpha=(-2 * prior).exp()), r"alpha must be proportional"),
+        (lambda prior: PairwiseMargin(alpha=prior * 0.0), "alpha must be positive, but is 0 for class 0"),
+        (
+            lambda prior: PairwiseMargin(None, *2 * [prior.where(prior < -3, -math.inf)]),
+            "must be finite, log delta, but are -inf",
+        ),
+        (lambda prior: PairwiseMargin(None, *2 * [1.01 * prior + 1e4]), r"a factor of up to 1\.0"),
+        (lambda prior: PairwiseMargin(None, *2 * [1.00001 * prior]), r"a factor of up to 1\.0000"),
     ],
 )
 def test_what_is_not_met_is_said(make, unmet):
@@ -389,6 +430,7 @@ VECTOR = torch.zeros(3)
         (lambda: margins.equalised(VECTOR, lambda pi: pi + 1.0), ValueError, "transform must give 3 numbers between"),
         (lambda: margins.fisher_consistent(VECTOR, VECTOR[:2]), ValueError, r"log_delta must have shape \(3,\)"),
         (lambda: margins.fisher_consistent(VECTOR, VECTOR - math.inf), ValueError, "log_delta must be finite"),
+        (lambda: margins.consistency(VECTOR, VECTOR), TypeError, "margin must be a PairwiseMargin, got Tensor"),
         (lambda: margins.consistency(PairwiseMargin(VECTOR), VECTOR[:2]), ValueError, r"must have shape \(2,\)"),
         (
             lambda: margin_cross_entropy(torch.zeros(2, 4), torch.zeros(2).long(), PairwiseMargin(VECTOR)),

@@ -6,6 +6,7 @@ width of its tile. The kernel runs in Triton's interpreter where there is no GPU
 """
 
 import copy
+import itertools
 import json
 import math
 import os
@@ -625,6 +626,16 @@ def test_the_smallest_of_equally_good_taus_is_best():
     sweep.update(torch.eye(2), torch.tensor([0, 1]))
     assert sweep.taus == (0.5, 1.0, 2.0)
     assert sweep.best() == 0.5
+
+
+def test_equal_means_of_errors_in_another_order_are_a_tie():
+    """Summed as floating numbers, 0.1 + 0.2 + 0.3 + 0.7 and 0.7 + 0.3 + 0.1 + 0.2 differ in the last digit."""
+    errors = list(itertools.permutations([1, 2, 3, 7]))
+    for first in errors:
+        sweep = TauSweep(torch.zeros(4), range(1 + len(errors)), split="val")
+        sweep._n_examples[:4] = 10
+        sweep._n_correct[:, :4] = 10 - torch.tensor([first, *errors])
+        assert sweep.best() == 0.0, first
 
 
 def test_a_group_without_classes_has_no_error():
