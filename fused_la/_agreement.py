@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from fused_la._problem import Problem
 from fused_la._ranks import Number, Ranks, check_device_type, check_same, checksum, gather_rows, meet, ranks_of
 from fused_la._shards import Plan, sharded_loss
 
+F = TypeVar("F", bound=Callable[..., Any])
 _PRODUCT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MARGIN_VECTORS = ("alpha", "negative_offset", "target_offset", "scale")
 
@@ -35,6 +37,18 @@ class Asked(NamedTuple):
     impl: str
     gather: bool = False
     average: bool = False
+
+
+def not_compiled(function: F) -> F:
+    """Run as it is under torch.compile: what ranks exchange is read. Only there is the compiler itself imported."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **keywords: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*args, **keywords)
+        return function(*args, **keywords)
+
+    return run  # pyright: ignore[reportReturnType]
 
 
 def class_parallel_loss(caller: str, group: Any, ask: Callable[[], Asked]) -> Tensor:

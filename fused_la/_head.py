@@ -152,6 +152,8 @@ def backward(
                 add_product(grad_features[block[0]], grad, weight_block)
             if of_weight is not None:
                 add_product(of_weight, grad.T, products.features[block[0]], first=block[0].start == 0)
+        if of_weight is not None and not products.blocks:
+            of_weight.zero_()  # no rows
         if grad_weight is not None and of_weight is not None and of_weight.dtype != grad_weight.dtype:
             grad_weight[chunk].copy_(of_weight)
     grad_bias = grad_prior = None

@@ -174,6 +174,8 @@ def all_reduce(ranks: Ranks, tensor: Tensor) -> None:
 def gather_rows(ranks: Ranks, counts: list[int], tensors: list[Tensor]) -> list[Tensor]:
     """Tensors whose rows, `counts` of them, are those of all ranks in order; all travel in one buffer of bytes."""
     most = max(counts)
+    if most == 0:
+        return tensors
     order = sorted(range(len(tensors)), key=lambda i: -tensors[i].element_size())  # so that each is aligned
     row_bytes = [tensor.element_size() * tensor.shape[1:].numel() for tensor in tensors]
     starts, end = {}, 0

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fused_la._agreement import Asked, class_parallel_loss
+from fused_la._agreement import Asked, class_parallel_loss, not_compiled
 from fused_la._call import read_call, read_margin, read_prior
 from fused_la._checks import check_flag
 from fused_la._margin import PairwiseMargin
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-@torch.compiler.disable
+@not_compiled
 def class_parallel_logit_adjusted_cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -119,7 +119,7 @@ def class_parallel_logit_adjusted_cross_entropy(
     return class_parallel_loss("class_parallel_logit_adjusted_cross_entropy", group, ask)
 
 
-@torch.compiler.disable
+@not_compiled
 def class_parallel_margin_cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -181,7 +181,7 @@ def class_parallel_margin_cross_entropy(
     return class_parallel_loss("class_parallel_margin_cross_entropy", group, ask)
 
 
-@torch.compiler.disable
+@not_compiled
 def class_parallel_linear_logit_adjusted_cross_entropy(
     features: Tensor,
     weight: Tensor,
@@ -281,7 +281,7 @@ def class_parallel_linear_logit_adjusted_cross_entropy(
     return class_parallel_loss("class_parallel_linear_logit_adjusted_cross_entropy", group, ask)
 
 
-@torch.compiler.disable
+@not_compiled
 def class_parallel_linear_margin_cross_entropy(
     features: Tensor,
     weight: Tensor,

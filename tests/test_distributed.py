@@ -11,7 +11,6 @@ import contextlib
 import multiprocessing
 import os
 import pickle
-import time
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -19,9 +18,7 @@ import oracle
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
-from torch.testing import assert_close
 
 import fused_la
 from fused_la import PairwiseMargin, margins
@@ -147,31 +144,30 @@ def shard_keywords(keywords: dict[str, Any], first: int, last: int) -> dict[str,
     return {name: of_rank(value, first, last) if name in OF_CLASSES else value for name, value in keywords.items()}
 
 
-def small_tiles() -> Any:
+@contextlib.contextmanager
+def small_tiles():
     """Several tiles of rows and classes in every case."""
-    return pytest.MonkeyPatch.context()
-
-
-def run_logits(case: Case, widths: list[int], small: bool = True) -> dict[str, Any]:
-    """Loss and gradients on one rank."""
     from fused_la import _head
 
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_head, "choose_tiles", lambda rows, *_: _head.Tiles(max(1, min(rows, 3)), 4))
+        yield
+
+
+def run_logits(case: Case, widths: list[int]) -> dict[str, Any]:
+    """Loss and gradients on one rank."""
     first, last = classes_of(widths)
     logits = of_rank(case.logits, first, last, 1).requires_grad_()
     prior = of_rank(case.prior, first, last)
     target = of_rank(case.target, first, last, 1) if case.target.is_floating_point() else case.target
     is_margin = isinstance(prior, PairwiseMargin)
-    loss_of = (
-        class_parallel.class_parallel_margin_cross_entropy
-        if is_margin
-        else class_parallel.class_parallel_logit_adjusted_cross_entropy
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        if small:
-            patch.setattr(_head, "choose_tiles", lambda rows, classes, *_: _head.Tiles(max(1, min(rows, 3)), 4))
-        loss = loss_of(
-            logits, target, prior if is_margin else prior.requires_grad_(), **shard_keywords(case.keywords, first, last)
-        )
+    if is_margin:
+        loss_of = class_parallel.class_parallel_margin_cross_entropy
+    else:
+        loss_of = class_parallel.class_parallel_logit_adjusted_cross_entropy
+        prior.requires_grad_()
+    with small_tiles():
+        loss = loss_of(logits, target, prior, **shard_keywords(case.keywords, first, last))
         loss.backward(torch.as_tensor(case.grad_loss, dtype=loss.dtype).expand_as(loss))
     answer = {"loss": loss.detach(), "logits": logits.grad}
     return answer if is_margin else {**answer, "log_prior": prior.grad}
@@ -190,7 +186,7 @@ def joined(answers: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def one_process(case: Case, dtype: torch.dtype | None = None, impl: str = "blocked") -> dict[str, Any]:
-    logits = case.logits.to(dtype or case.logits.dtype).requires_grad_()
+    logits = case.logits.to(dtype or case.logits.dtype, copy=True).requires_grad_()
     is_margin = isinstance(case.prior, PairwiseMargin)
     keywords = {**case.keywords, "impl": impl}
     if is_margin:
@@ -305,3 +301,251 @@ def test_logits_over_ranks_are_as_good_as_in_one_process(pool, name):
     case = cases()[name]
     found = joined(pool(run_logits, case, WIDTHS[pool.size]))
     assert_as_good(found, one_process(case), exact_of(case))
+
+
+def test_the_part_of_a_rank_without_labels_or_classes_is_not_a_special_case(pool):
+    """Ranks without classes: loss, gradients, and their own gradients of shape (N, 0)."""
+    widths = {2: [0, C], 3: [C, 0, 0]}[pool.size]
+    chosen = ["one label", "tau 0", "smoothing", "smoothing toward the prior", "probabilities, weight, smoothing"]
+    for name in chosen:
+        case = cases()[name]
+        answers = pool(run_logits, case, widths)
+        assert_as_good(joined(answers), one_process(case), exact_of(case))
+        without = answers[widths.index(0)]
+        assert without["logits"].shape == (N, 0)
+
+
+# The kernels, and the family ------------------------------------------------------------------------------------------
+
+
+TRITON_CASES = (
+    "one label",
+    "half precision",
+    "none",
+    "several labels, weight, smoothing",
+    "probabilities, weight, smoothing",
+    "a rank's classes are out",
+    "classes are out, smoothing toward the prior",
+)
+
+
+@pytest.mark.parametrize("name", TRITON_CASES)
+def test_the_kernels_serve_ranks_as_well(pools, name):
+    """In Triton's interpreter; the pool has a device only where there is none."""
+    case = cases()[name]
+    case = case._replace(keywords={**case.keywords, "impl": "triton"})
+    assert_as_good(joined(pools(2)(run_logits, case, WIDTHS[2])), one_process(case), exact_of(case))
+
+
+MARGINS = {
+    "adaptive": margins.adaptive(PRIOR),
+    "ldam": margins.ldam(PRIOR),
+    "balanced": margins.balanced(PRIOR),
+    "consistent": margins.logit_adjusted(PRIOR, 0.5, consistent=True),
+    "vector scaling": margins.vector_scaling(PRIOR, 0.3, 1.0),
+    "scaled and shifted": margins.cdt(PRIOR, 0.2) + margins.logit_adjusted_adaptive(PRIOR),
+    "erm": margins.erm(),
+}
+K_LABELS = {"target_weight": torch.rand(N, 2, generator=torch.Generator().manual_seed(9))}
+
+
+@pytest.mark.parametrize("impl", ["blocked", "triton"])
+@pytest.mark.parametrize("name", MARGINS)
+def test_margins_over_ranks_are_those_of_one_process(pools, name, impl):
+    """Alpha and offsets of a label are with the rank that holds its class; the float64 reference is the truth."""
+    several = torch.stack([labels(1), labels(2)], 1)
+    several[0] = several[0, 0]  # the two are one class
+    weight = torch.linspace(0.5, 1.5, C)
+    for target, keywords in (
+        (labels(), {}),
+        (labels(), {"weight": weight, "reduction": "sum"}),
+        (several, K_LABELS | {"weight": weight, "ignore_index": int(several[2, 1])}),
+    ):
+        case = Case(2.0 * random(N, C), target, MARGINS[name], {**keywords, "impl": impl})
+        for size in (2,) if impl == "triton" else (2, 3):
+            found = joined(pools(size)(run_logits, case, WIDTHS[size]))
+            exact = one_process(case, torch.float64, "reference")
+            assert_as_good(found, one_process(case, impl=impl), exact)
+
+
+def test_a_margin_serves_a_rank_without_classes(pool):
+    widths = {2: [C, 0], 3: [0, 5, 7]}[pool.size]
+    for name in ("adaptive", "erm", "balanced", "scaled and shifted"):
+        case = Case(2.0 * random(N, C), labels(), MARGINS[name])
+        exact = one_process(case, torch.float64, "reference")
+        assert_as_good(joined(pool(run_logits, case, widths)), one_process(case), exact)
+
+
+# Heads ----------------------------------------------------------------------------------------------------------------
+
+
+class Head(NamedTuple):
+    """A case at head level: features (N, D), weight (C, D), bias (C,)."""
+
+    case: Case  # its logits are not used
+    features: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+def head_of(case: Case, dtype: torch.dtype = torch.float32, bias: bool = True) -> Head:
+    n = len(case.target)
+    weight = random(C, D, seed=7, dtype=dtype)
+    return Head(case, random(n, D, seed=6, dtype=dtype), weight, random(C, seed=8, dtype=dtype) if bias else None)
+
+
+def head_keywords(keywords: dict[str, Any]) -> dict[str, Any]:
+    return {("class_weight" if name == "weight" else name): value for name, value in keywords.items()}
+
+
+def run_head(head: Head, widths: list[int], counts: list[int] | None = None, average: bool = False) -> dict[str, Any]:
+    first, last = classes_of(widths)
+    case = head.case
+    features, weight = head.features.clone(), of_rank(head.weight, first, last).requires_grad_()
+    bias = None if head.bias is None else of_rank(head.bias, first, last).requires_grad_()
+    prior = of_rank(case.prior, first, last)
+    target = of_rank(case.target, first, last, 1) if case.target.is_floating_point() else case.target
+    keywords, grad_loss = shard_keywords(head_keywords(case.keywords), first, last), torch.as_tensor(case.grad_loss)
+    if counts is not None:
+        rank = dist.get_rank()
+        own = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+        features, target = features[own], target[own]
+        keywords |= {"gather_features": True, "average_over_ranks": average}
+        if "target_weight" in keywords:
+            keywords["target_weight"] = keywords["target_weight"][own]
+        if grad_loss.dim() > 0:
+            grad_loss = grad_loss[own]
+    features.requires_grad_()
+    is_margin = isinstance(prior, PairwiseMargin)
+    if is_margin:
+        loss_of = class_parallel.class_parallel_linear_margin_cross_entropy
+    else:
+        loss_of = class_parallel.class_parallel_linear_logit_adjusted_cross_entropy
+        prior.requires_grad_()
+    with small_tiles():
+        loss = loss_of(features, weight, target, prior, bias=bias, **keywords)
+        loss.backward(grad_loss.to(loss.dtype).expand_as(loss))
+    answer = {"loss": loss.detach(), "features": features.grad, "weight": weight.grad}
+    if bias is not None:
+        answer["bias"] = bias.grad
+    return answer if is_margin else {**answer, "log_prior": prior.grad}
+
+
+def joined_head(answers: list[dict[str, Any]], of_own_rows: bool = False) -> dict[str, Any]:
+    """Features' gradients are whole on every rank, or those of its own rows, as losses then may be."""
+    for answer in answers:
+        assert not isinstance(answer, Failed), answer
+    rows_of = {
+        name: torch.cat([answer[name] for answer in answers])
+        for name in ("features", "loss")
+        if of_own_rows and answers[0][name].dim() > 0
+    }
+    for name in {"features", "loss"} - rows_of.keys():
+        assert all(answer[name].equal(answers[0][name]) or answer[name].isnan().all() for answer in answers), name
+        rows_of[name] = answers[0][name]
+    same = [{**answer, "loss": rows_of["loss"]} for answer in answers]
+    return {**joined(same), "features": rows_of["features"]}
+
+
+def head_in_one(head: Head, impl: str = "blocked", dtype: torch.dtype | None = None) -> dict[str, Any]:
+    case = head.case
+    tensors = [None if t is None else t.to(dtype or t.dtype, copy=True).requires_grad_() for t in head[1:]]
+    features, weight, bias = tensors
+    keywords = {**head_keywords(case.keywords), "impl": impl}
+    if isinstance(case.prior, PairwiseMargin):
+        loss = fused_la.linear_margin_cross_entropy(features, weight, case.target, case.prior, bias=bias, **keywords)
+    else:
+        prior = case.prior.to(dtype or case.prior.dtype, copy=True).requires_grad_()
+        loss = fused_la.linear_logit_adjusted_cross_entropy(features, weight, case.target, prior, bias=bias, **keywords)
+    loss.backward(torch.as_tensor(case.grad_loss, dtype=loss.dtype).expand_as(loss))
+    answer = {"loss": loss.detach(), "features": features.grad, "weight": weight.grad}
+    if bias is not None:
+        answer["bias"] = bias.grad
+    return answer if isinstance(case.prior, PairwiseMargin) else {**answer, "log_prior": prior.grad}
+
+
+def exact_of_head(head: Head) -> dict[str, Any]:
+    """The oracle's gradient of the logits, and what the product makes of it."""
+    features, weight = head.features.double(), head.weight.double()
+    logits = features @ weight.T + (0.0 if head.bias is None else head.bias.double())
+    exact = exact_of(head.case._replace(logits=logits))
+    grad = exact.pop("logits")
+    exact |= {"features": grad @ weight, "weight": grad.T @ features}
+    return exact if head.bias is None else {**exact, "bias": grad.sum(0)}
+
+
+HEAD_CASES = (
+    "one label",
+    "no label on the last rank",
+    "none",
+    "ignored",
+    "upstream",
+    "smoothing",
+    "smoothing toward the prior",
+    "several labels, weight, smoothing",
+    "probabilities, weight, smoothing",
+    "a rank's classes are out",
+    "no rows",
+)
+
+
+@pytest.mark.parametrize("name", HEAD_CASES)
+def test_heads_over_ranks_are_as_good_as_in_one_process(pool, name):
+    for bias, dtype in ((True, torch.float32), (False, torch.float64), (True, torch.bfloat16)):
+        head = head_of(cases()[name], dtype, bias)
+        found = joined_head(pool(run_head, head, WIDTHS[pool.size]))
+        assert_as_good(found, head_in_one(head), exact_of_head(head))
+
+
+COUNTS = {2: [[5, 2], [0, 7]], 3: [[3, 4, 0], [2, 2, 3]]}  # rows of each rank
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["one label", "none", "ignored", "upstream", "several labels, weight, smoothing", "a rank's classes are out"],
+)
+def test_ranks_with_rows_of_their_own_share_a_head(pool, name):
+    """Rows are uneven, a rank may have none; 2-byte features travel with 8-byte labels."""
+    for counts, dtype in zip(COUNTS[pool.size], (torch.float32, torch.bfloat16), strict=True):
+        head = head_of(cases()[name], dtype)
+        found = joined_head(pool(run_head, head, WIDTHS[pool.size], counts), of_own_rows=True)
+        assert_as_good(found, head_in_one(head), exact_of_head(head))
+
+
+def test_features_of_even_ranks_and_of_no_rows_at_all(pool):
+    head = head_of(Case(random(6, C), labels(n=6)))
+    found = joined_head(pool(run_head, head, WIDTHS[pool.size], [6 // pool.size] * pool.size), of_own_rows=True)
+    assert_as_good(found, head_in_one(head), exact_of_head(head))
+    head = head_of(Case(random(0, C), labels(n=0)))
+    found = joined_head(pool(run_head, head, WIDTHS[pool.size], [0] * pool.size), of_own_rows=True)
+    assert found["loss"].isnan()
+    assert found["weight"].eq(0.0).all()
+
+
+def test_averaging_over_ranks_multiplies_the_features_gradient_alone(pool):
+    head = head_of(cases()["one label"])
+    counts = COUNTS[pool.size][0]
+    plain, averaged = (
+        joined_head(pool(run_head, head, WIDTHS[pool.size], counts, average), of_own_rows=True)
+        for average in (False, True)
+    )
+    assert torch.equal(averaged.pop("features"), pool.size * plain.pop("features"))
+    assert all(torch.equal(averaged[name], plain[name]) for name in plain)
+
+
+@pytest.mark.parametrize("name", MARGINS)
+def test_heads_with_margins_are_those_of_one_process(pools, name):
+    head = head_of(Case(random(N, C), labels(), MARGINS[name], {"weight": torch.linspace(0.5, 1.5, C)}))
+    exact = head_in_one(head, "reference", torch.float64)
+    for size, widths in ((2, [5, 7]), (3, [0, 4, 8])):
+        assert_as_good(joined_head(pools(size)(run_head, head, widths)), head_in_one(head), exact)
+        found = joined_head(pools(size)(run_head, head, widths, COUNTS[size][0]), of_own_rows=True)
+        assert_as_good(found, head_in_one(head), exact)
+
+
+def test_heads_run_the_kernels(pools):
+    case = cases()["several labels, weight, smoothing"]
+    head = head_of(case._replace(keywords={**case.keywords, "impl": "triton"}))
+    assert_as_good(joined_head(pools(2)(run_head, head, [5, 7])), head_in_one(head), exact_of_head(head))
+    found = joined_head(pools(2)(run_head, head, [5, 7], [4, 3]), of_own_rows=True)
+    assert_as_good(found, head_in_one(head), exact_of_head(head))
