@@ -8,11 +8,14 @@ loss and the gradient NaN. The values of weights and of class probabilities are 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FLOATING_NAMES = "float16, bfloat16, float32 or float64"
@@ -27,6 +30,11 @@ def check_tensor(name: str, value: Any) -> None:
     if value.layout != torch.strided or value.is_nested:
         layout = "nested" if value.is_nested else value.layout
         raise TypeError(f"{name} must be a dense tensor, got layout {layout}")
+
+
+def is_dtensor(value: Any) -> TypeGuard[DTensor]:
+    """Whether it is a torch.distributed.tensor.DTensor, which need not be imported to find out."""
+    return type(value) is not Tensor and hasattr(value, "device_mesh") and hasattr(value, "placements")
 
 
 def check_logits(logits: Any, name: str = "logits") -> None:

@@ -39,7 +39,7 @@ class Ranks(NamedTuple):
 def ranks_of(group: ProcessGroup | None) -> Ranks:
     """The ranks of a group, of all processes if it is None."""
     if not dist.is_available():
-        raise RuntimeError("classes over ranks need a PyTorch that was built with torch.distributed")
+        raise RuntimeError("a process group needs a PyTorch that was built with torch.distributed")
     if group is None:
         if not dist.is_initialized():
             raise ValueError("group must be a process group, or None after torch.distributed.init_process_group, "

@@ -53,7 +53,8 @@ def linear_logit_adjusted_cross_entropy(
     Args:
         features: (D,) or (..., D), floating; N rows in all, which may be 0.
         weight: (C, D), of the dtype of the features. Under autocast both are cast for products as `F.linear` casts
-            them, except on a CPU, whose products are float32 (float64).
+            them, except on a CPU, whose products are float32 (float64). Or a DTensor with its classes sharded over one
+            mesh dimension, as the logits of `logit_adjusted_cross_entropy` may be.
         target: int64 class indices of shape (...); or class probabilities (..., C); or with `target_weight` indices
             (..., K).
         log_prior, tau: as in `logit_adjusted_cross_entropy`.
@@ -84,6 +85,14 @@ def linear_logit_adjusted_cross_entropy(
 
     Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation 10.
     """
+    if _checks.is_dtensor(weight):
+        from fused_la._dtensor import loss_of_head  # here, because not every PyTorch was built for it
+
+        return loss_of_head(
+            features, weight, target, log_prior, (tau,), bias=bias, target_weight=target_weight,
+            class_weight=class_weight, smoothing_distribution=smoothing_distribution, ignore_index=ignore_index,
+            reduction=reduction, label_smoothing=label_smoothing, impl=impl,
+        )  # fmt: skip
     logits, target, target_weight = stand_in(features, weight, bias, target, target_weight)
     offset, tau = read_prior(log_prior, tau, logits)
     call = read_call(
@@ -139,6 +148,14 @@ def linear_margin_cross_entropy(
 
     Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation 11.
     """
+    if _checks.is_dtensor(weight):
+        from fused_la._dtensor import loss_of_head
+
+        return loss_of_head(
+            features, weight, target, margin, (), bias=bias, target_weight=target_weight,
+            class_weight=class_weight, smoothing_distribution=smoothing_distribution, ignore_index=ignore_index,
+            reduction=reduction, label_smoothing=label_smoothing, impl=impl,
+        )  # fmt: skip
     logits, target, target_weight = stand_in(features, weight, bias, target, target_weight)
     call = read_call(
         logits, read_margin(margin, logits), 1.0, margin, target, target_weight, class_weight, ignore_index,
