@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fused_la import _checks
+from fused_la._autograd import under_transform
 from fused_la._call import Call
 from fused_la._choice import choose_implementation, why_only_reference
 from fused_la._head_call import product_dtype
@@ -97,13 +98,13 @@ def _implementation(ranks: Ranks, asked: Asked) -> str:
     _checks.check_choice("impl", asked.impl, _checks.IMPLEMENTATIONS)
     if asked.impl == "reference":
         raise ValueError("impl must be 'auto', 'blocked' or 'triton' for classes over ranks, got 'reference'")
-    why = why_only_reference(asked.call, transformed=False)
+    why = "a transform of torch.func" if under_transform() else why_only_reference(asked.call, transformed=False)
     if not why:
         differentiable = (asked.own, asked.weight, asked.bias, asked.call.problem.log_prior)
         impl = choose_implementation(asked.impl, asked.call, differentiable, of_head)
         if impl != "reference":
             return impl
-        why = f"a transform of torch.func, forward mode or, without triton, {asked.own.device}"
+        why = f"forward mode or, without triton, {asked.own.device}"
     raise ValueError(f"classes over ranks have no implementation for {why}: use the loss of whole logits")
 
 

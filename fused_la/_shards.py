@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fused_la import _head
 from fused_la._blocks import Block, class_chunks
@@ -89,30 +88,51 @@ class _ShardedLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
-        plan: Plan = ctx.plan
-        *tensors, of_labels = ctx.saved_tensors
-        n_saved = len(Saved._fields)
-        fields = zip(tensors[:-n_saved], ctx.scalars, strict=True)
-        fields = [tensor if tensor is not None else value for tensor, value in fields]
-        saved = Saved(*tensors[-n_saved:])
-        head, names, problem = _of_fields(fields)
-        shard = Shard(names, of_labels)
-        needs = ctx.needs_input_grad[1:]
-        grad_own = grad_weight = grad_bias = None
-        with torch.autocast(problem.logits.device.type, enabled=False):
-            grad_rows = _over_rows(plan, grad_outputs[0], saved)
-            if head is None:
-                grad_own, grad_prior = _backward_given(problem, saved, grad_rows, needs[0], needs[6], plan.impl, shard)
-            else:
-                wanted = (needs[0], needs[2], needs[3], needs[6])
-                grads = _head.backward(head, problem, saved, grad_rows, wanted, plan.impl, shard)
-                grad_features, grad_weight, grad_bias, grad_prior = grads
-                if grad_features is not None:
-                    grad_own = _summed(plan, grad_features).to(head.features.dtype)
-        rest = (None,) * (len(fields) - 7)
-        return None, grad_own, None, grad_weight, grad_bias, None, None, grad_prior, *rest
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple:
+        grads = _gradients(ctx, grad_outputs[0])
+        if not torch.is_grad_enabled():
+            return grads
+        # PyTorch's once_differentiable would let a gradient pass for a constant where the upstream one is.
+        inputs = [tensor for tensor in (*ctx.saved_tensors, grad_outputs[0]) if tensor is not None]
+        return tuple(None if grad is None else _Last.apply(grad, *inputs) for grad in grads)
+
+
+class _Last(torch.autograd.Function):
+    """A gradient that has no derivative of its own, of whatever it was computed from."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, *inputs: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple:
+        raise RuntimeError("a loss with classes over ranks has no second derivatives")
+
+
+@torch.no_grad()
+def _gradients(ctx: Any, grad_loss: Tensor) -> tuple:
+    plan: Plan = ctx.plan
+    *tensors, of_labels = ctx.saved_tensors
+    n_saved = len(Saved._fields)
+    fields = zip(tensors[:-n_saved], ctx.scalars, strict=True)
+    fields = [tensor if tensor is not None else value for tensor, value in fields]
+    saved = Saved(*tensors[-n_saved:])
+    head, names, problem = _of_fields(fields)
+    shard = Shard(names, of_labels)
+    needs = ctx.needs_input_grad[1:]
+    grad_own = grad_weight = grad_bias = None
+    with torch.autocast(problem.logits.device.type, enabled=False):
+        grad_rows = _over_rows(plan, grad_loss, saved)
+        if head is None:
+            grad_own, grad_prior = _backward_given(problem, saved, grad_rows, needs[0], needs[6], plan.impl, shard)
+        else:
+            wanted = (needs[0], needs[2], needs[3], needs[6])
+            grads = _head.backward(head, problem, saved, grad_rows, wanted, plan.impl, shard)
+            grad_features, grad_weight, grad_bias, grad_prior = grads
+            if grad_features is not None:
+                grad_own = _summed(plan, grad_features).to(head.features.dtype)
+    rest = (None,) * (len(fields) - 7)
+    return None, grad_own, None, grad_weight, grad_bias, None, None, grad_prior, *rest
 
 
 def _of_fields(fields: Any) -> tuple[Head | None, Tensor | None, Problem]:
