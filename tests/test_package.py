@@ -7,6 +7,7 @@ import ast
 import doctest
 import importlib.util
 import inspect
+import operator
 import os
 import pkgutil
 import re
@@ -141,9 +142,24 @@ def test_metrics_are_an_attribute_of_the_package():
 
 # What a module may import from the package, inside functions too. `_triton` stands for all its modules.
 MAY_IMPORT = {
-    "__init__": {"linear", "loss", "margins", "posthoc", "metrics", "prior"},
-    "loss": {"_checks", "_autograd", "_call", "_choice", "_margin", "_options", "_transforms", "reference", "_problem"},
-    "linear": {"_checks", "_call", "_choice", "_head", "_head_autograd", "_margin", "_options", "_problem"},
+    "__init__": {"distributed", "linear", "loss", "margins", "posthoc", "metrics", "prior"},
+    "loss": {
+        "_checks", "_autograd", "_call", "_choice", "_dtensor", "_margin", "_options", "_transforms", "reference",
+        "_problem",
+    },
+    "linear": {
+        "_checks", "_call", "_choice", "_dtensor", "_head", "_head_autograd", "_head_call", "_margin", "_options",
+        "_problem",
+    },
+    "distributed": {"_agreement", "_call", "_checks", "_margin", "_no_classes"},
+    "_dtensor": {"_checks", "_margin", "_ranks", "distributed"},
+    "_agreement": {
+        "_autograd", "_call", "_checks", "_choice", "_head_call", "_margin", "_problem", "_ranks", "_shards",
+    },
+    "_no_classes": {"_call", "_checks", "_head_call", "_margin"},
+    "_shards": {"_blocks", "_head", "_problem", "_ranks", "_rows"},
+    "_ranks": set(),
+    "_head_call": {"_checks"},
     "_call": {"_checks", "_margin", "_problem"},
     "_choice": {"_autograd", "_call", "_checks", "_transforms", "_triton"},
     "_options": {"_checks", "prior"},
@@ -152,7 +168,7 @@ MAY_IMPORT = {
     "_margin": {"_checks"},
     "posthoc": {"_checks", "_problem", "_sweep"},
     "metrics": {"_checks", "_per_class"},
-    "prior": set(),
+    "prior": {"_ranks"},
     "_sweep": {"_checks", "_problem", "_argmax", "_triton", "_per_class", "prior"},
     "_per_class": {"prior"},
     "_checks": set(),
@@ -168,7 +184,7 @@ MAY_IMPORT = {
     "_blocks": {"_problem"},
     "_triton": {"_blocks", "_problem", "_rows", "_triton"},
     "_problem": set(),
-}
+}  # fmt: skip
 # What a module may import beyond PyTorch, NumPy and Triton; without its extra, importing the package still works.
 OPTIONAL = {"metrics": {"torchmetrics"}, "_sweep": {"matplotlib"}}
 # Modules that import others by a name that they make up.
@@ -288,6 +304,7 @@ OPTIONS = (
     "smoothing_distribution=None, impl='auto'"
 )
 CLASS_OPTIONS = OPTIONS.replace("weight=None, ignore", "class_weight=None, ignore")
+OVER_RANKS = "group=None, gather_features=False, average_over_ranks=False"
 # The public interface; what is not written yet is simply not there.
 INTERFACE = {
     "logit_adjusted_cross_entropy": f"(logits, target, log_prior, tau=1.0, *, {OPTIONS})",
@@ -309,6 +326,16 @@ INTERFACE = {
     "normalize_classifier": "(weight, tau=1.0)",
     "PairwiseMargin": None,
     "margins": None,
+    "distributed.class_parallel_logit_adjusted_cross_entropy": (
+        f"(logits, target, log_prior, tau=1.0, *, group=None, {OPTIONS})"
+    ),
+    "distributed.class_parallel_margin_cross_entropy": f"(logits, target, margin, *, group=None, {OPTIONS})",
+    "distributed.class_parallel_linear_logit_adjusted_cross_entropy": (
+        f"(features, weight, target, log_prior, tau=1.0, *, bias=None, {OVER_RANKS}, {CLASS_OPTIONS})"
+    ),
+    "distributed.class_parallel_linear_margin_cross_entropy": (
+        f"(features, weight, target, margin, *, bias=None, {OVER_RANKS}, {CLASS_OPTIONS})"
+    ),
 }
 WRITTEN = {
     "logit_adjusted_cross_entropy",
@@ -324,7 +351,22 @@ WRITTEN = {
 
 
 def public_callables():
-    return [name for name in fused_la.__all__ if callable(getattr(fused_la, name))]
+    """Those of the top level, and what a submodule alone has."""
+    top_level = [name for name in fused_la.__all__ if callable(getattr(fused_la, name))]
+    return top_level + [name for name in INTERFACE if "." in name]
+
+
+def named(name):
+    return operator.attrgetter(name)(fused_la)
+
+
+def test_distributed_has_the_functions_of_the_interface_and_no_other():
+    own = {
+        f"distributed.{name}"
+        for name, value in vars(fused_la.distributed).items()
+        if not name.startswith("_") and getattr(value, "__module__", None) == "fused_la.distributed"
+    }
+    assert own == {name for name in INTERFACE if name.startswith("distributed.")}
 
 
 def test_all_names_are_of_the_interface_and_resolve():
@@ -347,14 +389,14 @@ def test_what_the_top_level_imports_is_what_it_exports():
 def test_signatures_are_those_of_the_interface(name):
     if INTERFACE[name] is None:
         pytest.skip("has no signature of its own")
-    signature = inspect.signature(getattr(fused_la, name))
+    signature = inspect.signature(named(name))
     bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()]
     assert str(signature.replace(parameters=bare, return_annotation=inspect.Signature.empty)) == INTERFACE[name]
 
 
 @pytest.mark.parametrize("name", public_callables())
 def test_public_signatures_are_typed(name):
-    signature = inspect.signature(getattr(fused_la, name))
+    signature = inspect.signature(named(name))
     untyped = [p.name for p in signature.parameters.values() if p.annotation is inspect.Parameter.empty]
     assert untyped == []
 
@@ -392,7 +434,7 @@ def sections_of(docstring):
 
 @pytest.mark.parametrize("name", public_callables())
 def test_public_docstrings_have_every_section(name):
-    sections = sections_of(getattr(fused_la, name).__doc__)
+    sections = sections_of(named(name).__doc__)
     for wanted in (("Args",), ("Returns", "Shape"), ("Raises",), ("Example",), ("Source",)):
         assert any(sections.get(section, "").strip() for section in wanted), wanted
     assert ">>>" in sections["Example"]
@@ -401,19 +443,19 @@ def test_public_docstrings_have_every_section(name):
 
 @pytest.mark.parametrize("name", public_callables())
 def test_public_docstrings_begin_with_one_line_that_says_what_it_is(name):
-    first, _, rest = inspect.cleandoc(getattr(fused_la, name).__doc__).partition("\n")
+    first, _, rest = inspect.cleandoc(named(name).__doc__).partition("\n")
     assert first.endswith(".")
     assert rest.startswith("\n")
 
 
 @pytest.mark.parametrize("name", public_callables())
 def test_public_docstrings_describe_every_argument_in_order(name):
-    arguments = sections_of(getattr(fused_la, name).__doc__)["Args"]
+    arguments = sections_of(named(name).__doc__)["Args"]
     indent = re.match(r" +", arguments)[0]
     described = []
     for line in re.findall(rf"^{indent}(\w[\w, ]*):", arguments, re.MULTILINE):
         described += line.split(", ")
-    assert described == list(inspect.signature(getattr(fused_la, name)).parameters)
+    assert described == list(inspect.signature(named(name)).parameters)
 
 
 def modules_with_examples():
