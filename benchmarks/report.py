@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -33,7 +34,8 @@ UNITS = {
     "times_faster_than_eager": "median of eager over this median: of the alternating runs, or on a GPU of eager's row",
     "peak_bytes": "bytes of one run beyond its inputs, gradients included. GPU: peak of PyTorch's allocator; CPU: "
     "growth of the peak resident set after free memory was returned to the system",
-    "loss_error, gradient_error": "relative error (of the gradient: of its norm) against float64 on the same input",
+    "loss_error, gradient_error": "relative error (of the gradient: of its norm) against float64 on the same input; "
+    "the strings nan or inf where that is what it is",
     "folding_error": "of a provider whose offset was folded: relative error of its gradient against float64 of logits "
     "and offset before the fold",
 }
@@ -65,7 +67,16 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, document: Document) -> None:
-    write_atomically(path, json.dumps(document, indent=1, allow_nan=False, default=str) + "\n")
+    write_atomically(path, json.dumps(as_json(document), indent=1, allow_nan=False, default=str) + "\n")
+
+
+def as_json(value: Any) -> Any:
+    """JSON has no NaN and no infinity, which errors of a wrong loss may be: they become strings."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: as_json(item) for key, item in value.items()}
+    return [as_json(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

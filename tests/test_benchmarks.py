@@ -278,6 +278,19 @@ def test_a_loss_that_overwrites_its_logits_gets_a_fresh_copy_every_time(benchmar
     assert record["status"] == "wrong"
 
 
+def test_a_loss_that_is_not_a_number_does_not_end_the_run(benchmarks, job, tmp_path, monkeypatch):
+    """Its errors are no numbers either, and JSON has none of that kind."""
+    records = [*benchmarks.measure.measure(job, replaced(benchmarks, not_a_number)), job.record("skipped", "next")]
+    monkeypatch.setattr(benchmarks.main, "in_one_process", lambda *_: (record for record in records))
+    monkeypatch.setattr(benchmarks.main.machine, "device_facts", lambda _: DEVICE_FACTS)
+    assert benchmarks.main.main(["--device", "cpu", "--out", str(tmp_path)]) == 1  # nothing was timed
+    (path,) = tmp_path.glob("*/*.json")
+    wrong, following = json.loads(path.read_text(), parse_constant=pytest.fail)["results"]
+    assert (wrong["status"], wrong["loss_error"], wrong["gradient_error"]) == ("wrong", "nan", "nan")
+    assert following["reason"] == "next"
+    assert "loss is off by nan of itself" in path.with_suffix(".md").read_text()
+
+
 def test_a_provider_that_fails_leaves_its_traceback(benchmarks, job):
     def loss(logits, batch):
         raise RuntimeError("out of order")
