@@ -18,8 +18,9 @@ UNITS = {
     "traceback is in the JSON, or no result in time; crashed: its process died",
     "rows, classes, features": "shape of the logits (rows, classes); features of a head, 0 without one",
     "mode": "forward: the loss where no input requires grad; backward: loss.backward() after a forward pass that is "
-    "not timed; both: one training step. A provider that computes the gradient in its forward pass has little left in "
-    "backward: compare it in both",
+    "not timed; both: one training step. In float16 backward begins with a loss scale, a power of two near the number "
+    "of rows. A provider that computes the gradient in its forward pass has little left in backward: compare it in "
+    "both",
     "timer": "alternating: wall time, eager before each run, in one process; events: device events, the level-2 cache "
     "filled with other data; wall: from the call until the device has finished, caches warm; graph: a CUDA graph's "
     "replay by device events, the cache filled with other data",
@@ -34,8 +35,9 @@ UNITS = {
     "times_faster_than_eager": "median of eager over this median: of the alternating runs, or on a GPU of eager's row",
     "peak_bytes": "bytes of one run beyond its inputs, gradients included. GPU: peak of PyTorch's allocator; CPU: "
     "growth of the peak resident set after free memory was returned to the system",
-    "loss_error, gradient_error": "relative error (of the gradient: of its norm) against float64 on the same input; "
-    "the strings nan or inf where that is what it is",
+    "loss_error, gradient_error, row_error": "relative error against float64 on the same input: of the loss, of the "
+    "gradient (its norm), and of the row of the gradient that is off most (against rows as they are); the strings nan "
+    "or inf where that is what it is",
     "folding_error": "of a provider whose offset was folded: relative error of its gradient against float64 of logits "
     "and offset before the fold",
 }
