@@ -35,6 +35,12 @@ class Case:
         return getattr(torch, self.dtype)
 
     @property
+    def upstream(self) -> float:
+        """What a step's loss is scaled by in backward: in float16 the gradient of a mean over many rows underflows, so
+        there as many as the rows, as a GradScaler has it; a power of two that float16 holds."""
+        return 1.0 if self.dtype != "float16" else 2.0 ** min(15, math.ceil(math.log2(self.n_rows)))
+
+    @property
     def logits_bytes(self) -> int:
         return self.n_rows * self.n_classes * self.torch_dtype.itemsize
 
