@@ -91,7 +91,7 @@ def choose_tiles(n_rows: int, n_classes: int, device_type: str) -> Tiles:
 
 def rowless_logits(head: Head) -> Tensor:
     """Logits (N, 1, C) in shape, dtype and device, of one element in memory: what a `Problem` knows of a head's."""
-    return head.features.new_empty(1).expand(len(head.features), 1, len(head.weight))
+    return head.features.new_empty(1).expand(head.features.shape[0], 1, head.weight.shape[0])
 
 
 def forward(head: Head, problem: Problem, reduction: str, impl: str) -> tuple[Tensor, Saved]:
@@ -150,7 +150,9 @@ def backward(
     to_gradient = epilogue.gradient_of(state, grad_rows, candidate_gradient(rows, state, grad_rows))
     features, weight, bias, log_prior = wanted
     grad_features = torch.zeros_like(head.features, dtype=products.dtype) if features else None
-    grad_weight = torch.empty_like(head.weight) if weight else None
+    grad_weight = None
+    if weight:  # of no rows no block is written
+        grad_weight = torch.empty_like(head.weight) if products.blocks else torch.zeros_like(head.weight)
     # Summed in float64: over many rows a float32 sum would lose what the rows' gradients hold.
     grad_offset = head.weight.new_zeros(len(head.weight), dtype=torch.float64) if bias or log_prior else None
     for chunk in class_chunks(len(head.weight), products.tiles.classes):
