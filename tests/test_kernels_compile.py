@@ -21,6 +21,7 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parent.parent
 # "learned prior" is "label" and one kernel more.
 VARIANTS = ("learned prior", "two labels", "weights, smoothing", "probabilities", "images")
+FEW = ("learned prior", "two labels")
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 ODD_STEP = 100_003  # elements from row to row: every head and tail occurs
 
@@ -85,14 +86,14 @@ def kernels_of(variant, dtype):
 @pytest.mark.parametrize(
     ("target", "dtype", "variants"),
     [
-        ("sm_90", "bfloat16", VARIANTS),
+        ("sm_90", "bfloat16", FEW),
         *((target, "bfloat16", VARIANTS[:1]) for target in ("sm_80", "gfx942")),
         ("sm_100", "bfloat16", ("margin",)),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_every_kernel_compiles_and_stays_within_its_budget(disassembled, budgets, target, dtype, variants):
-    """The rest of `--all` takes minutes; `.ci/run` has it."""
+    """All variants take minutes; `.ci/run` has them, by `--all --check`."""
     rows = disassembled(target, dtype, 8142, variants)
     for variant in variants:
         assert [row["kernel"] for row in rows if row["variant"] == variant] == kernels_of(variant, dtype)
@@ -107,7 +108,7 @@ WORSE = {
 
 
 def test_whatever_a_kernel_takes_too_much_of_is_over_a_budget(disassembled, budgets):
-    for row in disassembled("sm_90", "bfloat16", 8142, VARIANTS):
+    for row in disassembled("sm_90", "bfloat16", 8142, FEW):
         if row["variant"] == "learned prior" and row["kernel"].startswith(("_forward", "_grad_logits")):
             for name, figure in WORSE.items():
                 bodies = [{**body, name: figure} if name in body else body for body in row["bodies"]]
@@ -122,7 +123,7 @@ def test_whatever_a_kernel_takes_too_much_of_is_over_a_budget(disassembled, budg
 
 
 def test_a_figure_over_its_budget_ends_the_command_with_1(disassembled, command, monkeypatch, capsys):
-    rows = disassembled("sm_90", "bfloat16", 8142, VARIANTS)
+    rows = disassembled("sm_90", "bfloat16", 8142, FEW)
     monkeypatch.setattr(command.knobs.runtime, "interpret", False)
     monkeypatch.setattr(command, "rows_of", lambda tasks, n_jobs: iter(rows))
     assert command.main(["--check"]) == 0
@@ -158,7 +159,7 @@ ROW_CASES = [
 
 def steps_with_a_label(disassembled, dtype, n_classes, odd):
     if (dtype, n_classes, odd) == ("bfloat16", 8142, False):  # compiled already
-        rows = disassembled("sm_90", dtype, n_classes, VARIANTS)
+        rows = disassembled("sm_90", dtype, n_classes, FEW)
         return [row for row in rows if row["variant"] == "learned prior" and "log_prior" not in row["kernel"]]
     return disassembled("sm_90", dtype, n_classes, ("label",), *(("--row-step", str(ODD_STEP)) if odd else ()))
 
@@ -192,7 +193,7 @@ def test_instructions_stay_within_budget(disassembled, budgets, dtype, n_classes
 
 @pytest.mark.parametrize("dtype", ["bfloat16", slow("float16"), slow("float32")])
 def test_two_labels_cost_the_loops_nothing(disassembled, dtype):
-    rows = disassembled("sm_90", dtype, 8142, VARIANTS)
+    rows = disassembled("sm_90", dtype, 8142, FEW)
     one, two = (
         [body for row, body in bodies(rows, "rows", "gradient") if row["variant"] == variant]
         for variant in ("learned prior", "two labels")

@@ -217,9 +217,10 @@ def test_derivatives_agree_with_finite_differences(impl, reduction):
             features, weight, target, log_prior, 0.7, bias=bias, reduction=reduction, label_smoothing=0.1, impl=impl
         )
 
-    assert torch.autograd.gradcheck(loss, (features, weight, bias, log_prior), fast_mode=True)
+    interpreted = impl == "triton" and DEVICE == "cpu"
+    assert torch.autograd.gradcheck(loss, (features, weight, bias, log_prior), fast_mode=interpreted)
     if reduction == "mean":
-        assert torch.autograd.gradgradcheck(loss, (features, weight, bias, log_prior))
+        assert torch.autograd.gradgradcheck(loss, (features, weight, bias, log_prior), fast_mode=interpreted)
 
 
 @pytest.mark.usefixtures("small_tiles")
