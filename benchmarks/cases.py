@@ -142,7 +142,11 @@ SELECTIONS = {
     ),
     "head": Selection(
         "the classifier's matrix product and the loss together",
-        cpu=(Case(256, 8142, "float32", n_features=128), Case(256, 100_000, "float32", n_features=512)),
+        cpu=(
+            Case(256, 8142, "float32", n_features=128),
+            Case(4096, 8142, "float32", n_features=512),
+            Case(256, 100_000, "float32", n_features=512),
+        ),
         gpu=_GPU_HEADS,
         memory=("held",),
         seconds=5.0,
