@@ -30,16 +30,25 @@ def on_rows(row: Row) -> bool:
     return row["kernel"].startswith(("_forward", "_grad_logits"))
 
 
+def of_tile(row: Row) -> bool:
+    """Whether it takes a tile of a head's logits."""
+    return row["kernel"] in ("_parts_kernel", "_gradient_kernel")
+
+
+def _of_width(row: Row) -> Iterator[str]:
+    if row["wide_loads"] == 0:
+        yield "no 16-byte load"
+    if "grad" in row["kernel"] and row["wide_stores"] == 0:
+        yield "no 16-byte store"
+
+
 def _of_amd(row: Row) -> Iterator[str]:
     if row["regs"] > 168:  # with which three waves fit on a SIMD unit; up to 151 were seen
         yield f"{row['regs']} registers, more than 168"
     if row["local"] > 0:
         yield f"{row['local']} bytes of local memory"
-    if on_rows(row) and row["vec"] > 1:
-        if row["wide_loads"] == 0:
-            yield "no 16-byte load"
-        if "grad" in row["kernel"] and row["wide_stores"] == 0:
-            yield "no 16-byte store"
+    if (on_rows(row) and row["vec"] > 1) or of_tile(row):
+        yield from _of_width(row)
 
 
 def _of_threads(row: Row) -> Iterator[str]:
@@ -48,6 +57,8 @@ def _of_threads(row: Row) -> Iterator[str]:
     # Two numbers a thread, kept across the loops: seen with smoothing and probabilities, and of float64's weights.
     if row["local"] > (0 if on_rows(row) and row["variant"] in ONE_SUM and row["target"] == "sm_90" else 8):
         yield f"{row['local']} bytes of local memory"
+    if of_tile(row):
+        yield from _of_width(row)
     bodies = row.get("bodies", [])
     if not bodies and ((on_rows(row) and row["vec"] > 1) or row["kernel"] == "_grad_log_prior_kernel"):
         yield "no loop over a row"

@@ -18,12 +18,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fused_la._problem import Problem
+from fused_la._rows import State, empty_part, prepare
 
 # Modules, where the package holds functions of the same names.
 forward_module = importlib.import_module("fused_la._triton.forward")
 backward_module = importlib.import_module("fused_la._triton.backward")
 launch_module = importlib.import_module("fused_la._triton.launch")
 argmax_module = importlib.import_module("fused_la._triton.argmax")
+head_module = importlib.import_module("fused_la._triton.head")
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -36,6 +38,7 @@ KERNELS = {
     forward_module: ("_prepare_kernel", "_forward_kernel"),
     backward_module: ("_grad_logits_kernel", "_grad_log_prior_kernel"),
     argmax_module: ("_argmax_kernel",),
+    head_module: ("_parts_kernel", "_join_kernel", "_gradient_kernel"),
 }
 
 
@@ -53,11 +56,13 @@ class Call(NamedTuple):
 # "learned prior" is "label" and one kernel more.
 COMMON = ("learned prior", "two labels", "margin", "weights, smoothing", "probabilities", "images")
 OTHERS = ("two labels, margin", "no prior", "sum", "none", "post hoc")
-VARIANTS = ("label", *COMMON, *OTHERS)
+HEADS = ("head", "head, two labels, margin", "head, weights, smoothing", "head, probabilities")
+VARIANTS = ("label", *COMMON, *OTHERS, *HEADS)
 
 
 def make_problem(variant: str, n_rows: int, n_classes: int, dtype: torch.dtype, row_step: int | None) -> Problem:
-    """Rows of logits, row_step elements apart, and the arguments that a variant has; no value is ever read."""
+    """Rows of logits, row_step elements apart, and the arguments that a variant has; no value ever matters."""
+    variant = variant.removeprefix("head, ")
     if variant == "images":
         logits = torch.empty(n_rows, n_classes, 9, dtype=dtype).transpose(1, 2)
     else:
@@ -66,7 +71,7 @@ def make_problem(variant: str, n_rows: int, n_classes: int, dtype: torch.dtype, 
     rows = logits.shape[:2]
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     n_labels = 2 if variant.startswith("two labels") else 1
-    target, weights = torch.empty(*rows, n_labels, dtype=torch.int64), torch.empty(n_classes)
+    target, weights = torch.zeros(*rows, n_labels, dtype=torch.int64), torch.empty(n_classes)
     if variant == "probabilities":
         target = torch.empty((*rows, n_classes), dtype=compute)
     smooth, margin = variant == "weights, smoothing", variant.endswith("margin")
@@ -116,7 +121,7 @@ def recorded() -> Iterator[list[Call]]:
 def on(target: GPUTarget) -> Iterator[None]:
     """Launches as for a GPU of this architecture, with an H100's multiprocessors and level-2 cache."""
     device = launch_module.Device(132, 50 << 20, target.warp_size)
-    originals = [(module, module.device_of) for module in (forward_module, backward_module)]
+    originals = [(module, module.device_of) for module in (forward_module, backward_module, head_module)]
     for module, _ in originals:
         setattr(module, "device_of", lambda _: device)  # noqa: B010, of modules whose names no checker knows
     try:
@@ -129,6 +134,9 @@ def on(target: GPUTarget) -> Iterator[None]:
 def calls_of(problem: Problem, variant: str, target_name: str) -> list[Call]:
     """What training steps launch, each kernel once: forward with and without the gradient, and backward, which may
     find the gradient made; or what predicts with many tau."""
+    if variant in HEADS:
+        with on(TARGETS[target_name]):
+            return calls_of_head(problem)
     reduction = variant if variant in ("sum", "none") else "mean"
     with on(TARGETS[target_name]), recorded() as calls:
         if variant == "post hoc":
@@ -142,6 +150,21 @@ def calls_of(problem: Problem, variant: str, target_name: str) -> list[Call]:
             calls[:] = [*calls[:2], calls[-1]]  # what prepares is the same
             backward_module.launch_backward(problem, state, upstream, divisor, True, False, gradient)
         backward_module.launch_backward(problem, state, upstream, divisor, True, variant == "learned prior")
+    return calls
+
+
+def calls_of_head(problem: Problem) -> list[Call]:
+    """What a step launches for a tile of a head's logits: as many classes as the problem has, and a bias."""
+    rows, dtype = prepare(problem, in_pieces=True), problem.compute_dtype
+    n_rows, _, n_classes = problem.logits.shape
+    logits = torch.empty(n_rows, n_classes, dtype=dtype)
+    part = empty_part(rows.candidates.z[..., 0])
+    block, chunk = (slice(0, n_rows), slice(0, 1)), slice(0, n_classes)
+    with recorded() as calls:
+        epilogue = head_module.Epilogue(rows, logits.numel(), torch.empty(n_classes), problem.logits.dtype)
+        epilogue.absorb(block, chunk, logits, part)
+        of_labels = torch.empty_like(rows.candidates.z)
+        epilogue.gradient_of(State(part.m, part.rest, part.total), part.m, of_labels)(block, chunk, logits)
     return calls
 
 

@@ -38,7 +38,7 @@ from typing import Any, NamedTuple
 from triton import knobs
 
 from benchmarks.budgets import violations
-from benchmarks.compiled import COMMON, DTYPES, OTHERS, TARGETS, VARIANTS, Call, calls_of, compiled, make_problem
+from benchmarks.compiled import COMMON, DTYPES, HEADS, OTHERS, TARGETS, VARIANTS, Call, calls_of, compiled, make_problem
 
 # Figures --------------------------------------------------------------------------------------------------------------
 
@@ -162,7 +162,10 @@ def figures(call: Call, target_name: str) -> dict[str, Any]:
         return row
     usage, lines = cuda_figures(asm["cubin"])
     row |= usage
-    if "BLOCK_ROWS" in call.arguments:
+    if call.name in ("_parts_kernel", "_gradient_kernel"):  # the whole kernel's: its loop is all that is wide
+        row["wide_loads"] = sum(1 for line in lines if re.search(r"\bLDG\.\S*\.?128", line))
+        row["wide_stores"] = sum(1 for line in lines if re.search(r"\bSTG\.\S*\.?128", line))
+    elif call.name != "_join_kernel" and "BLOCK_ROWS" in call.arguments:
         row["block_rows"] = call.arguments["BLOCK_ROWS"]
         row["bodies"] = bodies_of(lines, call)
     return row
@@ -196,6 +199,7 @@ def every_task() -> Iterator[Task]:
         yield from (Task(target, dtype, 8142, variant) for variant in COMMON)
     for target in TARGETS:
         yield from (Task(target, "bfloat16", 8142, variant) for variant in OTHERS)
+        yield from (Task(target, dtype, 8192, variant, 512) for variant in HEADS for dtype in ("bfloat16", "float32"))
         for dtype in ("bfloat16", "float32"):
             yield from (Task(target, dtype, n_classes, "label") for n_classes in (100, 1000, 8192))
             yield Task(target, dtype, 50257, "label", row_step=100_003)
