@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 if typing.TYPE_CHECKING:
+    from fused_la import distributed as distributed
     from fused_la import metrics as metrics
 else:
 
@@ -35,4 +36,8 @@ else:
             import fused_la.metrics
 
             return fused_la.metrics
+        if name == "distributed":  # not every PyTorch is built for it
+            import fused_la.distributed
+
+            return fused_la.distributed
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

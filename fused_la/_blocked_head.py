@@ -55,7 +55,7 @@ class Epilogue:
         if labels is None:
             return None
         classes = labels.classes[block]
-        return (labels.counts[block] & (classes >= chunk.start) & (classes < chunk.stop)).nonzero(as_tuple=True)
+        return (labels.here[block] & (classes >= chunk.start) & (classes < chunk.stop)).nonzero(as_tuple=True)
 
     def _adjusted(self, block: Block, chunk: slice, logits: Tensor, labels_at: tuple[Tensor, ...] | None) -> Tensor:
         """z, (n, 1, c), where the logits stand."""

@@ -21,10 +21,13 @@ class Call(NamedTuple):
     of_margin: list[Tensor]
 
 
-def read_prior(log_prior: Any, tau: Any, logits: Tensor) -> tuple[Tensor | None, float]:
-    """The log prior as implementations take it, and tau; with tau = 0 no class is out, and there is nothing to add."""
+def read_prior(log_prior: Any, tau: Any, logits: Tensor, whole: bool = True) -> tuple[Tensor | None, float]:
+    """The log prior as implementations take it, and tau; with tau = 0 no class is out, and there is nothing to add.
+
+    Of classes that are not the `whole`, all may be at -inf.
+    """
     tau = _checks.check_tau(tau)
-    _checks.check_log_prior(log_prior, logits, tau)
+    _checks.check_log_prior(log_prior, logits, tau, whole=whole)
     if tau > 0.0:
         kept = torch.compiler.is_compiling() or not log_prior.is_inference()  # autograd keeps no inference tensor
         return log_prior.contiguous() if kept else log_prior.clone(), tau
@@ -54,18 +57,26 @@ def read_call(
     label_smoothing: Any,
     smoothing_distribution: Any,
     weight_name: str = "weight",
+    whole: bool = True,
 ) -> Call:
-    """A call with checked logits and tau * offset as the margin's negative offset; `weight_name` is the caller's."""
+    """A call with checked logits and tau * offset as the margin's negative offset; `weight_name` is the caller's.
+
+    Where the logits are not of the `whole` of the classes, what it takes all of them to know is not checked: whether
+    labels are in range, and whether smoothing_distribution adds up to 1.
+    """
     label_smoothing = _checks.check_label_smoothing(label_smoothing)
     ignore_index = _checks.check_ignore_index(ignore_index)
     _checks.check_choice("reduction", reduction, _checks.REDUCTIONS)
-    _checks.check_target(target, target_weight, logits, ignore_index)
+    _checks.check_target(target, target_weight, logits, ignore_index, whole)
     n_classes = logits.shape[_checks.class_dim(logits)]
     if weight is not None:
         _checks.check_class_vector(weight_name, weight, n_classes)
         _checks.check_device(weight_name, weight, logits)
     if smoothing_distribution is not None:
-        smoothing_distribution = _checks.check_smoothing_distribution(smoothing_distribution, n_classes)
+        if whole:
+            smoothing_distribution = _checks.check_smoothing_distribution(smoothing_distribution, n_classes)
+        else:
+            _checks.check_class_vector("smoothing_distribution", smoothing_distribution, n_classes)
         _checks.check_device("smoothing_distribution", smoothing_distribution, logits)
 
     of_target = (target, target_weight, weight, smoothing_distribution)

@@ -8,15 +8,19 @@ loss and the gradient NaN. The values of weights and of class probabilities are 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FLOATING_NAMES = "float16, bfloat16, float32 or float64"
 REDUCTIONS = ("none", "mean", "sum")
+_OFF_ONE = 0.01  # half-precision probabilities need not add up to 1 to the last digit; counts or logs are far off
 IMPLEMENTATIONS = ("auto", "triton", "blocked", "reference")
 
 
@@ -26,6 +30,11 @@ def check_tensor(name: str, value: Any) -> None:
     if value.layout != torch.strided or value.is_nested:
         layout = "nested" if value.is_nested else value.layout
         raise TypeError(f"{name} must be a dense tensor, got layout {layout}")
+
+
+def is_dtensor(value: Any) -> TypeGuard[DTensor]:
+    """Whether it is a torch.distributed.tensor.DTensor, which need not be imported to find out."""
+    return type(value) is not Tensor and hasattr(value, "device_mesh") and hasattr(value, "placements")
 
 
 def check_logits(logits: Any, name: str = "logits") -> None:
@@ -60,14 +69,18 @@ def check_device(name: str, value: Tensor, logits: Tensor) -> None:
         )
 
 
-def check_log_prior(log_prior: Any, logits: Tensor, tau: float, name: str = "log_prior") -> None:
+def check_log_prior(log_prior: Any, logits: Tensor, tau: float, name: str = "log_prior", whole: bool = True) -> None:
     check_class_vector(name, log_prior, logits.shape[class_dim(logits)])
     check_device(name, log_prior, logits)
-    check_prior_values(log_prior, tau, name)
+    if whole:
+        check_prior_values(log_prior, tau, name)
 
 
 def check_prior_values(log_prior: Tensor, tau: float = 1.0, name: str = "log_prior") -> None:
-    largest = read_value(log_prior.detach().amax())
+    check_largest_prior(read_value(log_prior.detach().amax()), tau, name)
+
+
+def check_largest_prior(largest: float | None, tau: float, name: str) -> None:
     if largest is None or math.isfinite(largest) or (largest == -math.inf and tau == 0.0):
         return
     if largest == -math.inf:
@@ -80,21 +93,28 @@ def check_smoothing_distribution(value: Any, n_classes: int) -> Tensor:
     check_class_vector("smoothing_distribution", value, n_classes)
     wide = torch.promote_types(value.dtype, torch.float32)
     smallest, total = value.detach().amin(), value.detach().sum(dtype=wide)
-    # Half-precision probabilities need not add up to 1 to the last digit; counts or logs are far off.
-    is_distribution = (smallest >= 0.0) & ((total - 1.0).abs() <= 0.01)
+    is_distribution = (smallest >= 0.0) & ((total - 1.0).abs() <= _OFF_ONE)
     known = read_value(is_distribution)
     if known is None:
         return value.masked_fill(~is_distribution, math.nan)
     if not known:
-        raise ValueError(
-            "smoothing_distribution must hold probabilities that add up to 1, "
-            f"got a smallest value of {smallest.item():.6g} and a sum of {total.item():.6g}"
-        )
+        check_distribution(smallest.item(), total.item())
     return value
 
 
-def check_target(target: Any, target_weight: Any, logits: Tensor, ignore_index: int) -> None:
-    """Index labels, weighted labels (target_weight given) or class probabilities, as `F.cross_entropy` shapes them."""
+def check_distribution(smallest: float, total: float) -> None:
+    if not (smallest >= 0.0 and abs(total - 1.0) <= _OFF_ONE):
+        raise ValueError(
+            "smoothing_distribution must hold probabilities that add up to 1, "
+            f"got a smallest value of {smallest:.6g} and a sum of {total:.6g}"
+        )
+
+
+def check_target(target: Any, target_weight: Any, logits: Tensor, ignore_index: int, in_range: bool = True) -> None:
+    """Index labels, weighted labels (target_weight given) or class probabilities, as `F.cross_entropy` shapes them.
+
+    With `in_range` labels must be those of classes of the logits.
+    """
     check_tensor("target", target)
     check_device("target", target, logits)
     if target.dtype not in (torch.int64, *FLOATING):
@@ -131,7 +151,8 @@ def check_target(target: Any, target_weight: Any, logits: Tensor, ignore_index: 
             raise ValueError(
                 f"target_weight must have the shape of target, {tuple(target.shape)}, got {tuple(target_weight.shape)}"
             )
-    _check_labels_in_range(target, shape[dim], ignore_index)
+    if in_range:
+        _check_labels_in_range(target, shape[dim], ignore_index)
 
 
 def _check_labels_in_range(target: Tensor, n_classes: int, ignore_index: int) -> None:
@@ -142,8 +163,13 @@ def _check_labels_in_range(target: Tensor, n_classes: int, ignore_index: int) ->
         return
     outside = target[((target < 0) | (target >= n_classes)) & (target != ignore_index)]
     if outside.numel() > 0:
+        check_label(int(outside[0]), n_classes, ignore_index)
+
+
+def check_label(label: int, n_classes: int, ignore_index: int) -> None:
+    if not 0 <= label < n_classes:
         raise IndexError(
-            f"Target {int(outside[0])} is out of bounds: target must hold class indices in [0, {n_classes}) "
+            f"Target {label} is out of bounds: target must hold class indices in [0, {n_classes}) "
             f"or ignore_index ({ignore_index})"
         )
 
@@ -165,6 +191,12 @@ def check_number(name: str, value: Any, low: float, high: float, expected: str) 
     if not low <= value <= high:
         raise ValueError(f"{name} must be {expected}, got {value}")
     return float(value)
+
+
+def check_flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
+    return value
 
 
 def check_tau(tau: Any) -> float:

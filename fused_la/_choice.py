@@ -31,7 +31,7 @@ def choose_implementation(impl: str, call: Call, differentiable: Sequence[Tensor
         needs_formula = any(
             t is not None and _has_tangent(t) for t in (*differentiable, *call.of_target, *call.of_margin)
         )
-    only_reference = "" if needs_formula else _why_only_reference(call, transformed)
+    only_reference = "" if needs_formula else why_only_reference(call, transformed)
     if impl == "auto":
         if needs_formula or only_reference or (on_cpu and torch.compiler.is_compiling() and not of_head):
             return "reference"
@@ -58,7 +58,7 @@ def choose_implementation(impl: str, call: Call, differentiable: Sequence[Tensor
     return "reference" if needs_formula else impl
 
 
-def _why_only_reference(call: Call, transformed: bool) -> str:
+def why_only_reference(call: Call, transformed: bool) -> str:
     """What of a call only the reference computes; empty if nothing is."""
     problem = call.problem
     if problem.target_offset is not None and (problem.has_probabilities or problem.label_smoothing > 0.0):

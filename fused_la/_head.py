@@ -15,13 +15,14 @@ Products are the vendor's library's. What makes a part of a tile of logits, or a
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fused_la._blocks import Block, class_chunks
-from fused_la._problem import Problem, reduce_rows
+from fused_la._problem import Problem, Shard, reduce_rows
 from fused_la._rows import (
     ALL,
     Part,
@@ -96,30 +97,29 @@ def rowless_logits(head: Head) -> Tensor:
 
 def forward(head: Head, problem: Problem, reduction: str, impl: str) -> tuple[Tensor, Saved]:
     rows = prepare(problem, in_pieces=True)
-    part = absorb_tiles(head, rows, impl)
+    part = absorb_tiles(Products(head, problem.compute_dtype, by_class=impl in BY_CLASS), rows, impl)
     return finish(rows, part, reduction)
 
 
-def absorb_tiles(head: Head, rows: Rows, impl: str) -> Part:
-    """The part of all classes of every row, (N, 1); fills in what labels stand at, or which class is the top one."""
-    products = _Products(head, rows.problem.compute_dtype, by_class=impl in BY_CLASS)
-    epilogue = _epilogue(rows, products, impl)
+def absorb_tiles(source: Source, rows: Rows, impl: str) -> Part:
+    """The part of all classes of every row, (N, 1); fills in what labels stand at, or the top class."""
+    epilogue = make_epilogue(rows, source, impl)
     part = empty_part(rows.candidates.z[..., 0])
-    for chunk in class_chunks(len(head.weight), products.tiles.classes):
-        weight = products.weight(chunk)
-        for block in products.blocks:
-            epilogue.absorb(block, chunk, products.logits(block, weight), part)
+    for chunk in class_chunks(source.n_classes, source.tiles.classes):
+        of_chunk = source.of_classes(chunk)
+        for block in source.blocks:
+            epilogue.absorb(block, chunk, source.logits(block, of_chunk), part)
+    if rows.labels is None:
+        rows.candidates.z.copy_(part.m.unsqueeze(-1))
     return part
 
 
-def finish(rows: Rows, part: Part, reduction: str) -> tuple[Tensor, Saved]:
-    """The loss of rows whose classes have all been seen."""
-    total = part.total if rows.labels is None else label_total(rows, out=torch.empty_like(part.m))
+def finish(rows: Rows, part: Part, reduction: str, smoothing: Tensor | None = None) -> tuple[Tensor, Saved]:
+    """The loss of rows whose classes have all been seen; `smoothing` as in `label_total`."""
+    total = part.total if rows.labels is None else label_total(rows, torch.empty_like(part.m), smoothing)
     stacked = torch.stack([part.m, settled(part), total])
     state = State(*stacked)
-    if rows.labels is None:
-        rows.candidates.z.copy_(part.m.unsqueeze(-1))
-    elif rows.as_label is not None:
+    if rows.as_label is not None:
         state.total.copy_(margin_total(rows, state, ALL))
     row_weight = torch.ones_like(part.m) if rows.labels is None else rows.labels.row_weight
     normalizer = row_weight.sum()
@@ -137,17 +137,11 @@ def backward(
     grad_rows: Tensor,
     wanted: tuple[bool, bool, bool, bool],
     impl: str,
+    shard: Shard | None = None,
 ) -> Gradients:
-    """Gradients for grad_rows (N, 1), which is over the mean's denominator already."""
-    rows = prepare(problem, in_pieces=True)
-    rows = rows._replace(
-        candidates=rows.candidates._replace(classes=saved.classes, z=saved.z),
-        as_label=None if rows.as_label is None else saved.as_label,
-    )
-    state, grad_rows = State(*saved.state), grad_rows.to(problem.compute_dtype)
-    products = _Products(head, problem.compute_dtype, by_class=impl in BY_CLASS)
-    epilogue = _epilogue(rows, products, impl)
-    to_gradient = epilogue.gradient_of(state, grad_rows, candidate_gradient(rows, state, grad_rows))
+    """Gradients for grad_rows (N, 1), which is over the mean's denominator already; the features' as they added up."""
+    products = Products(head, problem.compute_dtype, by_class=impl in BY_CLASS)
+    rows, to_gradient = prepare_backward(products, problem, saved, grad_rows, impl, shard)
     features, weight, bias, log_prior = wanted
     grad_features = torch.zeros_like(head.features, dtype=products.dtype) if features else None
     grad_weight = None
@@ -156,7 +150,7 @@ def backward(
     # Summed in float64: over many rows a float32 sum would lose what the rows' gradients hold.
     grad_offset = head.weight.new_zeros(len(head.weight), dtype=torch.float64) if bias or log_prior else None
     for chunk in class_chunks(len(head.weight), products.tiles.classes):
-        weight_block = products.weight(chunk)
+        weight_block = products.of_classes(chunk)
         of_weight = None if grad_weight is None else products.accumulator(grad_weight[chunk])
         for block in products.blocks:
             grad = to_gradient(block, chunk, products.logits(block, weight_block))
@@ -168,6 +162,8 @@ def backward(
                 add_product(grad_features[block[0]], grad, weight_block)
             if of_weight is not None:
                 add_product(of_weight, grad.T, products.features[block[0]], first=block[0].start == 0)
+        if of_weight is not None and not products.blocks:
+            of_weight.zero_()  # no rows
         if grad_weight is not None and of_weight is not None and of_weight.dtype != grad_weight.dtype:
             grad_weight[chunk].copy_(of_weight)
     grad_bias = grad_prior = None
@@ -175,20 +171,32 @@ def backward(
         grad_bias = (grad_offset if rows.scale is None else grad_offset * rows.scale).to(head.bias.dtype)
     if grad_offset is not None and log_prior and problem.log_prior is not None:
         grad_prior = (grad_offset * problem.tau).to(problem.log_prior.dtype)
-    if grad_features is not None:
-        grad_features = grad_features.to(head.features.dtype)
     return Gradients(grad_features, grad_weight, grad_bias, grad_prior)
+
+
+def prepare_backward(
+    source: Source, problem: Problem, saved: Saved, grad_rows: Tensor, impl: str, shard: Shard | None
+) -> tuple[Rows, Callable[[Block, slice, Tensor], Tensor]]:
+    """The rows of a forward pass, and what turns a tile of their logits into the gradient of its z."""
+    rows = prepare(problem, in_pieces=True, shard=shard)
+    rows = rows._replace(
+        candidates=rows.candidates._replace(classes=saved.classes, z=saved.z),
+        as_label=None if rows.as_label is None else saved.as_label,
+    )
+    state, grad_rows = State(*saved.state), grad_rows.to(problem.compute_dtype)
+    of_candidates = candidate_gradient(rows, state, grad_rows)
+    return rows, make_epilogue(rows, source, impl).gradient_of(state, grad_rows, of_candidates)
 
 
 @torch.no_grad()
 def predict(head: Head) -> Tensor:
     """The class of the largest logit of each row, (N,): the lowest of equal ones, and a NaN comes before any number."""
     dtype = torch.promote_types(head.features.dtype, torch.float32)
-    products = _Products(head, dtype, by_class=head.features.device.type == "cpu")
+    products = Products(head, dtype, by_class=head.features.device.type == "cpu")
     best = head.features.new_full((len(head.features),), -torch.inf, dtype=dtype)
     classes = torch.zeros_like(best, dtype=torch.int64)
     for chunk in class_chunks(len(head.weight), products.tiles.classes):
-        weight = products.weight(chunk)
+        weight = products.of_classes(chunk)
         for block in products.blocks:
             rows = block[0]
             logits = products.logits(block, weight)
@@ -199,33 +207,52 @@ def predict(head: Head) -> Tensor:
     return classes
 
 
-def _epilogue(rows: Rows, products: _Products, impl: str) -> Any:
+def make_epilogue(rows: Rows, source: Source, impl: str) -> Any:
     module = importlib.import_module(_EPILOGUES[impl])
-    head, tiles = products.head, products.tiles
-    return module.Epilogue(rows, tiles.rows * tiles.classes, head.bias, head.product_dtype)
+    return module.Epilogue(rows, source.tiles.rows * source.tiles.classes, source.bias, source.product_dtype)
 
 
-class _Products:
-    """The products of one pass over the tiles of a head, in buffers that every tile reuses."""
+class Source:
+    """Tiles of logits for one pass over them, one after the other in a buffer that every tile reuses."""
 
-    def __init__(self, head: Head, dtype: torch.dtype, by_class: bool):
-        n_rows, n_classes = len(head.features), len(head.weight)
-        self.head, self.dtype, self._by_class = head, dtype, by_class
-        self.tiles = choose_tiles(n_rows, n_classes, head.features.device.type)
-        self.features = head.features.to(head.product_dtype)
+    bias: Tensor | None = None  # (C,) what they lack
+    product_dtype: torch.dtype  # that gradients of tiles may come in
+
+    def __init__(self, n_rows: int, n_classes: int, like: Tensor, dtype: torch.dtype, by_class: bool):
+        self.n_classes, self.dtype, self._by_class = n_classes, dtype, by_class
+        self.tiles = choose_tiles(n_rows, n_classes, like.device.type)
         starts = range(0, n_rows, self.tiles.rows)
         self.blocks: list[Block] = [(slice(i, min(i + self.tiles.rows, n_rows)), slice(0, 1)) for i in starts]
-        self._logits = head.features.new_empty(self.tiles.rows * self.tiles.classes, dtype=dtype)
+        self._logits = like.new_empty(self.tiles.rows * self.tiles.classes, dtype=dtype)
 
-    def weight(self, chunk: slice) -> Tensor:
-        return self.head.weight[chunk].to(self.head.product_dtype)
+    def of_classes(self, chunk: slice) -> Tensor:
+        """What the tiles of a chunk of the classes share."""
+        raise NotImplementedError
 
-    def logits(self, block: Block, weight: Tensor) -> Tensor:
-        """(n, c) logits of a tile, without bias. Its rows, where it lies by rows, are as far apart as any tile's."""
+    def logits(self, block: Block, of_chunk: Tensor) -> Tensor:
+        """(n, c) logits of a tile, without bias."""
+        raise NotImplementedError
+
+    def buffer(self, n: int, c: int) -> Tensor:
+        """Where a tile stands. Its rows, where it lies by rows, are as far apart as any tile's."""
+        return self._logits.as_strided((n, c), (1, n) if self._by_class else (self.tiles.classes, 1))
+
+
+class Products(Source):
+    """The products of a head."""
+
+    def __init__(self, head: Head, dtype: torch.dtype, by_class: bool):
+        super().__init__(len(head.features), len(head.weight), head.features, dtype, by_class)
+        self.head, self.bias, self.product_dtype = head, head.bias, head.product_dtype
+        self.features = head.features.to(head.product_dtype)
+
+    def of_classes(self, chunk: slice) -> Tensor:
+        return self.head.weight[chunk].to(self.product_dtype)
+
+    def logits(self, block: Block, of_chunk: Tensor) -> Tensor:
         features = self.features[block[0]]
-        n, c = len(features), len(weight)
-        logits = self._logits.as_strided((n, c), (1, n) if self._by_class else (self.tiles.classes, 1))
-        add_product(logits, features, weight.T, first=True)
+        logits = self.buffer(len(features), len(of_chunk))
+        add_product(logits, features, of_chunk.T, first=True)
         return logits
 
     def accumulator(self, grad_weight: Tensor) -> Tensor:

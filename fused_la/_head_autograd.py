@@ -72,7 +72,9 @@ def _run_backward(
     head: Head, problem: Problem, saved: Saved, grad_rows: Tensor, wanted: tuple[bool, bool, bool, bool], impl: str
 ) -> Gradients:
     with torch.autocast(head.features.device.type, enabled=False):
-        return _head.backward(head, problem, saved, grad_rows, wanted, impl)
+        grads = _head.backward(head, problem, saved, grad_rows, wanted, impl)
+    features = grads.features
+    return grads if features is None else grads._replace(features=features.to(head.features.dtype))
 
 
 def _over_rows(grad_loss: Tensor, saved: Saved, reduction: str) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -93,6 +95,21 @@ class PairwiseMargin:
         if self.offsets_are_equal and other.offsets_are_equal:
             values["target_offset"] = values["negative_offset"]
         return PairwiseMargin(**values)
+
+    def of_classes(self, first: int, last: int) -> PairwiseMargin:
+        """The margin of the classes from `first` up to `last`, as a rank that holds them needs it: views, all may be at
+        -inf, and there may be none."""
+        return self.mapped(lambda name, value: value[first:last])
+
+    def mapped(self, fn: Callable[[str, Tensor], Tensor]) -> PairwiseMargin:
+        """Every tensor replaced, once where it is two fields, and nothing checked."""
+        made: dict[int, Tensor] = {}
+        result = copy.copy(self)
+        for name, value in self.named_vectors():
+            if id(value) not in made:
+                made[id(value)] = fn(name, value)
+            object.__setattr__(result, name, made[id(value)])
+        return result
 
     @property
     def offsets_are_equal(self) -> bool:

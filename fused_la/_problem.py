@@ -92,19 +92,35 @@ class Problem(NamedTuple):
         return mass if weight is None else mass * weight
 
 
+class Shard(NamedTuple):
+    """What is known of all labels where a problem has only some of the classes, as a rank holds them.
+
+    The problem's own target then counts classes from the first one here: a label elsewhere stands past the last one.
+    """
+
+    names: Tensor | None  # (N, P, K) the labels' classes among all; None for class probabilities
+    weight: Tensor | None = None  # (N, P, K) class weights of the labels, from whoever holds their classes
+    mean_weight: Tensor | None = None  # (N, P, K) the same for a mean
+
+
 class Labels(NamedTuple):
     """The (N, P, K) index labels of a problem, read once."""
 
-    classes: Tensor  # (N, P, K) int64, 0 where a label does not count
+    classes: Tensor  # (N, P, K) int64, 0 where a label does not count, or lies elsewhere
     mass: Tensor  # (N, P, K) what the label asks of its class, smoothing apart; 0 ignored, NaN out of range
     counts: Tensor  # (N, P, K) bool: not ignored
     share: Tensor  # (N, P) sum of the counting labels' target_weight: the row's multiple of the smoothing mass
     live: Tensor  # (N, P) bool: some label counts
     row_weight: Tensor  # (N, P) the row's part in the denominator of reduction="mean"
+    here: Tensor  # (N, P, K) bool: it counts, and its class is one of the problem's
+    names: Tensor  # (N, P, K) int64: counting labels are of one class where these are equal
 
 
-def read_labels(problem: Problem) -> Labels:
-    """Resolve ignored and out-of-range labels, class weights and label weights of an index target."""
+def read_labels(problem: Problem, shard: Shard | None = None) -> Labels:
+    """Resolve ignored and out-of-range labels, class weights and label weights of an index target.
+
+    Of a `shard` no label is out of range, and until their weights are known, those of labels elsewhere are not right.
+    """
     target, n_classes, dtype = problem.target, problem.logits.shape[-1], problem.compute_dtype
     counts = target != problem.ignore_index
     usable = counts & (target >= 0) & (target < n_classes)
@@ -113,13 +129,13 @@ def read_labels(problem: Problem) -> Labels:
         label_weight = counts.to(dtype)
     else:
         label_weight = torch.where(counts, problem.target_weight.to(dtype), 0.0)
-    label_weight = label_weight.masked_fill(counts != usable, math.nan)
-    weight = problem.computed(problem.weight)
-    weighted = label_weight if weight is None else label_weight * weight[classes]
+    if shard is None:
+        label_weight = label_weight.masked_fill(counts != usable, math.nan)
+    of_labels, of_mean = (None, None) if shard is None else (shard.weight, shard.mean_weight)
+    weighted = _weighted(label_weight, problem.computed(problem.weight), of_labels, classes)
     counted = weighted
     if problem.mean_weight is not problem.weight:
-        mean_weight = problem.computed(problem.mean_weight)
-        counted = label_weight if mean_weight is None else label_weight * mean_weight[classes]
+        counted = _weighted(label_weight, problem.computed(problem.mean_weight), of_mean, classes)
     mass = weighted if problem.label_smoothing == 0.0 else weighted * (1.0 - problem.label_smoothing)
 
     if target.shape[-1] == 1 and problem.target_weight is None:
@@ -128,7 +144,15 @@ def read_labels(problem: Problem) -> Labels:
         # A row counts as the mean class weight of its labels, 1 without class weights.
         share, live = label_weight.sum(-1), counts.any(-1)
         row_weight = torch.where(share == 0, 0.0, counted.sum(-1) / torch.where(share == 0, 1.0, share))
-    return Labels(classes, mass, counts, share, live, row_weight)
+    if shard is None or shard.names is None:
+        return Labels(classes, mass, counts, share, live, row_weight, counts, classes)
+    return Labels(classes, mass, counts, share, live, row_weight, usable, shard.names)
+
+
+def _weighted(label_weight: Tensor, weight: Tensor | None, of_labels: Tensor | None, classes: Tensor) -> Tensor:
+    if weight is None:
+        return label_weight
+    return label_weight * (weight[classes] if of_labels is None else of_labels)
 
 
 def others_than(z: Tensor, m: Tensor, rest: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fused_la import _blocks
 from fused_la._blocks import Block, row_sum
-from fused_la._problem import Labels, Problem, others_than, past, read_labels
+from fused_la._problem import Labels, Problem, Shard, others_than, past, read_labels
 
 ALL = (slice(None), slice(None))  # the block of all rows
 
@@ -76,8 +76,11 @@ class State(NamedTuple):
 # Preparation ----------------------------------------------------------------------------------------------------------
 
 
-def prepare(problem: Problem, in_pieces: bool = False) -> Rows:
-    """All that needs no pass over the classes. Where they come `in_pieces`, what labels stand at is filled in later."""
+def prepare(problem: Problem, in_pieces: bool = False, shard: Shard | None = None) -> Rows:
+    """All that needs no pass over the classes. Where they come `in_pieces`, what labels stand at is filled in later.
+
+    A `shard` comes in pieces. Of one that has no class left there are others that have.
+    """
     offset, weight, smoothing = problem.offset(), problem.computed(problem.weight), problem.smoothing_mass()
     scale, target_offset, as_label = problem.computed(problem.scale), problem.computed(problem.target_offset), None
     dropped, on_cpu = None, problem.logits.device.type == "cpu"  # elsewhere nothing is read: it would synchronise
@@ -85,8 +88,8 @@ def prepare(problem: Problem, in_pieces: bool = False) -> Rows:
         # Where no class is left (values that the door could not read) the gradient must be NaN as the loss is, not 0.
         lowest, highest = offset.aminmax()
         if not on_cpu:
-            dropped = (offset == -math.inf) & (highest > -math.inf)
-        elif lowest.item() == -math.inf < highest.item():
+            dropped = (offset == -math.inf) & ((highest > -math.inf) | (shard is not None))
+        elif lowest.item() == -math.inf and (shard is not None or highest.item() > -math.inf):
             dropped = offset == -math.inf
     one_chunk = not in_pieces and problem.logits.shape[-1] <= _blocks.BLOCK_ELEMENTS
     if problem.has_probabilities:
@@ -94,7 +97,7 @@ def prepare(problem: Problem, in_pieces: bool = False) -> Rows:
         candidates = Candidates(z.long(), z == 0, z, one_chunk)
         return Rows(problem, offset, dropped, weight, smoothing, None, True, candidates, None, scale, None)
 
-    labels = read_labels(problem)
+    labels = read_labels(problem, shard)
     all_live = on_cpu and bool(labels.live.all())
     if in_pieces:
         z = torch.zeros_like(labels.mass)
@@ -110,7 +113,7 @@ def prepare(problem: Problem, in_pieces: bool = False) -> Rows:
         if dropped is not None:
             z = z.masked_fill_(dropped[labels.classes], -math.inf)
     one_label = labels.classes.shape[-1] == 1
-    uses = labels.counts if one_label else labels.counts & ~_same_label(labels).tril(-1).any(-1)
+    uses = labels.here if one_label else labels.here & ~_same_label(labels).tril(-1).any(-1)
     candidates = Candidates(labels.classes, uses, z, one_label and all_live and one_chunk)
     return Rows(
         problem, offset, dropped, weight, smoothing, labels, all_live, candidates, as_label, scale, target_offset
@@ -119,16 +122,19 @@ def prepare(problem: Problem, in_pieces: bool = False) -> Rows:
 
 def _same_label(labels: Labels) -> Tensor:
     """(N, P, K, K) bool: which counting labels of a row are equal."""
-    same = labels.classes.unsqueeze(-1) == labels.classes.unsqueeze(-2)
+    same = labels.names.unsqueeze(-1) == labels.names.unsqueeze(-2)
     return same & labels.counts.unsqueeze(-1) & labels.counts.unsqueeze(-2)
 
 
-def label_total(rows: Rows, out: Tensor) -> Tensor:
-    """A of every row with labels; that of class probabilities is summed as their blocks pass."""
+def label_total(rows: Rows, out: Tensor, smoothing: Tensor | None = None) -> Tensor:
+    """A of every row with labels; that of class probabilities is summed as their blocks pass.
+
+    `smoothing` is what smoothing asks of all classes, where the problem has only some of them.
+    """
     if rows.labels is not None:
         torch.sum(rows.labels.mass, -1, out=out)
         if rows.smoothing is not None:
-            out.addcmul_(rows.labels.share, row_sum(rows.smoothing))
+            out.addcmul_(rows.labels.share, row_sum(rows.smoothing) if smoothing is None else smoothing)
     return out
 
 

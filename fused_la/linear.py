@@ -13,6 +13,7 @@ from fused_la._call import Call, read_call, read_margin, read_prior
 from fused_la._choice import choose_implementation
 from fused_la._head import Head, predict
 from fused_la._head_autograd import fused_head_loss, head_formula
+from fused_la._head_call import check_head, product_dtype, stand_in
 from fused_la._margin import PairwiseMargin
 from fused_la._options import LossOptions
 from fused_la._problem import reduce_rows
@@ -52,7 +53,8 @@ def linear_logit_adjusted_cross_entropy(
     Args:
         features: (D,) or (..., D), floating; N rows in all, which may be 0.
         weight: (C, D), of the dtype of the features. Under autocast both are cast for products as `F.linear` casts
-            them, except on a CPU, whose products are float32 (float64).
+            them, except on a CPU, whose products are float32 (float64). Or a DTensor with its classes sharded over one
+            mesh dimension, as the logits of `logit_adjusted_cross_entropy` may be.
         target: int64 class indices of shape (...); or class probabilities (..., C); or with `target_weight` indices
             (..., K).
         log_prior, tau: as in `logit_adjusted_cross_entropy`.
@@ -83,7 +85,15 @@ def linear_logit_adjusted_cross_entropy(
 
     Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation 10.
     """
-    logits, target, target_weight = _stand_in(features, weight, bias, target, target_weight)
+    if _checks.is_dtensor(weight):
+        from fused_la._dtensor import loss_of_head  # here, because not every PyTorch was built for it
+
+        return loss_of_head(
+            features, weight, target, log_prior, (tau,), bias=bias, target_weight=target_weight,
+            class_weight=class_weight, smoothing_distribution=smoothing_distribution, ignore_index=ignore_index,
+            reduction=reduction, label_smoothing=label_smoothing, impl=impl,
+        )  # fmt: skip
+    logits, target, target_weight = stand_in(features, weight, bias, target, target_weight)
     offset, tau = read_prior(log_prior, tau, logits)
     call = read_call(
         logits, offset, tau, PairwiseMargin(), target, target_weight, class_weight, ignore_index,
@@ -138,7 +148,15 @@ def linear_margin_cross_entropy(
 
     Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation 11.
     """
-    logits, target, target_weight = _stand_in(features, weight, bias, target, target_weight)
+    if _checks.is_dtensor(weight):
+        from fused_la._dtensor import loss_of_head
+
+        return loss_of_head(
+            features, weight, target, margin, (), bias=bias, target_weight=target_weight,
+            class_weight=class_weight, smoothing_distribution=smoothing_distribution, ignore_index=ignore_index,
+            reduction=reduction, label_smoothing=label_smoothing, impl=impl,
+        )  # fmt: skip
+    logits, target, target_weight = stand_in(features, weight, bias, target, target_weight)
     call = read_call(
         logits, read_margin(margin, logits), 1.0, margin, target, target_weight, class_weight, ignore_index,
         reduction, label_smoothing, smoothing_distribution, "class_weight",
@@ -237,7 +255,7 @@ class LogitAdjustedLinear(LossOptions):
     def predict(self, features: Tensor) -> Tensor:
         """The class of the largest raw logit of each row, (...) int64, computed a tile of classes at a time."""
         features, weight = self._operands(features)
-        _check_head(features, weight, self.bias)
+        check_head(features, weight, self.bias)
         rows = features.reshape(-1, self.in_features)
         return predict(Head(rows, weight, self.bias, product_dtype(rows, weight))).reshape(features.shape[:-1])
 
@@ -249,68 +267,6 @@ class LogitAdjustedLinear(LossOptions):
     def extra_repr(self) -> str:
         head = f"in_features={self.in_features}, bias={self.bias is not None}, "
         return head + (f"cosine=True, scale={self.scale}, " if self.cosine else "") + super().extra_repr()
-
-
-# A head and its call --------------------------------------------------------------------------------------------------
-
-
-def _stand_in(features: Any, weight: Any, bias: Any, target: Any, target_weight: Any) -> tuple[Tensor, Any, Any]:
-    """Logits of one element in memory that have the shape, dtype and device of the head's; and the target's rows.
-
-    The rows of features (..., D) become one dimension, as do those of a target that fits them.
-    """
-    _check_head(features, weight, bias)
-    shape, n_classes = features.shape[:-1], len(weight)
-    if len(shape) > 1:
-        target = _flat(target, "target", shape, target_weight is not None, n_classes)
-        target_weight = (
-            target_weight if target_weight is None else _flat(target_weight, "target_weight", shape, True, 0)
-        )
-        shape = (shape.numel(),)
-    return features.new_empty(1).expand(*shape, n_classes), target, target_weight
-
-
-def _flat(labels: Any, name: str, shape: torch.Size, several: bool, n_classes: int) -> Tensor:
-    _checks.check_tensor(name, labels)
-    trailing = several or labels.is_floating_point()
-    if labels.shape[: len(shape)] != shape or labels.dim() != len(shape) + trailing:
-        expected = (*shape, "K" if several else n_classes) if trailing else tuple(shape)
-        raise ValueError(f"{name} must have shape ({', '.join(map(str, expected))}), got {tuple(labels.shape)}")
-    return labels.flatten(0, len(shape) - 1)
-
-
-def _check_head(features: Any, weight: Any, bias: Any) -> None:
-    _checks.check_tensor("features", features)
-    if features.dtype not in _checks.FLOATING:
-        raise TypeError(f"features must be {_checks.FLOATING_NAMES}, got {features.dtype}")
-    if features.dim() == 0:
-        raise ValueError("features must have shape (D,) or (..., D), got ()")
-    _checks.check_classifier(weight)
-    if weight.shape[1] != features.shape[-1]:
-        raise ValueError(f"weight must have shape (C, {features.shape[-1]}), got {tuple(weight.shape)}")
-    _check_device("weight", weight, features)
-    if weight.dtype != features.dtype and not torch.is_autocast_enabled(features.device.type):
-        raise TypeError(
-            f"weight must have the dtype of features, {features.dtype}, outside autocast, got {weight.dtype}"
-        )
-    if bias is not None:
-        _checks.check_class_vector("bias", bias, len(weight))
-        _check_device("bias", bias, features)
-
-
-def _check_device(name: str, value: Tensor, features: Tensor) -> None:
-    if value.device != features.device:
-        raise ValueError(f"{name} must be on the device of features, {features.device}, got {value.device}")
-
-
-def product_dtype(features: Tensor, weight: Tensor) -> torch.dtype:
-    """What operands of products are: as under `F.linear`; on a CPU what their sums are, which costs no time there."""
-    device_type = features.device.type
-    if device_type == "cpu" or features.dtype == torch.float64:
-        return torch.promote_types(features.dtype, torch.float32)
-    if torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    return weight.dtype
 
 
 def _loss_of(call: Call, features: Tensor, weight: Tensor, bias: Tensor | None, impl: str) -> Tensor:

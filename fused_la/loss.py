@@ -46,6 +46,8 @@ def logit_adjusted_cross_entropy(
 
     Args:
         logits: (C,), (N, C) or (N, C, d1, ..., dk); float16, bfloat16, float32 or float64; any strides; N may be 0.
+            Or a DTensor with its classes sharded over one mesh dimension: what is per class is then a DTensor that is
+            sharded alike, or a whole tensor, and the loss a DTensor that is the same everywhere (see `distributed`).
         target: int64 class indices of shape (), (N,) or (N, d1, ..., dk); or class probabilities, floating, of the
             shape of the logits; or with `target_weight` indices of shape (N, K) ((K,), (N, K, d1, ..., dk)).
         log_prior: (C,) floating, log class frequencies up to any constant, as `log_prior_from_counts` makes them. A
@@ -87,6 +89,14 @@ def logit_adjusted_cross_entropy(
 
     Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation 10.
     """
+    if _checks.is_dtensor(logits):
+        from fused_la._dtensor import loss_of_logits  # here, because not every PyTorch was built for it
+
+        return loss_of_logits(
+            logits, target, log_prior, (tau,), target_weight=target_weight, weight=weight,
+            smoothing_distribution=smoothing_distribution, ignore_index=ignore_index, reduction=reduction,
+            label_smoothing=label_smoothing, impl=impl,
+        )  # fmt: skip
     _checks.check_logits(logits)
     offset, tau = read_prior(log_prior, tau, logits)
     call = read_call(
@@ -142,6 +152,14 @@ def margin_cross_entropy(
 
     Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation 11.
     """
+    if _checks.is_dtensor(logits):
+        from fused_la._dtensor import loss_of_logits
+
+        return loss_of_logits(
+            logits, target, margin, (), target_weight=target_weight, weight=weight,
+            smoothing_distribution=smoothing_distribution, ignore_index=ignore_index, reduction=reduction,
+            label_smoothing=label_smoothing, impl=impl,
+        )  # fmt: skip
     _checks.check_logits(logits)
     call = read_call(
         logits, read_margin(margin, logits), 1.0, margin, target, target_weight, weight, ignore_index,

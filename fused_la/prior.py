@@ -41,16 +41,16 @@ def count_classes(
         n_classes: the number of classes C. Classes that never occur, the last ones too, are counted as 0.
         ignore_index: entries of this value are not counted, as in `torch.nn.functional.cross_entropy`.
         group: a `torch.distributed` process group. The counts are summed over its ranks, and every one of
-            them has to make this call. None counts what this process holds and does not communicate, not
-            even when a default process group exists.
+            them has to make this call; what is wrong on one raises on all. None counts what this process holds
+            and does not communicate, not even when a default process group exists.
 
     Returns:
         Counts, (C,) int64, on the device of `target` (the CPU for arrays and lists).
 
     Raises:
         TypeError: `target` is not integer, or another argument has the wrong type.
-        ValueError: `target` is ragged, or `n_classes` is not positive.
-        IndexError: an entry is neither in [0, n_classes) nor `ignore_index`.
+        ValueError: `target` is ragged, `n_classes` is not positive, or not the same on all ranks.
+        IndexError: an entry is neither in [0, n_classes) nor `ignore_index`, on this rank or another.
 
     Example:
         >>> count_classes([0, 1, 0, -100, 0], n_classes=3)
@@ -59,6 +59,20 @@ def count_classes(
     Source:
         The class frequencies of Menon et al., "Long-tail learning via logit adjustment", ICLR 2021.
     """
+    if group is None:
+        return _count(target, n_classes, ignore_index)
+    from fused_la import _ranks  # here, because builds of PyTorch without torch.distributed can still count alone
+
+    def check() -> tuple[Tensor, dict[str, Any]]:
+        counts = _count(target, n_classes, ignore_index)
+        return counts, {"n_classes": len(counts)}
+
+    class_counts, of_ranks = _ranks.meet(_ranks.ranks_of(group), "count_classes", check)
+    _ranks.check_same("n_classes", "the same", [numbers["n_classes"] for numbers in of_ranks])
+    return sum_over_group(class_counts, group)
+
+
+def _count(target: Any, n_classes: Any, ignore_index: Any) -> Tensor:
     n_classes = _to_int(n_classes, "n_classes")
     if n_classes < 1:
         raise ValueError(f"n_classes must be positive, got {n_classes}")
@@ -76,8 +90,7 @@ def count_classes(
             f"target must have entries in [0, {n_classes}) or equal to ignore_index = {ignore_index}, "
             f"got {value} at flat index {position}"
         )
-    class_counts = torch.bincount(kept, minlength=n_classes)
-    return class_counts if group is None else sum_over_group(class_counts, group)
+    return torch.bincount(kept, minlength=n_classes)
 
 
 def log_prior_from_counts(class_counts: Tensor | np.ndarray | Sequence[float], *, pseudocount: float = 0.0) -> Tensor:
@@ -223,13 +236,10 @@ def _listed(counts: Tensor, mask: Tensor) -> str:
 
 def sum_over_group(class_counts: Tensor, group: ProcessGroup) -> Tensor:
     """The sum over the ranks of `group`, wherever it can reduce, on the device of `class_counts`."""
-    import torch.distributed as dist  # here, because builds of PyTorch without it can still count alone
+    from fused_la import _ranks
 
-    if not isinstance(group, dist.ProcessGroup):
-        raise TypeError(f"group must be a torch.distributed ProcessGroup or None, got {type(group).__name__}")
-    # "cpu:gloo,cuda:nccl" says on which devices the group can reduce; NCCL alone takes no CPU tensors.
-    device_types = [part.split(":")[0] for part in dist.get_backend_config(group).split(",")]
-    device = class_counts.device if class_counts.device.type in device_types else device_types[0]
+    ranks = _ranks.ranks_of(group)
+    device = class_counts.device if class_counts.device.type in ranks.device_types else ranks.device_types[0]
     summed = class_counts.to(device, copy=True)
-    dist.all_reduce(summed, group=group)
+    _ranks.all_reduce(ranks, summed)
     return summed.to(class_counts.device)

@@ -22,7 +22,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import fused_la.prior
-from fused_la.prior import count_classes, log_prior_from_counts
+from fused_la.prior import count_classes, log_prior_from_counts, sum_over_group
 
 TORCH_INTEGERS = [getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)]
 TORCH_FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -268,7 +268,7 @@ def test_counts_are_reduced_on_a_device_that_the_backend_supports(lone_group, mo
     monkeypatch.setattr(dist, "get_backend_config", lambda group: backend_config)
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
     with pytest.raises(Reduced):
-        count_classes([0], 2, group=lone_group)
+        sum_over_group(torch.tensor([1, 0]), lone_group)
     assert reduced_on == [device_type]
 
 

@@ -1,0 +1,349 @@
+"""Losses whose classes are spread over the ranks of a process group, as the logits or weights that lie there.
+
+Rank r holds C_r of the C classes, those that follow the classes of rank r - 1; C_r may differ, and be 0. Every function
+here is called by all ranks of the group at the same point, and its loss is the same on all of them, to the last bit:
+the loss of the one process that would hold all classes. Per-class tensors are the rank's own part, labels are global.
+
+A call first exchanges a header of 768 bytes in which the ranks tell what they have been given. Where two do not fit, or
+one refuses its arguments, every rank raises the same error; none waits. The header is read by the host, which on a GPU
+waits for the device. A second collective gathers, from each rank, 2 to 4 numbers a row and 1 to 4 a label, and with
+gather_features a third gathers the features and their labels. Backward is local for logits; for a head it adds up the
+features' gradient over the ranks, and with reduction "none" and gather_features it gathers the upstream gradient first.
+
+A rank that dies or hangs after the header ends the others with PyTorch's own error (RuntimeError, DistBackendError): at
+once where the backend sees the connection close, as gloo does, and else after the process group's timeout, which is
+`init_process_group(timeout=...)`.
+
+Second derivatives, forward mode, torch.func and impl="reference" are not there, nor what only the reference computes:
+gradients of target, weights of classes, smoothing_distribution or a margin, and class probabilities or label smoothing
+under a margin whose two offsets differ. Under torch.compile a call is a graph break.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fused_la._agreement import Asked, class_parallel_loss, not_compiled
+from fused_la._call import read_call, read_margin, read_prior
+from fused_la._checks import check_flag
+from fused_la._margin import PairwiseMargin
+from fused_la._no_classes import (
+    head_rows,
+    logits_or_one,
+    margin_or_one,
+    or_one,
+    out_if_none,
+    target_or_one,
+    weight_or_one,
+)
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@not_compiled
+def class_parallel_logit_adjusted_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    log_prior: Tensor,
+    tau: float = 1.0,
+    *,
+    group: ProcessGroup | None = None,
+    target_weight: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    smoothing_distribution: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    r"""`logit_adjusted_cross_entropy` of logits whose classes are spread over ranks.
+
+    .. math::
+        \ell(y, f) = -\log \mathrm{softmax}(f + \tau \log \pi)_y, \qquad f = (f^{(0)}, f^{(1)}, \dots), f^{(r)}
+        \text{ on rank } r
+
+    Equivalent to: ``logit_adjusted_cross_entropy(torch.cat(logits_of_ranks, 1), target, torch.cat(log_priors_of_ranks),
+    tau, ...)``, with the gradients of the logits and the log prior of this rank.
+
+    Args:
+        logits: (N, C_r), (C_r,) or (N, C_r, d1, ..., dk) of this rank's classes; the same rows on all ranks.
+        target: int64 labels among all C classes, the same on all ranks, or with `target_weight` (N, K) of them; or
+            class probabilities (N, C_r) of this rank's classes.
+        log_prior: (C_r,) of this rank's classes, up to a constant that all ranks share. All may be at -inf here.
+        tau: strength of the adjustment, >= 0.
+        group: the process group that holds the classes; None is the default one.
+        target_weight: of the shape of `target`, the same on all ranks.
+        weight: (C_r,) class weights of this rank's classes.
+        ignore_index, reduction, label_smoothing: as in `logit_adjusted_cross_entropy`.
+        smoothing_distribution: (C_r,) this rank's part of the probabilities; None is 1 / C for each class.
+        impl: "auto", "blocked" (CPU) or "triton" (GPU).
+
+    Returns:
+        float32 (float64 for float64 logits), the same on all ranks: a scalar, or with reduction "none" one loss a row.
+
+    Raises:
+        TypeError, ValueError: an argument that is wrong here, or does not fit those of another rank: on every rank.
+        IndexError: a label outside [0, C) that is not ignore_index, on every rank and on every device.
+
+    Example:
+        >>> import torch, torch.distributed as dist
+        >>> from fused_la.distributed import class_parallel_logit_adjusted_cross_entropy
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> log_prior = torch.tensor([0.9, 0.09, 0.01]).log()  # of rank 0, which is alone here
+        >>> logits = torch.tensor([[2.0, 1.0, 1.5], [0.5, 0.0, 1.0]], requires_grad=True)
+        >>> loss = class_parallel_logit_adjusted_cross_entropy(logits, torch.tensor([0, 2]), log_prior)
+        >>> loss.backward()
+        >>> round(loss.item(), 4), logits.grad.shape
+        (2.0592, torch.Size([2, 3]))
+        >>> dist.destroy_process_group()
+
+    Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation 10; the partial maximum and sum
+    of each rank as in Shoeybi et al., "Megatron-LM", 2019, section 3.
+    """
+
+    def ask() -> Asked:
+        rows, n_classes = logits_or_one(logits)
+        prior = or_one(log_prior, -torch.inf)
+        offset, strength = read_prior(prior, tau, rows, whole=False)
+        call = read_call(
+            rows, offset, strength, PairwiseMargin(), target_or_one(target, n_classes, rows), target_weight,
+            or_one(weight, 1.0), ignore_index, reduction, label_smoothing, or_one(smoothing_distribution, 0.0),
+            whole=False,
+        )  # fmt: skip
+        return Asked(out_if_none(call, n_classes), rows, None, None, n_classes, PairwiseMargin(), strength, impl)
+
+    return class_parallel_loss("class_parallel_logit_adjusted_cross_entropy", group, ask)
+
+
+@not_compiled
+def class_parallel_margin_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    margin: PairwiseMargin,
+    *,
+    group: ProcessGroup | None = None,
+    target_weight: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    smoothing_distribution: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    r"""`margin_cross_entropy` of logits whose classes are spread over ranks.
+
+    .. math:: \ell(y, f) = \alpha_y \log\Big[1 + \sum_{c \ne y} e^{(s_c f_c + u_c) - (s_y f_y + v_y)}\Big]
+
+    Equivalent to: ``margin_cross_entropy(torch.cat(logits_of_ranks, 1), target, margin, ...)``, where this rank passes
+    ``margin.of_classes(first, last)``. Make the margin from the prior of all classes: most presets need its constant.
+
+    Args:
+        logits, target: as in `class_parallel_logit_adjusted_cross_entropy`.
+        margin: (C_r,) vectors of this rank's classes, the same ones on every rank.
+        group, target_weight, weight: as there; weights count in the denominator of a mean, alpha does not.
+        ignore_index, reduction, label_smoothing, smoothing_distribution, impl: as there.
+
+    Returns:
+        As `class_parallel_logit_adjusted_cross_entropy`.
+
+    Raises:
+        TypeError, ValueError, IndexError: as there.
+
+    Example:
+        >>> import torch, torch.distributed as dist
+        >>> from fused_la import margins
+        >>> from fused_la.distributed import class_parallel_margin_cross_entropy
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> margin = margins.adaptive(torch.tensor([0.9, 0.09, 0.01]).log()).of_classes(0, 3)
+        >>> logits = torch.tensor([[2.0, 1.0, 1.5], [0.5, 0.0, 1.0]])
+        >>> loss = class_parallel_margin_cross_entropy(logits, torch.tensor([0, 2]), margin)
+        >>> round(loss.item(), 4)
+        2.2464
+        >>> dist.destroy_process_group()
+
+    Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation 11.
+    """
+
+    def ask() -> Asked:
+        rows, n_classes = logits_or_one(logits)
+        held = margin_or_one(margin, n_classes, rows)
+        call = read_call(
+            rows, read_margin(held, rows), 1.0, held, target_or_one(target, n_classes, rows), target_weight,
+            or_one(weight, 1.0), ignore_index, reduction, label_smoothing, or_one(smoothing_distribution, 0.0),
+            whole=False,
+        )  # fmt: skip
+        return Asked(call, rows, None, None, n_classes, margin, 1.0, impl)
+
+    return class_parallel_loss("class_parallel_margin_cross_entropy", group, ask)
+
+
+@not_compiled
+def class_parallel_linear_logit_adjusted_cross_entropy(
+    features: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    log_prior: Tensor,
+    tau: float = 1.0,
+    *,
+    bias: Tensor | None = None,
+    group: ProcessGroup | None = None,
+    gather_features: bool = False,
+    average_over_ranks: bool = False,
+    target_weight: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    smoothing_distribution: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    r"""`linear_logit_adjusted_cross_entropy` of a classifier whose classes are spread over ranks.
+
+    .. math::
+        \ell(y, h) = -\log \mathrm{softmax}(W h + b + \tau \log \pi)_y, \qquad W = (W^{(0)}, W^{(1)}, \dots), W^{(r)}
+        \text{ on rank } r
+
+    Either all ranks have the same features, or with `gather_features` each has rows of its own, as data-parallel ranks
+    do; then the loss is that of all rows, and this rank gets the gradient of its own. Gradients are the true
+    derivatives of the loss: backward must be called on every rank, with the same upstream gradient. A model under DDP
+    or FSDP2 averages its gradients over the ranks where their sum is the derivative. `average_over_ranks` makes up for
+    that, as long as the group is the one that is averaged over: it multiplies the features' gradient by the number of
+    ranks. Keep the head's weight, bias and log prior out of what is averaged, each rank has other ones::
+
+        trunk = DistributedDataParallel(trunk)                      # or fully_shard(trunk)
+        weight = nn.Parameter(weight[first:last])                   # this rank's classes
+        loss = class_parallel_linear_logit_adjusted_cross_entropy(
+            trunk(images), weight, target, log_prior[first:last], gather_features=True, average_over_ranks=True)
+        loss.backward()
+
+    Args:
+        features: (N, D) or (..., D); the same on all ranks, or with `gather_features` this rank's rows, as many as it
+            has.
+        weight: (C_r, D) of this rank's classes.
+        target: int64 labels of the rows among all C classes, or with `target_weight` (N, K) of them; or, where the
+            features are the same on all ranks, class probabilities (N, C_r).
+        log_prior: (C_r,) of this rank's classes, up to a constant that all ranks share.
+        tau: strength of the adjustment, >= 0.
+        bias: (C_r,) of this rank's classes.
+        group: the process group that holds the classes; None is the default one.
+        gather_features: whether each rank has rows of its own.
+        average_over_ranks: whether the features' gradient is averaged over the ranks later; with `gather_features`.
+        target_weight: of the shape of `target`.
+        class_weight: (C_r,) class weights of this rank's classes.
+        ignore_index, reduction, label_smoothing: as in `linear_logit_adjusted_cross_entropy`.
+        smoothing_distribution: (C_r,) this rank's part of the probabilities; None is 1 / C for each class.
+        impl: "auto", "blocked" (CPU) or "triton" (GPU).
+
+    Returns:
+        float32 (float64 for float64 features), the same on all ranks: a scalar; or with reduction "none" one loss a row
+        of the features that this rank passed.
+
+    Raises:
+        TypeError, ValueError: an argument that is wrong here, or does not fit those of another rank: on every rank.
+        IndexError: a label outside [0, C) that is not ignore_index, on every rank and on every device.
+
+    Example:
+        >>> import torch, torch.distributed as dist
+        >>> from fused_la.distributed import class_parallel_linear_logit_adjusted_cross_entropy
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> log_prior = torch.tensor([0.9, 0.09, 0.01]).log()  # of rank 0, which is alone here
+        >>> weight = torch.tensor([[2.0, 0.5], [1.0, 0.0], [1.5, 1.0]], requires_grad=True)
+        >>> loss = class_parallel_linear_logit_adjusted_cross_entropy(
+        ...     torch.eye(2), weight, torch.tensor([0, 2]), log_prior, gather_features=True
+        ... )
+        >>> loss.backward()
+        >>> round(loss.item(), 4), weight.grad.shape
+        (2.0592, torch.Size([3, 2]))
+        >>> dist.destroy_process_group()
+
+    Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation 10; the head of data-parallel
+    ranks spread over them as in An et al., "Partial FC", CVPR 2022.
+    """
+
+    def ask() -> Asked:
+        held, n_classes = weight_or_one(weight)
+        held_bias = or_one(bias, 0.0)
+        rows, labels, shares = head_rows(features, held, n_classes, held_bias, target, target_weight)
+        offset, strength = read_prior(or_one(log_prior, -torch.inf), tau, rows, whole=False)
+        call = read_call(
+            rows, offset, strength, PairwiseMargin(), labels, shares, or_one(class_weight, 1.0), ignore_index,
+            reduction, label_smoothing, or_one(smoothing_distribution, 0.0), "class_weight", whole=False,
+        )  # fmt: skip
+        return Asked(
+            out_if_none(call, n_classes), features, held, held_bias, n_classes, PairwiseMargin(), strength, impl,
+            check_flag("gather_features", gather_features), check_flag("average_over_ranks", average_over_ranks),
+        )  # fmt: skip
+
+    return class_parallel_loss("class_parallel_linear_logit_adjusted_cross_entropy", group, ask)
+
+
+@not_compiled
+def class_parallel_linear_margin_cross_entropy(
+    features: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    margin: PairwiseMargin,
+    *,
+    bias: Tensor | None = None,
+    group: ProcessGroup | None = None,
+    gather_features: bool = False,
+    average_over_ranks: bool = False,
+    target_weight: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    smoothing_distribution: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    r"""`linear_margin_cross_entropy` of a classifier whose classes are spread over ranks.
+
+    .. math:: \ell(y, h) = \alpha_y \log\Big[1 + \sum_{c \ne y} e^{(s_c f_c + u_c) - (s_y f_y + v_y)}\Big], f = W h + b
+
+    Args:
+        features, weight, target: as in `class_parallel_linear_logit_adjusted_cross_entropy`.
+        margin: (C_r,) vectors of this rank's classes, ``margin.of_classes(first, last)``; the same ones on every rank.
+        bias, group, gather_features, average_over_ranks: as there.
+        target_weight, class_weight: as there; weights count in the denominator of a mean, alpha does not.
+        ignore_index, reduction, label_smoothing, smoothing_distribution, impl: as there.
+
+    Returns:
+        As `class_parallel_linear_logit_adjusted_cross_entropy`.
+
+    Raises:
+        TypeError, ValueError, IndexError: as there.
+
+    Example:
+        >>> import torch, torch.distributed as dist
+        >>> from fused_la import margins
+        >>> from fused_la.distributed import class_parallel_linear_margin_cross_entropy
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> margin = margins.adaptive(torch.tensor([0.9, 0.09, 0.01]).log()).of_classes(0, 3)
+        >>> weight = torch.tensor([[2.0, 0.5], [1.0, 0.0], [1.5, 1.0]])
+        >>> loss = class_parallel_linear_margin_cross_entropy(torch.eye(2), weight, torch.tensor([0, 2]), margin)
+        >>> round(loss.item(), 4)
+        2.2464
+        >>> dist.destroy_process_group()
+
+    Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation 11.
+    """
+
+    def ask() -> Asked:
+        held, n_classes = weight_or_one(weight)
+        held_bias = or_one(bias, 0.0)
+        rows, labels, shares = head_rows(features, held, n_classes, held_bias, target, target_weight)
+        of_classes = margin_or_one(margin, n_classes, rows)
+        call = read_call(
+            rows, read_margin(of_classes, rows), 1.0, of_classes, labels, shares, or_one(class_weight, 1.0),
+            ignore_index, reduction, label_smoothing, or_one(smoothing_distribution, 0.0), "class_weight", whole=False,
+        )  # fmt: skip
+        return Asked(
+            call, features, held, held_bias, n_classes, margin, 1.0, impl,
+            check_flag("gather_features", gather_features), check_flag("average_over_ranks", average_over_ranks),
+        )  # fmt: skip
+
+    return class_parallel_loss("class_parallel_linear_margin_cross_entropy", group, ask)
