@@ -144,9 +144,7 @@ def backward(
     rows, to_gradient = prepare_backward(products, problem, saved, grad_rows, impl, shard)
     features, weight, bias, log_prior = wanted
     grad_features = torch.zeros_like(head.features, dtype=products.dtype) if features else None
-    grad_weight = None
-    if weight:  # of no rows no block is written
-        grad_weight = torch.empty_like(head.weight) if products.blocks else torch.zeros_like(head.weight)
+    grad_weight = torch.empty_like(head.weight) if weight else None
     # Summed in float64: over many rows a float32 sum would lose what the rows' gradients hold.
     grad_offset = head.weight.new_zeros(len(head.weight), dtype=torch.float64) if bias or log_prior else None
     for chunk in class_chunks(len(head.weight), products.tiles.classes):
