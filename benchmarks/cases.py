@@ -35,6 +35,12 @@ class Case:
         return getattr(torch, self.dtype)
 
     @property
+    def upstream(self) -> float:
+        """What a step's loss is scaled by in backward: in float16 the gradient of a mean over many rows underflows, so
+        there as many as the rows, as a GradScaler has it; a power of two that float16 holds."""
+        return 1.0 if self.dtype != "float16" else 2.0 ** min(15, math.ceil(math.log2(self.n_rows)))
+
+    @property
     def logits_bytes(self) -> int:
         return self.n_rows * self.n_classes * self.torch_dtype.itemsize
 
@@ -136,7 +142,11 @@ SELECTIONS = {
     ),
     "head": Selection(
         "the classifier's matrix product and the loss together",
-        cpu=(Case(256, 8142, "float32", n_features=128), Case(256, 100_000, "float32", n_features=512)),
+        cpu=(
+            Case(256, 8142, "float32", n_features=128),
+            Case(4096, 8142, "float32", n_features=512),
+            Case(256, 100_000, "float32", n_features=512),
+        ),
         gpu=_GPU_HEADS,
         memory=("held",),
         seconds=5.0,

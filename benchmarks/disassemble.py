@@ -2,9 +2,11 @@
 
     python -m benchmarks.disassemble
     python -m benchmarks.disassemble --classes 50257 99991 --dtypes bfloat16 --targets sm_90 --json
+    python -m benchmarks.disassemble --all --check --jobs 2
 
-The launchers are called for real problems, with a recorder in the place of each kernel; what they would have launched
-is compiled for each target and disassembled. One line a kernel:
+The last compiles every variant for every target, in two processes; its exit status is 1 if one does not compile or a
+figure is over its budget (`budgets.py`). What the launchers would launch for real problems is compiled (`compiled.py`)
+and disassembled. One line a kernel:
 
     regs      registers a thread;  local: bytes of local memory a thread (0: nothing spills anywhere)
     rows      the loop over the full tiles of a row, in a forward pass;  gradient: the loop that writes their gradient
@@ -20,160 +22,25 @@ TRITON_INTERPRET.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import importlib
+import itertools
 import json
+import math
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
 
-import torch
-import triton
-from torch import Tensor
 from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from fused_la._problem import Problem
+from benchmarks.budgets import violations
+from benchmarks.compiled import COMMON, DTYPES, HEADS, OTHERS, TARGETS, VARIANTS, Call, calls_of, compiled, make_problem
 
-# Modules, where the package holds functions of the same names.
-forward_module = importlib.import_module("fused_la._triton.forward")
-backward_module = importlib.import_module("fused_la._triton.backward")
-
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
-KERNELS = {
-    forward_module: ("_prepare_kernel", "_forward_kernel"),
-    backward_module: ("_grad_logits_kernel", "_grad_log_prior_kernel"),
-}
-
-
-class Call(NamedTuple):
-    """A kernel as a launcher calls it."""
-
-    name: str
-    kernel: Any
-    arguments: dict[str, Any]
-    num_warps: int
-
-
-# Problems -------------------------------------------------------------------------------------------------------------
-
-VARIANTS = ("label", "two labels", "margin", "weights, smoothing", "probabilities", "images", "learned prior")
-
-
-def make_problem(variant: str, n_rows: int, n_classes: int, dtype: torch.dtype, row_step: int | None) -> Problem:
-    """Rows of logits, row_step elements apart, and the arguments that a variant has; no value is ever read."""
-    if variant == "images":
-        logits = torch.empty(n_rows, n_classes, 9, dtype=dtype).transpose(1, 2)
-    else:
-        step = n_classes if row_step is None else row_step
-        logits = torch.empty(n_rows * step + n_classes, dtype=dtype).as_strided((n_rows, 1, n_classes), (step, step, 1))
-    rows = logits.shape[:2]
-    compute = torch.float64 if dtype == torch.float64 else torch.float32
-    n_labels = 2 if variant == "two labels" else 1
-    target, weights = torch.empty(*rows, n_labels, dtype=torch.int64), torch.empty(n_classes)
-    if variant == "probabilities":
-        target = torch.empty((*rows, n_classes), dtype=compute)
-    smooth = variant == "weights, smoothing"
-    return Problem(
-        logits,
-        torch.empty(n_classes),
-        target,
-        torch.empty(*rows, 2) if variant == "two labels" else None,
-        weight=weights if smooth else None,
-        mean_weight=weights if smooth else None,
-        smoothing_distribution=weights if smooth else None,
-        target_offset=weights if variant == "margin" else None,
-        scale=weights if variant == "margin" else None,
-        label_smoothing=0.1 if smooth else 0.0,
-    )
-
-
-@contextlib.contextmanager
-def recorded() -> Iterator[list[Call]]:
-    """Calls of the kernels within, none of which runs."""
-    calls: list[Call] = []
-
-    class Recorder:
-        def __init__(self, name: str, kernel: Any):
-            self.name, self.kernel = name, kernel
-
-        def __getitem__(self, grid: Any) -> Any:
-            def call(*args: Any, num_warps: int = 4, **kwargs: Any) -> None:
-                arguments = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
-                calls.append(Call(self.name, self.kernel, arguments, num_warps))
-
-            return call
-
-    originals = [(module, name, getattr(module, name)) for module, names in KERNELS.items() for name in names]
-    for module, name, kernel in originals:
-        setattr(module, name, Recorder(name, kernel))
-    try:
-        yield calls
-    finally:
-        for module, name, kernel in originals:
-            setattr(module, name, kernel)
-
-
-def calls_of(problem: Problem, variant: str) -> list[Call]:
-    """What a training step launches, each kernel once: forward with and without the gradient, and backward."""
-    with recorded() as calls:
-        _, state, normalizer, _ = forward_module.launch_forward(problem, "mean", False)
-        if forward_module.forward_gradient(problem, "mean"):
-            forward_module.launch_forward(problem, "mean", True)
-            calls[:] = [*calls[:2], calls[-1]]  # what prepares is the same
-        upstream = normalizer.expand(problem.logits.shape[:2])
-        backward_module.launch_backward(problem, state, upstream, normalizer, True, variant == "learned prior")
-    return calls
-
-
-# Compilation ----------------------------------------------------------------------------------------------------------
-
-POINTERS = {
-    torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64",
-    torch.int64: "*i64", torch.int32: "*i32",
-}  # fmt: skip
-
-
-def source(call: Call) -> ASTSource:
-    """The kernel specialised for a call, as Triton does at run time: for 1, for multiples of 16, for None."""
-    constants: dict[tuple[int, ...], Any] = {}
-    attributes: dict[tuple[int, ...], Any] = {}
-
-    def specialise(value: Any, path: tuple[int, ...], frozen: bool) -> Any:
-        if isinstance(value, tuple):
-            types = [specialise(item, (*path, i), frozen) for i, item in enumerate(value)]
-            return type(value)(*types) if hasattr(value, "_fields") else tuple(types)
-        if isinstance(value, Tensor):
-            if value.data_ptr() % 16 == 0:
-                attributes[path] = [["tt.divisibility", 16]]
-            return POINTERS[value.dtype]
-        if isinstance(value, int) and not isinstance(value, bool) and (frozen or value != 1):
-            if not frozen and value % 16 == 0:
-                attributes[path] = [["tt.divisibility", 16]]
-            return "i32" if -(2**31) <= value < 2**31 else "i64"
-        constants[path] = value
-        return "constexpr"
-
-    signature = {}
-    for at, parameter in enumerate(call.kernel.params):
-        value = call.arguments[parameter.name]
-        if parameter.is_constexpr:
-            constants[(at,)] = value
-            signature[parameter.name] = "constexpr"
-        else:
-            signature[parameter.name] = specialise(value, (at,), parameter.do_not_specialize)
-    return ASTSource(call.kernel, signature=signature, constexprs=constants, attrs=attributes)
+# Figures --------------------------------------------------------------------------------------------------------------
 
 
 def tool(name: str) -> str:
@@ -218,7 +85,7 @@ def loaded_bytes(loop: list[str]) -> int:
 
 def tile_elements(call: Call) -> tuple[float, float]:
     """Elements of a tile for each thread, and the bytes that it loads for them: logits and what is added to them."""
-    n_threads = 32 * call.num_warps
+    n_threads = 32 * call.options["num_warps"]
     elements = call.arguments["BLOCK_ROWS"] * call.arguments["BLOCK_C"] / n_threads
     vectors, dense = call.arguments["vectors"], call.arguments["N_LABELS"] == 0
     per_class = [vectors.log_prior, vectors.scale]
@@ -278,36 +145,73 @@ def body_figures(loop: list[str], call: Call) -> dict[str, Any]:
 
 def figures(call: Call, target_name: str) -> dict[str, Any]:
     """Compile a call for a target; what its binary holds."""
-    target = TARGETS[target_name]
-    compiled = triton.compile(source(call), target=target, options={"num_warps": call.num_warps})
-    row: dict[str, Any] = {"kernel": call.name, "target": target_name}
+    asm = compiled(call, target_name).asm
+    row: dict[str, Any] = {"kernel": call.name, "target": target_name, "vec": call.arguments.get("VEC", 1)}
     if call.name == "_forward_kernel":
         row["kernel"] += " + gradient" if call.arguments["grad_logits"] is not None else ""
         row["splits"] = call.arguments["SPLITS"]
-    if target.backend != "cuda":
-        text = compiled.asm["amdgcn"]
+    if call.arguments.get("MADE_FOR_ONE"):
+        row["kernel"] += ", made"
+    if TARGETS[target_name].backend != "cuda":
+        text = asm["amdgcn"]
         row["regs"] = int(re.findall(r"\.vgpr_count:\s*(\d+)", text)[0])
         row["local"] = int(re.findall(r"\.private_segment_fixed_size:\s*(\d+)", text)[0])
-        row["wide_loads"] = text.count("_load_dwordx4")
-        row["wide_stores"] = text.count("_store_dwordx4")
+        row["wide_loads"], row["wide_stores"] = (
+            len(re.findall(rf"\b(?:global|flat|buffer)_{access}_dwordx4\b", text)) for access in ("load", "store")
+        )
         return row
-    usage, lines = cuda_figures(compiled.asm["cubin"])
+    usage, lines = cuda_figures(asm["cubin"])
     row |= usage
-    if "BLOCK_C" in call.arguments:
+    if call.name in ("_parts_kernel", "_gradient_kernel"):  # the whole kernel's: its loop is all that is wide
+        row["wide_loads"] = sum(1 for line in lines if re.search(r"\bLDG\.\S*\.?128", line))
+        row["wide_stores"] = sum(1 for line in lines if re.search(r"\bSTG\.\S*\.?128", line))
+    elif call.name != "_join_kernel" and "BLOCK_ROWS" in call.arguments:
         row["block_rows"] = call.arguments["BLOCK_ROWS"]
         row["bodies"] = bodies_of(lines, call)
     return row
 
 
-def table(targets: list[str], dtypes: list[str], classes: list[int], variants: list[str], n_rows: int,
-          row_step: int | None) -> Iterator[dict[str, Any]]:  # fmt: skip
-    for target in targets:
-        for dtype in dtypes:
-            for n_classes in classes:
-                for variant in variants:
-                    problem = make_problem(variant, n_rows, n_classes, DTYPES[dtype], row_step)
-                    for call in calls_of(problem, variant):
-                        yield {"dtype": dtype, "classes": n_classes, "variant": variant, **figures(call, target)}
+# The command ----------------------------------------------------------------------------------------------------------
+
+
+class Task(NamedTuple):
+    target: str
+    dtype: str
+    classes: int
+    variant: str
+    rows: int = 4096
+    row_step: int | None = None
+
+
+def figures_of(task: Task) -> list[dict[str, Any]]:
+    problem = make_problem(task.variant, task.rows, task.classes, DTYPES[task.dtype], task.row_step)
+    described = {"dtype": task.dtype, "classes": task.classes, "variant": task.variant}
+    try:
+        return [described | figures(call, task.target) for call in calls_of(problem, task.variant, task.target)]
+    except Exception as error:
+        raise RuntimeError(f"{task} does not compile") from error
+
+
+def every_task() -> Iterator[Task]:
+    """Every variant for every target and dtype at an unaligned C; what a variant shares with all others once a target:
+    rarer options, and rows that are aligned, odd steps apart, shorter than a tile, too short for vectors, and split."""
+    for target, dtype in itertools.product(TARGETS, DTYPES):
+        yield from (Task(target, dtype, 8142, variant) for variant in COMMON)
+    for target in TARGETS:
+        yield from (Task(target, "bfloat16", 8142, variant) for variant in OTHERS)
+        yield from (Task(target, dtype, 8192, variant, 512) for variant in HEADS for dtype in ("bfloat16", "float32"))
+        for dtype in ("bfloat16", "float32"):
+            yield from (Task(target, dtype, n_classes, "label") for n_classes in (100, 1000, 8192))
+            yield Task(target, dtype, 50257, "label", row_step=100_003)
+            yield Task(target, dtype, 50257, "label", rows=64)
+
+
+def rows_of(tasks: Iterable[Task], n_jobs: int) -> Iterator[dict[str, Any]]:
+    if n_jobs == 1:
+        yield from itertools.chain.from_iterable(map(figures_of, tasks))
+        return
+    with ProcessPoolExecutor(n_jobs, multiprocessing.get_context("spawn")) as pool:
+        yield from itertools.chain.from_iterable(pool.map(figures_of, tasks))
 
 
 def show(row: dict[str, Any]) -> str:
@@ -327,7 +231,7 @@ def show(row: dict[str, Any]) -> str:
     return line
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.disassemble", description=(__doc__ or "").split("\n\n")[0]
     )
@@ -337,15 +241,26 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["label"])
     parser.add_argument("--rows", type=int, default=4096, metavar="N", help="rows: few are split over programs")
     parser.add_argument("--row-step", type=int, metavar="S", help="elements from row to row (default: C)")
+    parser.add_argument("--all", action="store_true", help="every variant for every target, in place of all the above")
     parser.add_argument("--json", action="store_true", help="one JSON object a line in place of the table")
+    parser.add_argument("--check", action="store_true", help="exit status 1 where a figure passes its budget")
+    parser.add_argument("--jobs", type=int, default=1, metavar="J", help="processes (default: 1)")
     given = parser.parse_args(arguments)
     if knobs.runtime.interpret:
         sys.exit("unset TRITON_INTERPRET: interpreted kernels are not compiled")
-    if given.rows < 1 or min(given.classes) < 1 or (given.row_step is not None and given.row_step < max(given.classes)):
-        parser.error("--rows and --classes must be at least 1, --row-step at least the number of classes")
-    for row in table(given.targets, given.dtypes, given.classes, given.variants, given.rows, given.row_step):
+    if min(given.rows, given.jobs, *given.classes) < 1 or not max(given.classes) <= (given.row_step or math.inf):
+        parser.error("--rows, --jobs and --classes must be at least 1, --row-step at least the number of classes")
+    chosen = itertools.product(given.targets, given.dtypes, given.classes, given.variants)
+    tasks = every_task() if given.all else (Task(*task, given.rows, given.row_step) for task in chosen)
+    n_rows, wrong = 0, []
+    for row in rows_of(tasks, given.jobs):
+        n_rows += 1
         print(json.dumps(row) if given.json else show(row), flush=True)
+        wrong += [f"{show(row)}\n  {violation}" for violation in violations(row)]
+    if given.check:
+        print(*wrong, f"{n_rows} kernels compiled, {len(wrong)} figures over their budgets", sep="\n", file=sys.stderr)
+    return 1 if given.check and wrong else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

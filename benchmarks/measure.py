@@ -74,7 +74,7 @@ def make_step(provider: Provider, case: Case, batch: Batch, device: str) -> Step
     if provider.overwrites:
         originals, leaves = leaves, tuple(leaf.clone() for leaf in leaves)
     leaves = tuple(leaf.detach().requires_grad_(provider.is_loss) for leaf in leaves)
-    return Step(provider.load(case, device), leaves, batch, originals)
+    return Step(provider.load(case, device), leaves, batch, originals, case.upstream)
 
 
 def check(provider: Provider, case: Case, batch: Batch, step: Step, device: str) -> tuple[Record, str]:
@@ -96,12 +96,14 @@ def check(provider: Provider, case: Case, batch: Batch, step: Step, device: str)
         for loss in (evaluated, value):
             if loss.shape != ():
                 raise RuntimeError(f"the loss has shape {tuple(loss.shape)}")
-        found = errors(own, offset, batch, value, gradients)
+        found = errors(own, offset, batch, value, gradients, step.upstream)
         exact = value.double() / (1 + found.loss)  # close enough for the loss of evaluation
         apart = float((evaluated.double() - value.double()).abs() / exact.abs())
-        of_folding = EXACT if has_offset else errors(batch.leaves, batch.log_prior, batch, value, gradients)
+        of_folding = EXACT
+        if not has_offset:
+            of_folding = errors(batch.leaves, batch.log_prior, batch, value, gradients, step.upstream)
         step.reset()
-        return Errors(found.loss + apart, found.gradient), of_folding
+        return found._replace(loss=found.loss + apart), of_folding
 
     of_eager = EXACT
     if case.n_features and provider is not baseline(case):
@@ -111,11 +113,12 @@ def check(provider: Provider, case: Case, batch: Batch, step: Step, device: str)
     record = {
         "loss_error": found.loss,
         "gradient_error": found.gradient,
+        "row_error": found.row,
         "folding_error": None if has_offset else of_folding.gradient,
     }
     wrong = [
         f"{name} is off by {error:.2g} of itself, more than {limit:.2g}"
-        for name, error, limit in zip(("loss", "gradient"), found, limits, strict=True)
+        for name, error, limit in zip(("loss", "gradient", "gradient of a row"), found, limits, strict=True)
         if not error <= limit  # NaN is wrong too
     ]
     return record, "; ".join(wrong)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 
 import torch
@@ -160,7 +161,13 @@ def eager_head_folded(case: Case, device: str) -> Loss:
     return lambda leaves, batch: F.cross_entropy(F.linear(*leaves), batch.target)
 
 
-def torch_linear(case: Case, device: str) -> Loss:
+def compiled_head(case: Case, device: str) -> Loss:
+    torch.compiler.reset()
+    function = torch.compile(eager_head(case, device), dynamic=False, fullgraph=True)
+    return lambda leaves, batch: function(leaves, batch)
+
+
+def torch_linear(case: Case, device: str, chunked: bool = True) -> Loss:
     function = getattr(F, "linear_cross_entropy", None)
     options = getattr(torch.nn, "LinearCrossEntropyOptions", None)
     if function is None or options is None:
@@ -168,7 +175,7 @@ def torch_linear(case: Case, device: str) -> Loss:
 
     def loss(leaves: Sequence[Tensor], batch: Batch) -> Tensor:
         features, weight, bias = leaves
-        return function(features, weight, batch.target, linear_bias=bias, options=options())
+        return function(features, weight, batch.target, linear_bias=bias, options=options() if chunked else None)
 
     return loss
 
@@ -287,6 +294,24 @@ PROVIDERS: dict[str, Provider] = {
             "eager head, folded",
             "F.cross_entropy(F.linear(features, weight, bias), target); offset folded into the bias",
             eager_head_folded,
+            head=True,
+            inputs=folded,
+            rounds_loss=True,
+            targets=("hard",),
+            buffers=5,
+        ),
+        Provider(
+            "torch.compile head",
+            "the eager head compiled for its shape, fullgraph",
+            compiled_head,
+            head=True,
+            rounds_loss=True,
+            buffers=5,
+        ),
+        Provider(
+            "F.linear_cross_entropy, whole",
+            "PyTorch's own without options, which makes whole logits; offset folded into the bias",
+            partial(torch_linear, chunked=False),
             head=True,
             inputs=folded,
             rounds_loss=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,8 +18,9 @@ UNITS = {
     "traceback is in the JSON, or no result in time; crashed: its process died",
     "rows, classes, features": "shape of the logits (rows, classes); features of a head, 0 without one",
     "mode": "forward: the loss where no input requires grad; backward: loss.backward() after a forward pass that is "
-    "not timed; both: one training step. A provider that computes the gradient in its forward pass has little left in "
-    "backward: compare it in both",
+    "not timed; both: one training step. In float16 backward begins with a loss scale, a power of two near the number "
+    "of rows. A provider that computes the gradient in its forward pass has little left in backward: compare it in "
+    "both",
     "timer": "alternating: wall time, eager before each run, in one process; events: device events, the level-2 cache "
     "filled with other data; wall: from the call until the device has finished, caches warm; graph: a CUDA graph's "
     "replay by device events, the cache filled with other data",
@@ -33,7 +35,9 @@ UNITS = {
     "times_faster_than_eager": "median of eager over this median: of the alternating runs, or on a GPU of eager's row",
     "peak_bytes": "bytes of one run beyond its inputs, gradients included. GPU: peak of PyTorch's allocator; CPU: "
     "growth of the peak resident set after free memory was returned to the system",
-    "loss_error, gradient_error": "relative error (of the gradient: of its norm) against float64 on the same input",
+    "loss_error, gradient_error, row_error": "relative error against float64 on the same input: of the loss, of the "
+    "gradient (its norm), and of the row of the gradient that is off most (against rows as they are); the strings nan "
+    "or inf where that is what it is",
     "folding_error": "of a provider whose offset was folded: relative error of its gradient against float64 of logits "
     "and offset before the fold",
 }
@@ -65,7 +69,16 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, document: Document) -> None:
-    write_atomically(path, json.dumps(document, indent=1, allow_nan=False, default=str) + "\n")
+    write_atomically(path, json.dumps(as_json(document), indent=1, allow_nan=False, default=str) + "\n")
+
+
+def as_json(value: Any) -> Any:
+    """JSON has no NaN and no infinity, which errors of a wrong loss may be: they become strings."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: as_json(item) for key, item in value.items()}
+    return [as_json(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

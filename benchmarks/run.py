@@ -127,7 +127,7 @@ def combined(records: list[Record], checked: Record) -> Record:
     case = Case(*(records[0][key] for key in ("rows", "classes", "dtype", "target", "features")))
     ms = [record["ms"] for record in records]
     ratios = [record["eager_ms"] / record["ms"] for record in records]
-    errors = {key: checked[key] for key in ("loss_error", "gradient_error", "folding_error") if key in checked}
+    errors = {key: value for key, value in checked.items() if key.endswith("_error")}
     together = {
         "ms": statistics.median(ms),
         "ms_low": min(ms),

@@ -38,6 +38,7 @@ class Step:
     leaves: tuple[Tensor, ...]  # they require grad
     batch: Batch
     originals: tuple[Tensor, ...] | None = None  # of leaves that the loss overwrites
+    upstream: float = 1.0  # what backward begins with
 
     def restore(self) -> None:
         """Put back what the loss overwrites."""
@@ -61,8 +62,11 @@ class Step:
     def both(self) -> Tensor:
         value = self.value()
         if value.requires_grad:  # not where it is a yardstick
-            value.backward()
+            self.backward(value)
         return value.detach()
+
+    def backward(self, value: Tensor) -> None:
+        value.backward(None if self.upstream == 1.0 else torch.full_like(value, self.upstream))
 
     def mode(self, mode: str) -> tuple[Callable[[], Any], Callable[[Any], object]]:
         """What precedes each timed run of a mode, and the run, of what that returned."""
@@ -73,7 +77,7 @@ class Step:
 
         return {
             "forward": (self.reset, lambda _: self.forward()),
-            "backward": (prepare_backward, lambda value: value.backward()),
+            "backward": (prepare_backward, self.backward),
             "both": (self.reset, lambda _: self.both()),
         }[mode]
 

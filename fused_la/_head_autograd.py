@@ -149,7 +149,7 @@ def _forward_op(
 def _(features, weight, bias, product_dtype, log_prior, target, target_weight, class_weight, mean_weight,
       smoothing_distribution, target_offset, scale, tau, label_smoothing, ignore_index, reduction, impl):  # fmt: skip
     dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
-    n_rows, n_labels = len(features), 1 if target.is_floating_point() else target.shape[-1]
+    n_rows, n_labels = features.shape[0], 1 if target.is_floating_point() else target.shape[-1]
     at_labels = features.new_empty((n_rows, 1, n_labels), dtype=dtype)
     return (
         features.new_empty((n_rows, 1) if reduction == "none" else (), dtype=dtype),

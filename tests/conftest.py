@@ -3,6 +3,8 @@
 import contextlib
 import os
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin take the core of another test process
+
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -37,12 +39,16 @@ if DEVICE == "cpu":
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """Run the whole suite in a process a core, for the kernels' interpreter keeps one busy; a GPU is one process's."""
+    """Run the whole suite in a process a core, a file in one of them; a GPU is one process's.
+
+    The interpreter of kernels keeps a core busy. Without pytest-xdist nothing reads these options.
+    """
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not hasattr(config, "workerinput")
     if DEVICE == "cpu" and whole and config.getoption("numprocesses", None) is None and not config.option.usepdb:
         config.option.numprocesses = (
             len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         )
+        config.option.dist = "loadfile"
 
 
 @pytest.fixture(autouse=True)

@@ -214,6 +214,22 @@ def wrong_without_gradient(logits, batch):
     return loss if logits.requires_grad else 2 * loss
 
 
+class OneRowWithoutGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits):
+        return logits.clone()
+
+    @staticmethod
+    def backward(ctx, *grad_outputs):
+        (gradient,) = grad_outputs
+        gradient[-1] = 0.0
+        return gradient
+
+
+def no_gradient_in_the_last_row(logits, batch):
+    return torch.nn.functional.cross_entropy(OneRowWithoutGradient.apply(logits) + batch.log_prior, batch.target)
+
+
 def not_a_number(logits, batch):
     return torch.nn.functional.cross_entropy(logits + batch.log_prior, batch.target) * float("nan")
 
@@ -233,6 +249,24 @@ def test_a_wrong_provider_is_listed_with_its_error_and_not_timed(benchmarks, job
     assert record["status"] == "wrong"
     assert what in record["reason"]
     assert "ms" not in record
+
+
+def test_one_wrong_row_of_many_is_found(benchmarks, job):
+    """Of 30,000 it is 0.6 % of the gradient, less than bfloat16 rounds away: as a kernel leaves it whose last program
+    is wrong."""
+    case = benchmarks.cases.Case(30_000, 37, "bfloat16")
+    (record,) = benchmarks.measure.measure(replace(job, case=case), replaced(benchmarks, no_gradient_in_the_last_row))
+    assert record["status"] == "wrong"
+    assert record["gradient_error"] < torch.finfo(torch.bfloat16).eps < 0.5 < record["row_error"]
+    assert "gradient of a row is off by" in record["reason"]
+
+
+def test_float16_gradients_of_many_rows_are_scaled_as_they_are_in_training(benchmarks, job):
+    """1 / 30,000 of a probability of 1/2,000 is nothing in float16: without a scale every loss would be wrong."""
+    case = benchmarks.cases.Case(30_000, 17, "float16")
+    for name in ("eager", "fused_la blocked"):
+        records = list(benchmarks.measure.measure(replace(job, case=case, provider=name, time=False)))
+        assert [(record["status"], record["reason"]) for record in records] == [("checked", "")], name
 
 
 @pytest.mark.parametrize("target", ["hard", "two-label", "soft"])
@@ -276,6 +310,19 @@ def test_a_loss_that_overwrites_its_logits_gets_a_fresh_copy_every_time(benchmar
     assert {record["status"] for record in records} == {"timed"}
     (record,) = benchmarks.measure.measure(job, replaced(benchmarks, loss, overwrites=False))
     assert record["status"] == "wrong"
+
+
+def test_a_loss_that_is_not_a_number_does_not_end_the_run(benchmarks, job, tmp_path, monkeypatch):
+    """Its errors are no numbers either, and JSON has none of that kind."""
+    records = [*benchmarks.measure.measure(job, replaced(benchmarks, not_a_number)), job.record("skipped", "next")]
+    monkeypatch.setattr(benchmarks.main, "in_one_process", lambda *_: (record for record in records))
+    monkeypatch.setattr(benchmarks.main.machine, "device_facts", lambda _: DEVICE_FACTS)
+    assert benchmarks.main.main(["--device", "cpu", "--out", str(tmp_path)]) == 1  # nothing was timed
+    (path,) = tmp_path.glob("*/*.json")
+    wrong, following = json.loads(path.read_text(), parse_constant=pytest.fail)["results"]
+    assert (wrong["status"], wrong["loss_error"], wrong["gradient_error"]) == ("wrong", "nan", "nan")
+    assert following["reason"] == "next"
+    assert "loss is off by nan of itself" in path.with_suffix(".md").read_text()
 
 
 def test_a_provider_that_fails_leaves_its_traceback(benchmarks, job):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from oracle import truth
 
-from fused_la import logit_adjusted_cross_entropy
+from fused_la import _head, linear_logit_adjusted_cross_entropy, logit_adjusted_cross_entropy
 
 pytestmark = pytest.mark.gpu
 
@@ -136,3 +136,37 @@ def test_launches_are_two_forward_and_one_backward(device, shape):
         counts.append(sum("_kernel" in name and "elementwise" not in name for name in names))
     assert counts[0] <= 2
     assert counts[1] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(256, 64, 100_001), (5000, 32, 8142)], ids=str)
+def test_a_head_in_tiles_is_that_of_float64_and_waits_for_nothing(device, shape, dtype):
+    """More than one tile of classes, and of rows; no worse than whole logits in the same dtype."""
+    n_rows, n_features, n_classes = shape
+    tiles = _head.choose_tiles(n_rows, n_classes, device)
+    assert tiles.classes < n_classes or tiles.rows < n_rows
+    _, target, log_prior = make(n_rows, n_classes, dtype, device)
+    features = torch.randn(n_rows, n_features, device=device).to(dtype).requires_grad_()
+    weight = torch.randn(n_classes, n_features, device=device).to(dtype).requires_grad_()
+    bias = torch.randn(n_classes, device=device).to(dtype).requires_grad_()
+    leaves = (features, weight, bias)
+
+    def step():
+        loss = linear_logit_adjusted_cross_entropy(features, weight, target, log_prior, bias=bias)
+        return loss, torch.autograd.grad(loss, leaves)
+
+    step()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss, grads = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    eager = F.cross_entropy(F.linear(*leaves).float() + log_prior, target)
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    exact = F.cross_entropy(F.linear(*wide) + log_prior, target)
+    theirs, truths = torch.autograd.grad(eager, leaves), torch.autograd.grad(exact, wide)
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-4, atol=0.0)
+    for actual, baseline, value in zip(grads, theirs, truths, strict=True):
+        ulp = torch.finfo(dtype).eps * value.norm()
+        assert (actual.double() - value).norm() <= 2 * (baseline.double() - value).norm() + ulp

@@ -21,6 +21,7 @@ Device, Layout = choosing.Device, choosing.Layout
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 DEVICES = [Device(1, 1 << 20), Device(132, 50 << 20)]
+AMD = Device(304, 4 << 20, warp_size=64)
 N_ROWS = [1, 2, 3, 5, 16, 64, 255, 264, 1000, 4096, 100_003, 10**7]
 N_CLASSES = [
     *(1, 2, 3, 7, 8, 9, 63, 64, 127, 128, 248, 255, 256, 257, 512, 513),  # from a vector to the shortest wide rows
@@ -121,7 +122,7 @@ def test_rows_of_a_program_share_their_head_and_bodies_are_aligned():
 
 def test_tiles_chunks_and_splits_cover_a_row():
     for n_classes, dtype, layout in grid():
-        for n_rows, device in itertools.product((1, 64, 4096), DEVICES):
+        for n_rows, device in itertools.product((1, 64, 4096), (*DEVICES, AMD)):
             forward, twice, backward = launches(n_rows, n_classes, dtype, layout, device)
             for launch in (forward, twice):
                 n_chunks = launch.n_chunks(n_classes)
@@ -130,9 +131,9 @@ def test_tiles_chunks_and_splits_cover_a_row():
                 assert 1 <= launch.splits <= n_chunks <= choosing.MAX_CHUNKS
                 assert launch.splits * -(-n_chunks // launch.splits) >= n_chunks
                 if launch.vec > 1 and n_classes > launch.block_c:
-                    assert launch.block_c == launch.vec * 32 * launch.num_warps  # one vector a thread
+                    assert launch.block_c == launch.vec * device.warp_size * launch.num_warps  # one vector a thread
             assert 1 <= backward.splits <= -(-n_classes // backward.block_c)
-            assert backward.num_warps == 4
+            assert backward.num_warps * device.warp_size == 128
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -168,7 +169,9 @@ def test_rows_whose_gradient_the_forward_pass_makes_are_whole_and_in_l2():
                 continue
             launch = choosing.choose_launch(n_rows, n_classes, dtype, layout, device, read_twice=True)
             assert launch.splits == 1
-            resident = device.n_multiprocessors * max(1, choosing.RESIDENT_THREADS // (32 * launch.num_warps))
+            resident = device.n_multiprocessors * max(
+                1, choosing.RESIDENT_THREADS // (device.warp_size * launch.num_warps)
+            )
             assert resident * launch.block_rows * n_classes * dtype.itemsize < 0.75 * device.l2_bytes
             made.add((n_classes, dtype, device.n_multiprocessors))
     for n_classes in (1000, 8142, 50257, 99991):

@@ -263,8 +263,9 @@ def test_derivatives_agree_with_finite_differences(impl, device, preset):
     def loss(x):
         return margin_cross_entropy(x, target, margin, target_weight=shares, impl=impl)
 
-    assert gradcheck(loss, (logits,), check_forward_ad=True)
-    assert gradgradcheck(loss, (logits,))
+    interpreted = impl == "triton" and device == "cpu"
+    assert gradcheck(loss, (logits,), check_forward_ad=True, fast_mode=interpreted)
+    assert gradgradcheck(loss, (logits,), fast_mode=interpreted)
 
 
 @pytest.mark.parametrize("preset", DIFFERENTIATED)

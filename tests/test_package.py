@@ -144,17 +144,41 @@ def test_metrics_are_an_attribute_of_the_package():
 MAY_IMPORT = {
     "__init__": {"distributed", "linear", "loss", "margins", "posthoc", "metrics", "prior"},
     "loss": {
-        "_checks", "_autograd", "_call", "_choice", "_dtensor", "_margin", "_options", "_transforms", "reference",
+        "_checks",
+        "_autograd",
+        "_call",
+        "_choice",
+        "_dtensor",
+        "_margin",
+        "_options",
+        "_transforms",
+        "reference",
         "_problem",
     },
     "linear": {
-        "_checks", "_call", "_choice", "_dtensor", "_head", "_head_autograd", "_head_call", "_margin", "_options",
+        "_checks",
+        "_call",
+        "_choice",
+        "_dtensor",
+        "_head",
+        "_head_autograd",
+        "_head_call",
+        "_margin",
+        "_options",
         "_problem",
     },
     "distributed": {"_agreement", "_call", "_checks", "_margin", "_no_classes"},
-    "_dtensor": {"_checks", "_margin", "_ranks", "distributed"},
+    "_dtensor": {"distributed", "_checks", "_margin", "_ranks"},
     "_agreement": {
-        "_autograd", "_call", "_checks", "_choice", "_head_call", "_margin", "_problem", "_ranks", "_shards",
+        "_autograd",
+        "_call",
+        "_checks",
+        "_choice",
+        "_head_call",
+        "_margin",
+        "_problem",
+        "_ranks",
+        "_shards",
     },
     "_no_classes": {"_call", "_checks", "_head_call", "_margin"},
     "_shards": {"_blocks", "_head", "_problem", "_ranks", "_rows"},
@@ -184,7 +208,7 @@ MAY_IMPORT = {
     "_blocks": {"_problem"},
     "_triton": {"_blocks", "_problem", "_rows", "_triton"},
     "_problem": set(),
-}  # fmt: skip
+}
 # What a module may import beyond PyTorch, NumPy and Triton; without its extra, importing the package still works.
 OPTIONAL = {"metrics": {"torchmetrics"}, "_sweep": {"matplotlib"}}
 # Modules that import others by a name that they make up.

@@ -19,13 +19,14 @@ from torch import Tensor
 from fused_la._blocks import Block
 from fused_la._rows import Part, Rows, State
 from fused_la._triton.gradient import full_form
-from fused_la._triton.launch import VECTOR_BYTES, on_device_of
+from fused_la._triton.launch import VECTOR_BYTES, device_of, on_device_of
 from fused_la._triton.online import absorb, across_lanes, empty, join
 from fused_la._triton.targets import dense_mass
 from fused_la._triton.tiles import Vectors, adjust, exp, float_bits, load_classes, load_tile, scalar, triton_dtype
 
 CHUNK = 4096  # classes of a program
 BLOCK_C = 1024
+THREADS = 128  # of a program that takes a chunk: 8 classes each, so that half precision is written 16 bytes at a time
 JOINED_ROWS = 32  # of a program that joins parts
 
 
@@ -131,24 +132,25 @@ def _join_kernel(
     tl.store(rest + at, row[1], there)
     tl.store(gap + at, row[2], there)
     tl.store(total + at, row[3], there)
-    tau = scalar(tau_bits)
-    for k in range(N_LABELS):
-        label = tl.load(vectors.target + at * N_LABELS + k, there, other=ignore_index)
-        here = there & (label != ignore_index) & (label >= first) & (label < first + width)
-        label = tl.where(here, label, first)
-        value = tl.load(logits + rows.to(tl.int64) * row_step + (label - first), here, other=0.0).to(COMPUTE)
-        if bias is not None:
-            value += tl.load(bias + label).to(COMPUTE)
-        prior = None
-        scale = None
-        if vectors.log_prior is not None:
-            prior = tl.load(vectors.log_prior + label)
-        if vectors.scale is not None:
-            scale = tl.load(vectors.scale + label)
-        tl.store(label_z + at * N_LABELS + k, adjust(value, prior, scale, tau, COMPUTE), here)
-        if vectors.target_offset is not None:
-            own = adjust(value, None, scale, tau, COMPUTE) + tl.load(vectors.target_offset + label).to(COMPUTE)
-            tl.store(as_label + at * N_LABELS + k, own, here)
+    if N_LABELS > 0:
+        tau = scalar(tau_bits)
+        for k in range(N_LABELS):
+            label = tl.load(vectors.target + at * N_LABELS + k, there, other=ignore_index)
+            here = there & (label != ignore_index) & (label >= first) & (label < first + width)
+            label = tl.where(here, label, first)
+            value = tl.load(logits + rows.to(tl.int64) * row_step + (label - first), here, other=0.0).to(COMPUTE)
+            if bias is not None:
+                value += tl.load(bias + label).to(COMPUTE)
+            prior = None
+            scale = None
+            if vectors.log_prior is not None:
+                prior = tl.load(vectors.log_prior + label)
+            if vectors.scale is not None:
+                scale = tl.load(vectors.scale + label)
+            tl.store(label_z + at * N_LABELS + k, adjust(value, prior, scale, tau, COMPUTE), here)
+            if vectors.target_offset is not None:
+                own = adjust(value, None, scale, tau, COMPUTE) + tl.load(vectors.target_offset + label).to(COMPUTE)
+                tl.store(as_label + at * N_LABELS + k, own, here)
 
 
 @triton.jit(do_not_specialize=["first", "tau_bits", "smoothing_bits", "ignore_index"])
@@ -227,14 +229,14 @@ class Epilogue:
             "N_LABELS": 0 if problem.has_probabilities else problem.target.shape[2],
             "COMPUTE": triton_dtype(problem.compute_dtype),
         }
-        self._smooths = problem.label_smoothing > 0.0
+        self._of_tiles = {"BLOCK_C": BLOCK_C, "CHUNK": CHUNK, "HAS_SMOOTHING": problem.label_smoothing > 0.0}
         self._tau, self._smoothing = float_bits(problem.tau), float_bits(problem.label_smoothing)
 
     def absorb(self, block: Block, chunk: slice, logits: Tensor, part: Part) -> None:
         """Join what a tile leaves to the rows' part, and note what labels stand at."""
         rows, problem = self._rows, self._rows.problem
         n_rows, width = logits.shape
-        n_chunks = triton.cdiv(width, CHUNK)
+        n_chunks, num_warps = triton.cdiv(width, CHUNK), THREADS // device_of(logits).warp_size
         parts = logits.new_empty(4 * n_chunks * n_rows)
         with on_device_of(logits):
             _parts_kernel[(n_rows, n_chunks)](
@@ -242,14 +244,14 @@ class Epilogue:
                 logits.stride(0), problem.target.stride(),
                 block[0].start, chunk.start, width, problem.logits.shape[-1], n_rows,
                 self._tau, self._smoothing,
-                HAS_SMOOTHING=self._smooths, VEC=VECTOR_BYTES // logits.element_size(), BLOCK_C=BLOCK_C, CHUNK=CHUNK,
-                **self._constants,
+                VEC=VECTOR_BYTES // logits.element_size(), num_warps=num_warps, **self._of_tiles, **self._constants,
             )  # fmt: skip
             _join_kernel[(triton.cdiv(n_rows, JOINED_ROWS),)](
                 parts, logits, self._bias, self._vectors, *part, rows.candidates.z, rows.as_label,
                 logits.stride(0), block[0].start, chunk.start, width, n_rows, n_chunks,
                 self._tau, problem.ignore_index,
-                HAS_MASS=self._smooths or problem.has_probabilities, BLOCK_ROWS=JOINED_ROWS, **self._constants,
+                HAS_MASS=problem.label_smoothing > 0.0 or problem.has_probabilities,
+                BLOCK_ROWS=JOINED_ROWS, **self._constants,
             )  # fmt: skip
 
     def gradient_of(
@@ -265,14 +267,14 @@ class Epilogue:
 
         def gradient(block: Block, chunk: slice, logits: Tensor) -> Tensor:
             n_rows, width = logits.shape
-            grad = buffer.as_strided(logits.shape, logits.stride())
+            grad, num_warps = buffer.as_strided(logits.shape, logits.stride()), THREADS // device_of(logits).warp_size
             with on_device_of(logits):
                 _gradient_kernel[(n_rows, triton.cdiv(width, CHUNK))](
                     logits, self._bias, self._vectors, *state, upstream, share, of_candidates, grad,
                     logits.stride(0), problem.target.stride(),
                     block[0].start, chunk.start, width, problem.logits.shape[-1],
                     self._tau, self._smoothing, problem.ignore_index,
-                    HAS_SMOOTHING=self._smooths, BLOCK_C=BLOCK_C, CHUNK=CHUNK, **self._constants,
+                    num_warps=num_warps, **self._of_tiles, **self._constants,
                 )  # fmt: skip
             return grad
 

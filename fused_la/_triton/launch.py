@@ -1,8 +1,8 @@
 """Which tile a kernel runs: pure functions of the shape and the device, so that no result depends on a timing.
 
-The order in which a row is summed follows from the fields VEC, BLOCK_C, CHUNK_TILES and num_warps, and those are
-functions of the number of classes, the dtype and the layout in memory. Who sums it (BLOCK_ROWS, SPLITS, PERIOD) may
-also depend on the number of rows and on the device: it changes no bit of a row.
+The order in which a row is summed follows from the fields VEC, BLOCK_C, CHUNK_TILES and the number of threads, and
+those are functions of the number of classes, the dtype and the layout in memory. Who sums it (BLOCK_ROWS, SPLITS,
+PERIOD) may also depend on the number of rows and on the device: it changes no bit of a row.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class Layout(NamedTuple):
 class Device(NamedTuple):
     n_multiprocessors: int
     l2_bytes: int
+    warp_size: int = 32  # 64 on some AMD GPUs, where as many threads are half as many warps
 
 
 class Launch(NamedTuple):
@@ -76,6 +77,7 @@ CHUNK = 1 << 14  # classes of a partial sum, or more where a row would have over
 MAX_CHUNKS = 32
 ROWS = 2  # that share each load of the offset; with 4, kernels took up to 168 registers (sm_90, 1001 classes)
 GRAD_TILES = 8  # tiles of a backward program, at most
+FEW_THREADS = 128  # of a program; one that passes over a long row has more
 NARROW_TILE = 1024  # elements of a tile without 16-byte vectors, whose addresses take more registers
 PROGRAMS_A_MULTIPROCESSOR = 2  # fewer leave multiprocessors idle: rows are split, or fewer share a program
 RESIDENT_THREADS = 768  # assumed on a multiprocessor: what fits with 85 registers a thread
@@ -99,16 +101,17 @@ def choose_launch(
         block_c = min(triton.next_power_of_2(n_classes), NARROW_TILE if layout.adjacent else 16)
         block_rows = NARROW_TILE // block_c
         tiles = _chunk_tiles(n_classes, block_c)
-        launch = Launch(1, False, block_rows, block_c, tiles, 1, 1, num_warps=4)
+        launch = Launch(1, False, block_rows, block_c, tiles, 1, 1, FEW_THREADS // device.warp_size)
         return launch._replace(splits=_splits(launch, n_rows, n_classes, device))
 
     assert layout.row_step is not None
     edges = not layout.is_aligned(n_classes, vec)
     row_bytes = n_classes * dtype.itemsize
-    num_warps = 4 if row_bytes <= 1 << 15 else 8 if row_bytes <= 1 << 16 else 16
-    full_tile = vec * 32 * num_warps
+    n_threads = FEW_THREADS * (1 if row_bytes <= 1 << 15 else 2 if row_bytes <= 1 << 16 else 4)
+    full_tile = vec * n_threads
     block_c = min(triton.next_power_of_2(n_classes), full_tile)
-    launch = Launch(vec, edges, 1, block_c, _chunk_tiles(n_classes, block_c), 1, 1, num_warps)
+    tiles = _chunk_tiles(n_classes, block_c)
+    launch = Launch(vec, edges, 1, block_c, tiles, 1, 1, n_threads // device.warp_size)
     period = vec // math.gcd(layout.row_step, vec)
     if n_classes <= full_tile:
         # Several short rows fill the threads; how many must not depend on the number of rows.
@@ -122,7 +125,7 @@ def choose_launch(
 
 def fits_l2(launch: Launch, n_classes: int, dtype: torch.dtype, device: Device) -> bool:
     """Whether the rows in flight stay in L2 until they are read again."""
-    programs = device.n_multiprocessors * max(1, RESIDENT_THREADS // (32 * launch.num_warps))
+    programs = device.n_multiprocessors * max(1, RESIDENT_THREADS // (device.warp_size * launch.num_warps))
     return programs * launch.block_rows * n_classes * dtype.itemsize <= 0.6 * device.l2_bytes
 
 
@@ -160,8 +163,8 @@ def _splits(launch: Launch, n_rows: int, n_classes: int, device: Device) -> int:
 def choose_backward_launch(n_rows: int, n_classes: int, dtype: torch.dtype, layout: Layout, device: Device) -> Launch:
     """The launch of a backward pass, where classes need nothing of one another: a tile in any program will do."""
     launch = choose_launch(n_rows, n_classes, dtype, layout, device)
-    if launch.num_warps > 4:
-        launch = launch._replace(num_warps=4, block_c=launch.vec * 32 * 4)
+    if launch.num_warps * device.warp_size > FEW_THREADS:
+        launch = launch._replace(num_warps=FEW_THREADS // device.warp_size, block_c=launch.vec * FEW_THREADS)
     n_tiles = triton.cdiv(n_classes, launch.block_c)
     wanted = triton.cdiv(_n_programs(device), max(1, launch.n_groups(n_rows)))
     return launch._replace(splits=min(n_tiles, max(wanted, triton.cdiv(n_tiles, GRAD_TILES))))
@@ -185,7 +188,7 @@ def device_of(tensor: Tensor) -> Device:
     if not tensor.is_cuda:
         return Device(132, 50 << 20)  # an H100's, for the interpreter
     properties = torch.cuda.get_device_properties(tensor.device)
-    return Device(properties.multi_processor_count, properties.L2_cache_size)
+    return Device(properties.multi_processor_count, properties.L2_cache_size, properties.warp_size)
 
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
