@@ -221,8 +221,8 @@ def class_parallel_linear_logit_adjusted_cross_entropy(
         loss.backward()
 
     Args:
-        features: (N, D) or (..., D); the same on all ranks, or with `gather_features` this rank's rows, as many as it
-            has.
+        features: (N, D) or (..., D); the same on all ranks, of which only shape and dtype are compared, or with
+            `gather_features` this rank's rows, as many as it has.
         weight: (C_r, D) of this rank's classes.
         target: int64 labels of the rows among all C classes, or with `target_weight` (N, K) of them; or, where the
             features are the same on all ranks, class probabilities (N, C_r).
