@@ -14,7 +14,7 @@ from fused_la import _checks
 from fused_la._autograd import under_transform
 from fused_la._call import Call
 from fused_la._choice import choose_implementation, why_only_reference
-from fused_la._head_call import product_dtype
+from fused_la._head_call import feature_rows, product_dtype
 from fused_la._margin import PairwiseMargin
 from fused_la._problem import Problem
 from fused_la._ranks import Number, Ranks, check_device_type, check_same, checksum, gather_rows, meet, ranks_of
@@ -69,7 +69,7 @@ def class_parallel_loss(caller: str, group: Any, ask: Callable[[], Asked]) -> Te
     call, problem = asked.call, _as_rows(asked.call.problem)
     everyones = None
     if asked.weight is not None:
-        own = asked.own.reshape(-1, asked.own.shape[-1])
+        own = feature_rows(asked.own)
         dtype = product_dtype(own, asked.weight)
         if counts is not None:
             tensors = [own, problem.target, *([] if problem.target_weight is None else [problem.target_weight])]

@@ -26,6 +26,11 @@ def stand_in(features: Any, weight: Any, bias: Any, target: Any, target_weight: 
     return features.new_empty(1).expand(*shape, n_classes), target, target_weight
 
 
+def feature_rows(features: Tensor) -> Tensor:
+    """(D,) or (..., D) as (N, D), D = 0 among them."""
+    return features.flatten(0, -2) if features.dim() > 1 else features.unsqueeze(0)
+
+
 def _flat(labels: Any, name: str, shape: torch.Size, several: bool, n_classes: int) -> Tensor:
     _checks.check_tensor(name, labels)
     trailing = several or labels.is_floating_point()

@@ -13,7 +13,7 @@ from fused_la._call import Call, read_call, read_margin, read_prior
 from fused_la._choice import choose_implementation
 from fused_la._head import Head, predict
 from fused_la._head_autograd import fused_head_loss, head_formula
-from fused_la._head_call import check_head, product_dtype, stand_in
+from fused_la._head_call import check_head, feature_rows, product_dtype, stand_in
 from fused_la._margin import PairwiseMargin
 from fused_la._options import LossOptions
 from fused_la._problem import reduce_rows
@@ -256,7 +256,7 @@ class LogitAdjustedLinear(LossOptions):
         """The class of the largest raw logit of each row, (...) int64, computed a tile of classes at a time."""
         features, weight = self._operands(features)
         check_head(features, weight, self.bias)
-        rows = features.reshape(-1, self.in_features)
+        rows = feature_rows(features)
         return predict(Head(rows, weight, self.bias, product_dtype(rows, weight))).reshape(features.shape[:-1])
 
     def _operands(self, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -272,7 +272,7 @@ class LogitAdjustedLinear(LossOptions):
 def _loss_of(call: Call, features: Tensor, weight: Tensor, bias: Tensor | None, impl: str) -> Tensor:
     differentiable = (features, weight, bias, call.problem.log_prior)
     impl = choose_implementation(impl, call, differentiable, of_head=True)
-    rows = features.reshape(-1, features.shape[-1])
+    rows = feature_rows(features)
     if impl == "reference":
         loss, row_weight = head_formula(rows, weight, bias, call.problem)
         loss = reduce_rows(loss, row_weight.sum(), call.reduction)

@@ -192,6 +192,17 @@ def test_a_tile_without_a_class_left_and_rows_of_nan(impl):
 
 
 @pytest.mark.usefixtures("small_tiles")
+def test_no_features_leave_the_bias_alone(impl):
+    _, _, bias, log_prior = make_head(4, 1, 17)
+    features, weight = bias.new_empty(4, 0), bias.new_empty(17, 0)
+    target = torch.tensor([0, 16, 7, -100], device=DEVICE)
+    loss = linear_logit_adjusted_cross_entropy(features, weight, target, log_prior, bias=bias, impl=impl)
+    exact = F.cross_entropy(bias.expand(4, -1) + log_prior, target)
+    assert_close(loss, exact, **EXACT)
+    assert_close(torch.autograd.grad(loss, bias), torch.autograd.grad(exact, bias), **EXACT)
+
+
+@pytest.mark.usefixtures("small_tiles")
 def test_no_rows_and_no_counting_rows(impl):
     features, weight, bias, log_prior = make_head(3, 2, 9)
     for x, target in ((features[:0], torch.empty(0, dtype=torch.int64)), (features, torch.full((3,), -100))):
