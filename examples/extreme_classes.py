@@ -209,7 +209,7 @@ def show(report: dict) -> None:
     print(f"head of this process, as its gradient {report['head_bytes'] / mega:7.0f} MB")
     peak = report["peak_bytes_beyond_gradients"]
     print(f"peak beyond head and gradient         {'unknown' if peak is None else f'{peak / mega:7.0f} MB'}")
-    print(f"whole logits, their log-softmax and the gradient of both, as eager PyTorch has: 3 x {whole:.0f} MB")
+    print(f"eager PyTorch: logits, their log-softmax and its gradient at once: 3 x {whole:.0f} MB")
 
 
 def main() -> None:
