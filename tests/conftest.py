@@ -45,9 +45,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     """
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not hasattr(config, "workerinput")
     if DEVICE == "cpu" and whole and config.getoption("numprocesses", None) is None and not config.option.usepdb:
-        config.option.numprocesses = (
-            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        )
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        config.option.numprocesses = min(cores or 1, 8)  # of about a gigabyte each
         config.option.dist = "loadfile"
 
 
