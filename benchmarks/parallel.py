@@ -211,7 +211,7 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     measured = [measure(n_ranks, given) for n_ranks in given.ranks]
     report = {
-        "settings": vars(given) | {"out": str(given.out)},
+        "settings": {name: value for name, value in vars(given).items() if name != "out"},
         "cpu": cpu_name(),
         "torch": torch.__version__,
         "measured": measured,

@@ -15,6 +15,7 @@ Products are the vendor's library's. What makes a part of a tile of logits, or a
 from __future__ import annotations
 
 import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -210,7 +211,7 @@ def make_epilogue(rows: Rows, source: Source, impl: str) -> Any:
     return module.Epilogue(rows, source.tiles.rows * source.tiles.classes, source.bias, source.product_dtype)
 
 
-class Source:
+class Source(ABC):
     """Tiles of logits for one pass over them, one after the other in a buffer that every tile reuses."""
 
     bias: Tensor | None = None  # (C,) what they lack
@@ -223,13 +224,13 @@ class Source:
         self.blocks: list[Block] = [(slice(i, min(i + self.tiles.rows, n_rows)), slice(0, 1)) for i in starts]
         self._logits = like.new_empty(self.tiles.rows * self.tiles.classes, dtype=dtype)
 
+    @abstractmethod
     def of_classes(self, chunk: slice) -> Tensor:
         """What the tiles of a chunk of the classes share."""
-        raise NotImplementedError
 
+    @abstractmethod
     def logits(self, block: Block, of_chunk: Tensor) -> Tensor:
         """(n, c) logits of a tile, without bias."""
-        raise NotImplementedError
 
     def buffer(self, n: int, c: int) -> Tensor:
         """Where a tile stands. Its rows, where it lies by rows, are as far apart as any tile's."""
