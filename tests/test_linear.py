@@ -200,6 +200,32 @@ def test_a_tile_without_a_class_left_and_rows_of_nan(impl):
 
 
 @pytest.mark.usefixtures("small_tiles")
+def test_what_does_not_count_may_be_infinite_and_what_counts_is_nan(impl):
+    features, weight, bias, log_prior = (t.detach() for t in make_head(4, 3, 17))
+    features, log_prior = features.abs(), log_prior.index_fill(0, torch.tensor([5], device=DEVICE), -math.inf)
+    target = torch.tensor([0, -100, 16, 8], device=DEVICE)
+    leaves = (features, weight.index_fill(0, torch.tensor([5], device=DEVICE), math.inf), bias)
+    leaves[0][1] = math.nan  # of a row that does not count
+    leaves = tuple(leaf.requires_grad_() for leaf in leaves)
+    loss = linear_logit_adjusted_cross_entropy(*leaves[:2], target, log_prior, bias=bias, impl=impl)
+    kept = [c for c in range(17) if c != 5]
+    counting = [0, 2, 3]
+    x, w, b = features[counting], weight[kept], bias.detach()[kept].requires_grad_()
+    labels = torch.tensor([0, 15, 7], device=DEVICE)
+    exact = F.cross_entropy(F.linear(x, w, b) + log_prior[kept], labels)
+    assert_close(loss, exact, **EXACT)
+    (grad,), (of_kept,) = torch.autograd.grad(loss, bias), torch.autograd.grad(exact, b)
+    assert_close(grad[kept], of_kept, **EXACT)
+    assert grad[5] == 0
+
+    for value in (math.inf, -math.inf):  # one class at +inf; then no class left
+        classes = [4] if value > 0 else list(range(17))
+        infinite = weight.index_fill(0, torch.tensor(classes, device=DEVICE), value)
+        loss = linear_logit_adjusted_cross_entropy(x.detach(), infinite, target[counting], log_prior, impl=impl)
+        assert loss.isnan()
+
+
+@pytest.mark.usefixtures("small_tiles")
 def test_no_features_leave_the_bias_alone(impl):
     _, _, bias, log_prior = make_head(4, 1, 17)
     features, weight = bias.new_empty(4, 0), bias.new_empty(17, 0)
