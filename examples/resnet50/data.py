@@ -1,0 +1,297 @@
+"""The data sets: what lies on disk, what is checked before training starts, and which split is for what.
+
+    digits-lt        scikit-learn's handwritten digits as 32x32 images; nothing is read from disk
+    cifar10-lt       ROOT/cifar-10-batches-py/{data_batch_1 to 5, test_batch, batches.meta}
+    cifar100-lt      ROOT/cifar-100-python/{train, test, meta}
+    imagenet-lt      ROOT/ImageNet_LT_{train,val,test}.txt and the images that they list
+    places-lt        ROOT/Places_LT_{train,val,test}.txt, likewise
+    inaturalist2018  ROOT/iNaturalist18_{train,val}.txt, or the competition's {train,val}2018.json
+    folder           ROOT/{train,val,test}/CLASS/**/*.jpg and so on; val or test may be missing
+
+A list has a line `path label` for each image, the path relative to ROOT. Class counts come from labels alone: no image
+is opened before training unless `check_images` asks for it, but each must exist and not be empty.
+
+The split that results are reported on is "test", or "val" where a data set has no test split. What is tuned (tau, the
+best epoch) is chosen on another: the official "val" if there are both, else a part of every training class.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from cifar import CIFARS, read_cifar
+from formats import (
+    SPLITS,
+    ArrayImages,
+    DataError,
+    FileImages,
+    Images,
+    and_more,
+    check_decoding,
+    is_json,
+    read_folder,
+    read_listings,
+)
+from torch import Tensor
+from torchvision.transforms.v2 import functional
+
+from fused_la import count_classes
+
+MADE_LONG_TAILED = ("digits-lt", "cifar10-lt", "cifar100-lt")  # balanced sets that a profile is cut from
+LISTED = {  # prefix of the lists' names, number of classes, official splits
+    "imagenet-lt": ("ImageNet_LT", 1000, ("train", "val", "test")),
+    "places-lt": ("Places_LT", 365, ("train", "val", "test")),
+    "inaturalist2018": ("iNaturalist18", 8142, ("train", "val")),
+}
+DATASETS = (*MADE_LONG_TAILED, *LISTED, "folder")
+IMB_TYPES = ("exp", "step")
+IMB_TYPE, IMB_FACTOR, VAL_FRACTION = "exp", 0.01, 0.1  # defaults of `load`
+
+
+class Split(NamedTuple):
+    name: str  # as reports print it
+    images: Images
+
+
+class Data(NamedTuple):
+    train: Split
+    val: Split | None  # what tau and the best epoch are chosen on
+    test: Split  # what is reported
+    n_classes: int
+    class_names: list[str]
+    shots_counts: Tensor  # (C,) the data set's own training split, which many, medium and few refer to
+    class_counts: Tensor  # (C,) what is trained on, for the prior: without the images that became `val`
+    notes: list[str]
+
+
+class Parts(NamedTuple):
+    """What a data set comes with."""
+
+    train: Images
+    val: Images | None
+    test: Images | None
+    class_names: list[str]
+    notes: list[str]
+
+
+def load(
+    dataset: str,
+    root: Path | None,
+    *,
+    train_list: str | Path | None = None,
+    val_list: str | Path | None = None,
+    test_list: str | Path | None = None,
+    imb_type: str = IMB_TYPE,
+    imb_factor: float = IMB_FACTOR,
+    val_fraction: float = VAL_FRACTION,
+    check_images: bool = False,
+    download: bool = False,
+) -> Data:
+    """Read a data set's labels and check all that can be checked without opening an image.
+
+    Args:
+        dataset: one of DATASETS.
+        root: its folder; None for digits-lt, which has none.
+        train_list, val_list, test_list: list files (.json: the competition's format) in place of the usual ones,
+            relative to `root`, or to the current folder where `root` has no such file.
+        imb_type, imb_factor: `long_tailed_counts` of digits-lt and the CIFAR sets.
+        val_fraction: the part of each training class that becomes `val`, in [0, 0.5]. Of 5 images and more it is at
+            least one, of fewer none. Not needed, and not looked at, where `val` and `test` both exist.
+        check_images: decode every image first.
+        download: fetch a CIFAR set that is not there.
+
+    Raises:
+        DataError: something is missing, damaged or contradicts itself, or an option does not go with the data set.
+    """
+    if dataset not in DATASETS:
+        raise DataError(f"--dataset must be one of {', '.join(DATASETS)}, got {dataset}")
+    if imb_type not in IMB_TYPES:
+        raise DataError(f"--imb-type must be one of {', '.join(IMB_TYPES)}, got {imb_type}")
+    if not 0 < imb_factor <= 1:
+        raise DataError(f"--imb-factor must be in (0, 1], got {imb_factor:g}")
+    if not 0 <= val_fraction <= 0.5:
+        raise DataError(f"--val-fraction must be in [0, 0.5], got {val_fraction:g}")
+    lists = {
+        name: Path(path)
+        for name, path in zip(SPLITS, (train_list, val_list, test_list), strict=True)
+        if path is not None
+    }
+    for option, is_given, applies in (
+        ("--root", root is not None, dataset != "digits-lt"),
+        *((f"--{name}-list", name in lists, dataset in LISTED) for name in SPLITS),
+        ("--imb-type", imb_type != IMB_TYPE, dataset in MADE_LONG_TAILED),
+        ("--imb-factor", imb_factor != IMB_FACTOR, dataset in MADE_LONG_TAILED),
+        ("--download", download, dataset in CIFARS),
+    ):
+        if is_given and not applies:  # rather than go on as if it had been heeded
+            raise DataError(f"{option} does not apply to {dataset}")
+    if dataset == "digits-lt":
+        parts = read_digits(imb_type, imb_factor)
+    else:
+        if root is None:
+            raise DataError(f"{dataset} needs --root, the folder of its data")
+        root = Path(root).expanduser()
+        if root.exists() and not root.is_dir():
+            raise DataError(f"--root {root} is a file; {dataset} needs the folder of its data")
+        if not root.exists() and not download:
+            raise DataError(f"--root {root} does not exist; {dataset} needs the folder of its data")
+        if dataset in CIFARS:
+            parts = read_long_tailed_cifar(dataset, root, imb_type, imb_factor, download)
+        elif dataset == "folder":
+            images, class_names = read_folder(root)
+            parts = Parts(images["train"], images.get("val"), images.get("test"), class_names, [])
+        else:
+            parts = read_lists(dataset, root, lists)
+    if check_images:
+        check_decoding([images for images in (parts.train, parts.val, parts.test) if images is not None])
+    return assign_splits(parts, val_fraction)
+
+
+def read_lists(dataset: str, root: Path, given: dict[str, Path]) -> Parts:
+    """From the lists that are given, and for the other splits from those with the official names."""
+    prefix, n_classes, official = LISTED[dataset]
+    default = {split: f"{prefix}_{split}.txt" for split in official}
+    competition = {split: f"{split}2018.json" for split in official} if dataset == "inaturalist2018" else {}
+    formats = {is_json(path) for path in given.values()}
+    if len(formats) == 2:
+        options = " and ".join(f"--{split}-list {path}" for split, path in given.items())
+        raise DataError(f"{options}: lists and JSON do not go together, as their labels may differ")
+    if True in formats or (not formats and competition and not (root / default["train"]).is_file()):
+        if not given and not (root / competition["train"]).is_file():
+            raise DataError(f"{root} has neither {default['train']} nor {competition['train']}; see also --train-list")
+        default = competition
+
+    files: dict[str, tuple[Path, str]] = {}
+    notes = []
+    reported = "test" if "test" in (*default, *given) else "val"
+    for split in ("train", "test", "val"):
+        if split in given:
+            path = next((path for path in (root / given[split], given[split]) if path.is_file()), None)
+            if path is None:
+                raise DataError(f"--{split}-list {given[split]} does not exist, neither in {root} nor as it stands")
+            files[split] = path, str(given[split])
+        elif split in default:
+            path = root / default[split]
+            if path.is_file():
+                if split != "val" or "test" not in files or not path.samefile(files["test"][0]):
+                    files[split] = path, default[split]
+            elif split in ("train", reported):
+                raise DataError(f"{path} does not exist; --{split}-list names another file")
+            else:
+                notes.append(f"{path} does not exist, so validation images are carved from train")
+    for split in ("train", reported):
+        if split not in files:
+            raise DataError(f"{dataset} from JSON files needs --{split}-list")
+    images, class_names = read_listings(files, root, n_classes)
+    return Parts(images["train"], images.get("val"), images.get("test"), class_names, notes)
+
+
+# ---- Which split is for what
+
+
+def assign_splits(parts: Parts, val_fraction: float) -> Data:
+    train, val, test, class_names, notes = parts
+    n_classes = len(class_names)
+    shots_counts = count_classes(train.target, n_classes)
+    if val is not None and test is not None:
+        reported, choosing = Split("test", test), Split("val", val)
+        if shared := shared_images(val, test):
+            raise DataError(f"{shared} of val are in test too: what is chosen on val would be chosen on test")
+    else:
+        images = val if test is None else test
+        assert images is not None  # each data set has one
+        reported, choosing = Split("val (no test split)" if test is None else "test", images), None
+        index, val_index = carve(train.target, shots_counts, val_fraction)
+        if len(val_index):
+            choosing = Split(f"val ({100 * val_fraction:g} % of train)", train.subset(val_index))
+            train = train.subset(index)
+            if n_without := int((count_classes(choosing.images.target, n_classes) == 0).sum()):
+                few = f"{n_without} of {n_classes} classes have fewer than {CARVED_FROM} images"
+                notes.append(f"{few}, and none in {choosing.name}")
+        else:
+            why = "--val-fraction is 0" if val_fraction == 0 else f"no class has {CARVED_FROM} training images"
+            notes.append(f"no validation split: {why}, so nothing can be chosen on one")
+    for split in (choosing, reported):
+        if split is not None and (shared := shared_images(train, split.images)):
+            notes.append(f"{shared} of train are in {split.name} too")
+    class_counts = count_classes(train.target, n_classes)
+    return Data(Split("train", train), choosing, reported, n_classes, class_names, shots_counts, class_counts, notes)
+
+
+CARVED_FROM = 5  # fewest training images of a class that gives one away
+
+
+def carve(target: Tensor, class_counts: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
+    """Indices that stay and indices for validation; always the same ones."""
+    n_val = (fraction * class_counts.double()).round().long()
+    n_val = torch.where(class_counts >= CARVED_FROM, n_val.clamp(min=1 if fraction else 0), 0)
+    order = torch.randperm(len(target), generator=torch.Generator().manual_seed(0))
+    order = order[target[order].argsort(stable=True)]  # by class, shuffled within each
+    place = torch.arange(len(target)) - (class_counts.cumsum(0) - class_counts)[target[order]]  # in its class
+    is_val = torch.zeros(len(target), dtype=torch.bool)
+    is_val[order] = place < n_val[target[order]]
+    return (~is_val).nonzero().flatten(), is_val.nonzero().flatten()
+
+
+def shared_images(a: Images, b: Images) -> str:
+    """How many files are in both, and the first; "" if none is, or if images are not files."""
+    if not (isinstance(a, FileImages) and isinstance(b, FileImages)):
+        return ""
+    of_a = {os.path.normpath(a.path(i)) for i in range(len(a))}
+    shared = [i for i in range(len(b)) if os.path.normpath(b.path(i)) in of_a]
+    return f"{len(shared)} images ({b.origin(shared[0])}: {b.path(shared[0])}{and_more(len(shared))})" if shared else ""
+
+
+# ---- Long-tailed subsets of balanced sets
+
+
+def long_tailed_counts(n_max: int, n_classes: int, imb_factor: float, imb_type: str = "exp") -> list[int]:
+    """Images of each class: from n_max down to n_max * imb_factor ("exp"), or the two for half of the classes each."""
+    if imb_type == "exp":
+        counts = [int(n_max * imb_factor ** (i / max(n_classes - 1.0, 1.0))) for i in range(n_classes)]
+    else:
+        counts = [n_max if i < n_classes // 2 else int(n_max * imb_factor) for i in range(n_classes)]
+    if 0 in counts:
+        raise DataError(
+            f"--imb-factor must leave every class a training image, as about 1 / {n_max} and more do, "
+            f"got {imb_factor:g}, which leaves none to class {counts.index(0)} of {n_classes}"
+        )
+    return counts
+
+
+def read_long_tailed_cifar(dataset: str, root: Path, imb_type: str, imb_factor: float, download: bool) -> Parts:
+    """The test images as they are; of the training images those that the code of LDAM keeps.
+
+    That is Cao et al., "Learning imbalanced datasets with label-distribution-aware margin loss", NeurIPS 2019; others
+    report their results on these images.
+    """
+    train, test, class_names = read_cifar(CIFARS[dataset], root, download)
+    n_max = int(count_classes(train.target, len(class_names)).min())
+    state, kept = np.random.RandomState(0), []
+    for c, n in enumerate(long_tailed_counts(n_max, len(class_names), imb_factor, imb_type)):
+        members = np.where(train.target.numpy() == c)[0]
+        state.shuffle(members)
+        kept.append(members[:n])
+    return Parts(train.subset(torch.from_numpy(np.concatenate(kept))), None, test, class_names, [])
+
+
+def read_digits(imb_type: str, imb_factor: float) -> Parts:
+    """50 images of every digit for testing, 20 for validation, the long tail out of what the scarcest has left."""
+    from sklearn.datasets import load_digits  # nothing else here needs scikit-learn
+
+    pixels, digits = load_digits(return_X_y=True)
+    grey = torch.from_numpy(pixels).float().reshape(-1, 1, 8, 8) * (255 / 16)  # grey levels are 0 to 16
+    images = functional.resize(grey, [32, 32], antialias=True).round().clamp(0, 255).to(torch.uint8)
+    everything = ArrayImages(images.expand(-1, 3, -1, -1).contiguous(), torch.from_numpy(digits).long())
+    n_test, n_val, n_classes = 50, 20, 10
+    n_max = int(count_classes(everything.target, n_classes).min()) - n_test - n_val
+    generator = torch.Generator().manual_seed(0)
+    train, val, test = [], [], []
+    for c, n_train in enumerate(long_tailed_counts(n_max, n_classes, imb_factor, imb_type)):
+        members = (everything.target == c).nonzero().flatten()
+        members = members[torch.randperm(len(members), generator=generator)]
+        test.append(members[:n_test])
+        val.append(members[n_test : n_test + n_val])
+        train.append(members[n_test + n_val : n_test + n_val + n_train])
+    return Parts(*(everything.subset(torch.cat(part)) for part in (train, val, test)), [str(c) for c in range(10)], [])
