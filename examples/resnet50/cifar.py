@@ -6,7 +6,6 @@ one only that it is damaged. Here only the download is theirs.
 
 import io
 import pickle
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,7 +116,7 @@ def _dtype(name: str, align: object = False, copy: object = False) -> np.dtype:
 
 # What arrays and their bytes are pickled with, by any version of Python and NumPy. A pickle may call whatever it can
 # find, so it finds nothing else.
-_FROM_PICKLES: dict[tuple[str, str], Callable] = {
+_FROM_PICKLES: dict[tuple[str, str], Any] = {
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): _dtype,
     ("_codecs", "encode"): lambda text, encoding: text.encode("latin1"),
@@ -134,7 +133,7 @@ _FROM_PICKLES: dict[tuple[str, str], Callable] = {
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Callable:
+    def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _FROM_PICKLES:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no array needs")
         return _FROM_PICKLES[module, name]

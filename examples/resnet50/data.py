@@ -15,6 +15,7 @@ The split that results are reported on is "test", or "val" where a data set has 
 best epoch) is chosen on another: the official "val" if there are both, else a part of every training class.
 """
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -197,7 +198,7 @@ def assign_splits(parts: Parts, val_fraction: float) -> Data:
     if val is not None and test is not None:
         reported, choosing = Split("test", test), Split("val", val)
         if shared := shared_images(val, test):
-            raise DataError(f"{shared} of val are in test too: what is chosen on val would be chosen on test")
+            raise DataError(f"{shared}, in val and in test: what is chosen on val would be chosen on test")
     else:
         images = val if test is None else test
         assert images is not None  # each data set has one
@@ -214,7 +215,7 @@ def assign_splits(parts: Parts, val_fraction: float) -> Data:
             notes.append(f"no validation split: {why}, so nothing can be chosen on one")
     for split in (choosing, reported):
         if split is not None and (shared := shared_images(train, split.images)):
-            notes.append(f"{shared} of train are in {split.name} too")
+            notes.append(f"{shared} in train and in {split.name}")
     class_counts = count_classes(train.target, n_classes)
     return Data(Split("train", train), choosing, reported, n_classes, class_names, shots_counts, class_counts, notes)
 
@@ -240,7 +241,10 @@ def shared_images(a: Images, b: Images) -> str:
         return ""
     of_a = {os.path.normpath(a.path(i)) for i in range(len(a))}
     shared = [i for i in range(len(b)) if os.path.normpath(b.path(i)) in of_a]
-    return f"{len(shared)} images ({b.origin(shared[0])}: {b.path(shared[0])}{and_more(len(shared))})" if shared else ""
+    if not shared:
+        return ""
+    first = f"{b.origin(shared[0])} {b.path(shared[0])}"
+    return f"1 image ({first})" if len(shared) == 1 else f"{len(shared)} images ({first}{and_more(len(shared))})"
 
 
 # ---- Long-tailed subsets of balanced sets
@@ -294,4 +298,7 @@ def read_digits(imb_type: str, imb_factor: float) -> Parts:
         test.append(members[:n_test])
         val.append(members[n_test : n_test + n_val])
         train.append(members[n_test + n_val : n_test + n_val + n_train])
-    return Parts(*(everything.subset(torch.cat(part)) for part in (train, val, test)), [str(c) for c in range(10)], [])
+    class_names = [str(c) for c in range(n_classes)]
+    return Parts(
+        *(everything.subset(torch.cat(part)) for part in (train, val, test)), class_names=class_names, notes=[]
+    )

@@ -196,7 +196,8 @@ def read_listings(
             for key in sorted(expected.keys() | found.keys()):
                 if (in_train := expected.get(key)) != (here := found.get(key)):
                     raise DataError(
-                        f"{listings[split].name}: category {key} is {here!r}, but {in_train!r} in {listings['train'].name}"
+                        f"{listings[split].name}: category {key} is {here!r}, "
+                        f"but {in_train!r} in {listings['train'].name}"
                     )
         class_names = [expected[key] for key in sorted(expected)]
         reason = "though its categories name them"
