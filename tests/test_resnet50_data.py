@@ -164,6 +164,7 @@ def write_cifar10(root, dump=lambda data, labels: pickle.dumps({"data": data, "l
 DUMPS = {
     "Python 2": python2_pickle,
     "protocol 2": lambda data, labels: pickle.dumps({"data": data, "labels": labels}, 2),
+    "read-only": lambda data, labels: DUMPS["protocol 5"](np.asarray(memoryview(data).toreadonly()), labels),
     "protocol 5": lambda data, labels: pickle.dumps({"data": data, "labels": labels}, 5),
     "keys of bytes": lambda data, labels: pickle.dumps({b"data": data, b"labels": np.array(labels)}),
     "NumPy 1": lambda data, labels: DUMPS["protocol 2"](data, labels).replace(b"numpy._core", b"numpy.core"),
@@ -553,7 +554,9 @@ def test_bad_json(tmp_path):
     path.write_bytes(b'{\n"a":\n"\xff"}')
     refuse(r"train2018.json:3: not UTF-8", "inaturalist2018", tmp_path)
     path.write_text("[" * 100_000)
-    refuse("train2018.json: nested too deeply|train2018.json:1", "inaturalist2018", tmp_path)
+    refuse("train2018.json(:1:| cannot be parsed: maximum recursion)", "inaturalist2018", tmp_path)
+    path.write_text('{"images": [' + "1" * 10_000 + "]}")
+    refuse("train2018.json cannot be parsed", "inaturalist2018", tmp_path)
     path.write_text(text)
     (tmp_path / "val2018.json").unlink()
     refuse("val2018.json does not exist; --val-list", "inaturalist2018", tmp_path)

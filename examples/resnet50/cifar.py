@@ -105,7 +105,7 @@ def read_batch(path: Path, cifar: Cifar) -> tuple[np.ndarray, np.ndarray]:
         i = wrong[0]
         more = and_more(len(wrong))
         raise DataError(f"{path}: {cifar.labels}[{i}] is {labels[i]}, not in [0, {cifar.n_classes}){more}")
-    return images.reshape(-1, 3, 32, 32), labels.astype(np.int64)
+    return np.array(images).reshape(-1, 3, 32, 32), labels.astype(np.int64)
 
 
 def _dtype(name: str, align: object = False, copy: object = False) -> np.dtype:

@@ -180,7 +180,7 @@ def read_lists(dataset: str, root: Path, given: dict[str, Path]) -> Parts:
             elif split in ("train", reported):
                 raise DataError(f"{path} does not exist; --{split}-list names another file")
             else:
-                notes.append(f"{path} does not exist, so validation images are carved from train")
+                notes.append(f"{path} does not exist: there is no official validation split")
     for split in ("train", reported):
         if split not in files:
             raise DataError(f"{dataset} from JSON files needs --{split}-list")

@@ -127,8 +127,8 @@ def read_json(path: Path, name: str, root: Path) -> tuple[Listing, dict[int, str
         content = json.loads(read_text(path, name))
     except json.JSONDecodeError as error:
         raise DataError(f"{name}:{error.lineno}: {error.msg} (column {error.colno})") from error
-    except RecursionError as error:
-        raise DataError(f"{name}: nested too deeply") from error
+    except (RecursionError, ValueError) as error:  # ValueError: a number of thousands of digits
+        raise DataError(f"{name} cannot be parsed: {error}") from error
 
     def entries(key: str) -> Iterator[tuple[str, dict]]:
         found = content.get(key) if isinstance(content, dict) else None
