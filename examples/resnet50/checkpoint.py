@@ -1,0 +1,77 @@
+"""Files that are whole or not there: the checkpoint, the one before it, and everything else a run writes."""
+
+import contextlib
+import io
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+NAME, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
+PARTS = {"model", "optimizer", "lr_scheduler", "scaler", "model_ema", "epoch", "args", "history", "best"}
+
+
+class CheckpointError(Exception):
+    """No checkpoint that could be read, though there are some."""
+
+
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
+    """Whoever reads `path` finds the old content or the new, also after a power cut."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    try:
+        with open(unfinished, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)  # a full disk needs the room
+        error.filename = error.filename or str(path)
+        raise
+
+
+def save(directory: Path, state: dict[str, Any]) -> None:
+    """The last checkpoint becomes the previous one. At no moment is there none that is whole."""
+    buffer = io.BytesIO()  # so that a full disk is an OSError, and met before anything is moved
+    torch.save(state, buffer)
+    incoming = directory / "checkpoint.new.pt"
+    write_atomically(incoming, buffer.getbuffer())
+    with contextlib.suppress(FileNotFoundError):
+        os.replace(directory / NAME, directory / PREVIOUS)
+    os.replace(incoming, directory / NAME)
+
+
+def load(directory: Path) -> tuple[dict[str, Any] | None, list[str]]:
+    """The newest checkpoint that is whole, None if nothing was saved yet, and what was found to be damaged."""
+    damaged = []
+    for path in (directory / NAME, directory / PREVIOUS):
+        if not path.exists():
+            continue
+        try:
+            return read(path), damaged
+        except Exception as error:  # a damaged file makes torch.load raise nearly anything
+            damaged.append(f"{path} is damaged: {type(error).__name__}: {first_line(error)}")
+    if damaged:
+        raise CheckpointError(
+            "\n".join(damaged) + f"\nno whole checkpoint is left in {directory}: begin anew in another --out"
+        )
+    return None, damaged
+
+
+def read(path: Path) -> dict[str, Any]:
+    with zipfile.ZipFile(path) as archive:
+        wrong = archive.testzip()  # torch.load does not look at the checksums
+    if wrong is not None:
+        raise ValueError(f"the checksum of {wrong} is wrong")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    missing = PARTS - set(state)
+    if missing:
+        raise ValueError(f"it has no {', '.join(sorted(missing))}")
+    return state
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0]

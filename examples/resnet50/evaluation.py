@@ -1,0 +1,138 @@
+"""Rates of a split, exactly: every image counts once on however many processes, and no tau is chosen on the split
+that it is reported on."""
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from data import Data
+from model import Classifier, Head
+from torch import Tensor
+from torchmetrics.classification import MulticlassCalibrationError
+from torchmetrics.utilities import dim_zero_cat
+
+from fused_la import log_prior_from_counts
+from fused_la.metrics import BalancedError
+from fused_la.posthoc import TauSweep, adjust_logits
+
+TAUS = [round(0.1 * i, 1) for i in range(31)]
+POST_HOC, NORMALISED = "logit adjustment post hoc", "weight normalisation"
+FAMILIES = (POST_HOC, NORMALISED)
+RATES = ("balanced_error", "top1_accuracy", "many_error", "medium_error", "few_error", "worst_class_error")
+N_BINS = 15  # of confidence
+
+Result = dict[str, Any]
+Correction = Callable[[Tensor], Tensor]  # logits -> logits
+
+
+class Found(NamedTuple):
+    results: dict[str, Result]  # by name of the correction
+    sweeps: dict[str, TauSweep]  # by name of the family of corrections
+
+
+@torch.no_grad()
+def evaluate(
+    model: Classifier,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    split: str,
+    data: Data,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager],
+    corrections: dict[str, Correction] | None = None,
+    with_sweeps: bool = False,
+) -> Found:
+    """What the logits do as they are and under each correction, and the sweeps over tau of what corrects a trained
+    model. All processes of a group call it, each with its own images, and get the rates of all."""
+    was_training = model.training
+    model.eval()
+    head = model.whole_head()
+    rated = {name: Rated(data, fn, device) for name, fn in {"raw": torch.Tensor.float, **(corrections or {})}.items()}
+    sweeps = make_sweeps(head, data, split) if with_sweeps else {}
+    for images, target in batches:
+        target = target.to(device, non_blocking=True)
+        with autocast():
+            logits = model.logits(images.to(device, non_blocking=True, memory_format=layout_of(model)), head)
+        logits = logits.float()
+        for one in rated.values():
+            one.update(logits, target)
+        for sweep in sweeps.values():
+            sweep.update(logits, target)
+    model.train(was_training)
+    if dist.is_initialized():
+        group = dist.group.WORLD
+        assert group is not None
+        sweeps = {name: sweep.sync(group) for name, sweep in sweeps.items()}
+    return Found({name: one.compute() for name, one in rated.items()}, sweeps)
+
+
+def layout_of(model: Classifier) -> torch.memory_format:
+    weights = [p for p in model.trunk.parameters() if p.dim() == 4 and p.shape[1] > 1 and p.shape[2] > 1]
+    last = weights and all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
+    return torch.channels_last if last else torch.contiguous_format
+
+
+class Rated:
+    """The metrics of one correction."""
+
+    def __init__(self, data: Data, correction: Correction, device: torch.device):
+        self.correction = correction
+        self.balanced = BalancedError(data.shots_counts, class_names=None).to(device)
+        self.calibration = MulticlassCalibrationError(data.n_classes, n_bins=N_BINS).to(device)
+
+    def update(self, logits: Tensor, target: Tensor) -> None:
+        corrected = self.correction(logits)
+        self.balanced.update(corrected, target)
+        self.calibration.update(corrected.softmax(1), target)
+
+    def compute(self) -> Result:
+        computed = self.balanced.compute()
+        result: Result = {name: float(computed[name]) for name in RATES}
+        result["balanced_error_interval"] = [float(computed[f"balanced_error_{end}"]) for end in ("low", "high")]
+        result["worst_class"] = int(computed["worst_class"])
+        result["n_absent_classes"] = int(computed["n_absent_classes"])
+        result["class_error"] = computed["class_error"].tolist()
+        with self.calibration.sync_context():
+            confidence = dim_zero_cat(self.calibration.confidences)
+            correct = dim_zero_cat(self.calibration.accuracies)
+        result["n_images"] = len(confidence)
+        result["reliability"] = reliability(confidence.double().cpu(), correct.double().cpu())
+        result["ece"] = float(self.calibration.compute())
+        return result
+
+
+def reliability(confidence: Tensor, correct: Tensor) -> dict[str, list[float]]:
+    """Of each bin of confidence: how many images, their mean confidence and their accuracy."""
+    bins = (confidence * N_BINS).ceil().long().clamp(1, N_BINS) - 1
+    count, total, right = (
+        torch.zeros(N_BINS, dtype=torch.float64).index_add_(0, bins, values)
+        for values in (torch.ones_like(confidence), confidence, correct)
+    )
+    return {"count": count.tolist(), "confidence": (total / count).tolist(), "accuracy": (right / count).tolist()}
+
+
+# ---- Corrections of a trained model
+
+
+def make_sweeps(head: Head, data: Data, split: str) -> dict[str, TauSweep]:
+    options = {"split": split, "class_counts": data.shots_counts}
+    log_prior = log_prior_from_counts(data.class_counts).to(head.weight.device)
+    return {
+        POST_HOC: TauSweep(log_prior, TAUS, **options),
+        NORMALISED: TauSweep.normalize_classifier(head.weight, TAUS, bias=head.bias, **options),
+    }
+
+
+def make_corrections(head: Head, data: Data, taus: dict[str, dict[str, float]]) -> dict[str, Correction]:
+    """`taus[family][label]`; a correction is named "family, label"."""
+    log_prior = log_prior_from_counts(data.class_counts).to(head.weight.device)
+    norm = torch.linalg.vector_norm(head.weight.float(), dim=1)
+    bias = 0.0 if head.bias is None else head.bias.float()
+    of_tau: dict[str, Callable[[float], Correction]] = {
+        POST_HOC: lambda tau: lambda logits: adjust_logits(logits, log_prior, tau),
+        NORMALISED: lambda tau: lambda logits: (logits - bias) * norm.pow(-tau) + bias,
+    }
+    return {
+        f"{family}, {label}": of_tau[family](tau) for family, labels in taus.items() for label, tau in labels.items()
+    }

@@ -1,0 +1,61 @@
+"""The processes of a run, as torchrun starts them, and the device of each."""
+
+import os
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from options import OptionError
+from torch import nn
+
+
+class World(NamedTuple):
+    rank: int
+    n_ranks: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+def start(device: str | None, seed: int, fast_convolutions: bool) -> World:
+    on_gpu = torch.cuda.is_available() if device is None else device.startswith("cuda")
+    if on_gpu and not torch.cuda.is_available():
+        raise OptionError(f"--device {device}: PyTorch finds no GPU")
+    chosen = torch.device(device or ("cuda" if on_gpu else "cpu"))
+    n_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if on_gpu:
+        if n_ranks > 1:
+            chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(chosen)
+        torch.backends.cudnn.benchmark = fast_convolutions
+        if not fast_convolutions:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True, warn_only=True)
+    if n_ranks > 1:
+        dist.init_process_group("nccl" if on_gpu else "gloo")
+    torch.manual_seed(seed)
+    return World(dist.get_rank() if n_ranks > 1 else 0, n_ranks, chosen)
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
+    if dist.is_initialized():
+        value = value.clone()
+        dist.all_reduce(value)
+        value /= dist.get_world_size()
+    return value
+
+
+@torch.no_grad()
+def average_buffers(model: nn.Module) -> None:
+    """Each process has the BatchNorm statistics of its own images; what is evaluated and saved is their mean."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                buffer.copy_(mean_over_ranks(buffer))
