@@ -582,6 +582,7 @@ class Counted(TorchDispatchMode):
 
 
 def count_collectives(reduction: str) -> dict[str, list[str]]:
+    """Of a second step: the first makes room for the features."""
     rank, size = dist.get_rank(), dist.get_world_size()
     logits, features, weight = random(N, 4), random(N, D), random(4, D, seed=1 + rank)
     target, prior = labels(high=4 * size), torch.zeros(4)
@@ -597,6 +598,7 @@ def count_collectives(reduction: str) -> dict[str, list[str]]:
         ("frozen trunk", lambda: class_parallel.class_parallel_linear_logit_adjusted_cross_entropy(
             features.detach(), weight.requires_grad_(), target, prior, reduction=reduction)),
     ):  # fmt: skip
+        loss_of()
         with Counted() as forward:
             loss = loss_of()
         with Counted() as backward:
@@ -606,16 +608,98 @@ def count_collectives(reduction: str) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_two_collectives_forward_three_with_a_gather_and_at_most_one_reduction_backward(pool, reduction):
+def test_two_collectives_forward_and_at_most_one_reduction_backward(pool, reduction):
     gather, reduce, scatter = "allgather_base", "allreduce", "reduce_scatter_base"
     upstream = [gather] if reduction == "none" else []  # of the rows of the other ranks
     for counted in pool(count_collectives, reduction):
         assert counted == {
             "logits": [[gather] * 2, []],
             "head": [[gather] * 2, [reduce]],
-            "gather": [[gather] * 3, [*upstream, scatter]],
+            "gather": [[gather] * 2, [*upstream, scatter]],
             "frozen trunk": [[gather] * 2, []],
         }
+
+
+class Step(NamedTuple):
+    """What ranks with rows of their own do together: the forward collectives of that, and its error, if it is one."""
+
+    does: str
+    counts: list[int]  # rows of each rank; a third has 2
+    collectives: int
+    error: str = ""
+    dtype: torch.dtype = torch.float32
+
+
+STEPS_IN_A_ROW = (
+    Step("first", [5, 2], 3),
+    Step("as before", [5, 2], 2),
+    Step("most rows on another rank", [1, 5], 2),
+    Step("fewer", [3, 4], 2),
+    Step("far fewer", [0, 2], 2),
+    Step("more", [3, 4], 3),
+    Step("rank 1 refuses", [3, 4], 1, "log_prior must have shape"),
+    Step("rank 1 refuses", [9, 9], 1, "log_prior must have shape"),
+    Step("as before", [3, 4], 2),
+    Step("all refuse", [3, 4], 1, "log_prior must have shape"),
+    Step("rank 1 has other columns", [3, 4], 1, "features must be of one width on every rank, got "),
+    Step("as before", [4, 3], 2),
+    Step("rank 1 counts", [3, 4], 1, "The call must be of the same function on every rank, got "),
+    Step("all count", [3, 4], 2),
+    Step("as before", [3, 4], 2),
+    Step("another dtype", [3, 4], 3, dtype=torch.float64),
+    Step("half precision", [3, 4], 2, dtype=torch.bfloat16),
+    Step("as before", [4, 4], 2, dtype=torch.bfloat16),
+)
+
+
+def take(step: Step, widths: list[int], group: Any) -> Tensor:
+    rank = dist.get_rank()
+    counts = [*step.counts, 2][: len(widths)]
+    own, (first, last) = slice(sum(counts[:rank]), sum(counts[: rank + 1])), classes_of(widths)
+    features, weight, target = rows_of_step(step, len(widths))
+    if step.does == "all count" or (step.does == "rank 1 counts" and rank == 1):
+        return fused_la.count_classes(target[own], C, group=group)
+    if step.does == "rank 1 has other columns" and rank == 1:
+        features, weight = features[:, 1:], weight[:, 1:]
+    refuses = step.does == "all refuse" or (step.does == "rank 1 refuses" and rank == 1)
+    return class_parallel.class_parallel_linear_logit_adjusted_cross_entropy(
+        features[own], weight[first:last], target[own], PRIOR[:1] if refuses else PRIOR[first:last],
+        group=group, gather_features=True,
+    )  # fmt: skip
+
+
+def rows_of_step(step: Step, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    n = sum([*step.counts, 2][:size])
+    return random(n, D, seed=n, dtype=step.dtype), random(C, D, dtype=step.dtype), labels(n, n)
+
+
+def take_in_a_row(widths: list[int]) -> list[tuple[int, Any]]:
+    """The collectives of each step, and its loss or error, on a group that has no room yet."""
+    group, found = dist.new_group(), []
+    for step in STEPS_IN_A_ROW:
+        with Counted() as counted:
+            try:
+                answer: Any = take(step, widths, group)
+            except ValueError as error:
+                answer = str(error)
+        found.append((len(counted.names), answer))
+    return found
+
+
+def test_features_travel_with_the_header_until_they_do_not_fit(pool):
+    """The size of what is sent follows from calls that all ranks agreed on, so that no error lets one wait."""
+    widths = [4, 8] if pool.size == 2 else [4, 3, 5]
+    for answers in pool(take_in_a_row, widths):
+        for step, (collectives, answer) in zip(STEPS_IN_A_ROW, answers, strict=True):
+            assert collectives == step.collectives, step
+            if step.error:
+                assert step.error in answer, step
+            elif step.does == "all count":
+                assert answer.sum() == len(rows_of_step(step, pool.size)[2])
+            else:
+                features, weight, target = rows_of_step(step, pool.size)
+                expected = fused_la.linear_logit_adjusted_cross_entropy(features, weight, target, PRIOR)
+                assert_close(answer, expected)
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------
@@ -689,6 +773,20 @@ def test_a_rank_that_differs_is_an_error_on_every_rank(pool, difference):
     assert {answer[:1] for answer in answers} == {("ValueError",)}, answers
     assert len({answer.message for answer in answers}) == 1, "the same on every rank"
     assert answers[0].message.startswith(message.format(others=others_of(pool.size))), answers[0].message
+
+
+def test_label_weights_that_travel_are_of_one_dtype(pool):
+    """Where they do not travel, float64 on one rank is as good: they are compared as float64."""
+    _, weight, _, prior = good_arguments(HEAD)
+    arguments = (random(N, D), weight, TARGETS % 5, prior)
+    keywords = Each([{"target_weight": SHARES.double() if rank == 1 else SHARES} for rank in range(pool.size)])
+    assert len({loss.item() for loss in pool(call, HEAD, arguments, keywords)}) == 1
+    answers = pool(call, HEAD, arguments, Each([each | {"gather_features": True} for each in keywords]))
+    message = (
+        f"target_weight must be of one dtype on every rank, got torch.float32 on {others_of(pool.size)}, "
+        "torch.float64 on rank 1"
+    )
+    assert answers == [Failed("ValueError", message)] * pool.size
 
 
 def test_ranks_that_call_different_functions_are_told_so(pool):
