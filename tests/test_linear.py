@@ -226,6 +226,23 @@ def test_what_does_not_count_may_be_infinite_and_what_counts_is_nan(impl):
 
 
 @pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_bias_may_be_of_another_dtype(impl, dtype):
+    """It is added in the compute dtype, whichever implementation an option asks for."""
+    features, weight, bias, log_prior = (t.detach().to(dtype).requires_grad_() for t in make_head(4, 3, 17, spread=0.5))
+    bias = bias.detach().to(torch.float32 if dtype != torch.float32 else torch.float64).requires_grad_()
+    target = torch.arange(4, device=DEVICE)
+    loss = linear_logit_adjusted_cross_entropy(features, weight, target, log_prior, bias=bias, impl=impl)
+    leaves = (features, weight, bias, log_prior)
+    grads = torch.autograd.grad(loss, leaves, create_graph=impl != "triton")
+    assert loss.dtype == torch.promote_types(dtype, torch.float32)
+    exact = expected(*leaves, 1.0, torch.tensor(1.0), target=target)
+    for actual, wanted, like in zip((loss, *grads), exact, (loss, *leaves), strict=True):
+        assert actual.dtype == like.dtype
+        close = {"rtol": 2e-2, "atol": 2e-3} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+        assert_close(actual.detach().cpu().double(), wanted, **close)
+
+
 def test_no_features_leave_the_bias_alone(impl):
     _, _, bias, log_prior = make_head(4, 1, 17)
     features, weight = bias.new_empty(4, 0), bias.new_empty(17, 0)
