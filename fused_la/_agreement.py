@@ -78,7 +78,8 @@ def class_parallel_loss(caller: str, group: Any, ask: Callable[[], Asked]) -> Te
     call, problem = asked.call, _as_rows(asked.call.problem)
     everyones = None
     if counts is not None:
-        everyones, target, *target_weight = rows_of_all(ranks, counts, _own_rows(asked), came)
+        with torch.autocast(asked.own.device.type, enabled=False):  # which refuses float16 beside bfloat16
+            everyones, target, *target_weight = rows_of_all(ranks, counts, _own_rows(asked), came)
         problem = problem._replace(target=target, target_weight=target_weight[0] if target_weight else None)
     del came
     if asked.weight is not None:

@@ -200,10 +200,12 @@ def all_gather(ranks: Ranks, tensor: Tensor) -> Tensor:
     return out.view(ranks.size, *tensor.shape)
 
 
-def all_reduce(ranks: Ranks, tensor: Tensor) -> None:
-    """Add up over the ranks, in place."""
+def all_reduce(ranks: Ranks, tensor: Tensor) -> Tensor:
+    """The sum over the ranks, in place if contiguous: what adds up is memory, and strides may differ between ranks."""
+    tensor = tensor.contiguous()
     if tensor.numel() > 0:
         dist.all_reduce(tensor, group=ranks.group)
+    return tensor
 
 
 def gather_rows(ranks: Ranks, counts: list[int], rows: list[Tensor]) -> list[Tensor]:

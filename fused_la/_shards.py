@@ -192,7 +192,7 @@ def _over_rows(plan: Plan, grad_loss: Tensor, saved: Saved) -> Tensor:
 def _summed(plan: Plan, grad_features: Tensor) -> Tensor:
     """The gradient of this rank's own rows, to which every rank's classes have added."""
     if plan.counts is None:
-        all_reduce(plan.ranks, grad_features)
+        grad_features = all_reduce(plan.ranks, grad_features)
     else:
         grad_features = scatter_row_sums(plan.ranks, plan.counts, grad_features)
     return grad_features * plan.ranks.size if plan.average else grad_features

@@ -526,6 +526,35 @@ def test_ranks_with_rows_of_their_own_share_a_head(pool, name):
         assert_as_good(found, head_in_one(head), exact_of_head(head))
 
 
+def strided_on_the_last_rank(head: Head, widths: list[int]) -> dict[str, Any]:
+    if dist.get_rank() == len(widths) - 1:
+        head = head._replace(features=head.features.T.contiguous().T, weight=head.weight.T.contiguous().T)
+    return run_head(head, widths)
+
+
+def test_strides_may_differ_between_ranks(pool):
+    """What a sum over ranks adds up is memory."""
+    head = head_of(cases()["one label"])
+    found = joined_head(pool(strided_on_the_last_rank, head, WIDTHS[pool.size]))
+    assert_as_good(found, head_in_one(head), exact_of_head(head))
+
+
+def under_autocast(head: Head, widths: list[int], counts: list[int] | None, everywhere: bool) -> dict[str, Any]:
+    with torch.autocast("cpu", torch.bfloat16, enabled=everywhere or dist.get_rank() == 1):
+        return run_head(head, widths, counts)
+
+
+@pytest.mark.parametrize("everywhere", [True, False], ids=["everywhere", "on one rank"])
+def test_autocast_changes_nothing_on_a_cpu(pool, everywhere):
+    """Its functions would refuse float16 beside bfloat16, after the others have gone on."""
+    head = head_of(cases()["one label"], torch.float16)
+    widths = [12, 0, 0][: pool.size]  # rank 1 has none
+    found = joined_head(pool(under_autocast, head, widths, None, everywhere))
+    assert_as_good(found, head_in_one(head), exact_of_head(head))
+    found = joined_head(pool(under_autocast, head, widths, COUNTS[pool.size][0], everywhere), of_own_rows=True)
+    assert_as_good(found, head_in_one(head), exact_of_head(head))
+
+
 def test_features_of_even_ranks_and_of_no_rows_at_all(pool):
     head = head_of(Case(random(6, C), labels(n=6)))
     found = joined_head(pool(run_head, head, WIDTHS[pool.size], [6 // pool.size] * pool.size), of_own_rows=True)

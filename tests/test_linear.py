@@ -226,6 +226,29 @@ def test_what_does_not_count_may_be_infinite_and_what_counts_is_nan(impl):
 
 
 @pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("kind", ["labels", "two labels"])
+def test_an_ignored_label_costs_nothing_however_low_the_logits_are(impl, kind):
+    """No tile says what such a label stands at. It must not count: here exp(0 - z) is more than float32 holds."""
+    margin = margins.ldam(torch.tensor([0.9, 0.07, 0.03], device=DEVICE).log())
+    features = torch.ones(3, 1, device=DEVICE, requires_grad=True)
+    weight = torch.tensor([[-7.0], [-8.0], [-9.0]], device=DEVICE, requires_grad=True)
+    if kind == "labels":
+        options = {"target": torch.tensor([0, -100, 2], device=DEVICE)}
+    else:
+        target = torch.tensor([[0, -100], [-100, -100], [1, 2]], device=DEVICE)
+        options = {"target": target, "target_weight": torch.full((3, 2), 0.5, device=DEVICE)}
+    found, exact = (
+        (loss.detach(), *torch.autograd.grad(loss, (features, weight)))
+        for loss in (
+            linear_margin_cross_entropy(features, weight, margin=margin, impl=which, **options)
+            for which in (impl, "reference")
+        )
+    )
+    assert not exact[0].isnan()
+    for actual, wanted in zip(found, exact, strict=True):
+        assert_close(actual, wanted)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_a_bias_may_be_of_another_dtype(impl, dtype):
     """It is added in the compute dtype, whichever implementation an option asks for."""
