@@ -252,6 +252,8 @@ def _write(rows: list[Tensor], to: Tensor) -> None:
 
 def _read(came: Tensor, counts: list[int], rows: list[Tensor]) -> list[Tensor]:
     """The rows of all ranks, each a tensor in memory of its own, from (R, bytes)."""
+    if max(counts) == 0:
+        return [tensor.detach() for tensor in rows]
     parts: list[list[Tensor]] = [[] for _ in rows]
     for of_rank, n_rows in zip(came, counts, strict=True):
         for part, tensor, start in zip(parts, rows, _layout(rows, n_rows)[0], strict=True):

@@ -559,10 +559,11 @@ def test_features_of_even_ranks_and_of_no_rows_at_all(pool):
     head = head_of(Case(random(6, C), labels(n=6)))
     found = joined_head(pool(run_head, head, WIDTHS[pool.size], [6 // pool.size] * pool.size), of_own_rows=True)
     assert_as_good(found, head_in_one(head), exact_of_head(head))
-    head = head_of(Case(random(0, C), labels(n=0)))
-    found = joined_head(pool(run_head, head, WIDTHS[pool.size], [0] * pool.size), of_own_rows=True)
-    assert found["loss"].isnan()
-    assert found["weight"].eq(0.0).all()
+    for reduction in ("mean", "none"):
+        head = head_of(Case(random(0, C), labels(n=0), keywords={"reduction": reduction}))
+        found = joined_head(pool(run_head, head, WIDTHS[pool.size], [0] * pool.size), of_own_rows=True)
+        assert found["loss"].isnan() if reduction == "mean" else found["loss"].shape == (0,)
+        assert found["weight"].eq(0.0).all()
 
 
 def test_averaging_over_ranks_multiplies_the_features_gradient_alone(pool):
