@@ -867,7 +867,11 @@ def test_what_only_all_classes_show_raises_on_all_ranks(pool):
     logits, _, prior = good_arguments(LOGITS)
     features, weight, fine, _ = good_arguments(HEAD)
     own = Each([(features, weight, target if rank == 1 else fine, prior) for rank in range(pool.size)])
+    parts = [prior + 0.2, torch.tensor([-0.5, 0.5, 0.0, 0.0, 0.0]), prior][: pool.size]  # negative on one rank alone
+    smoothings = Each([{"label_smoothing": 0.1, "smoothing_distribution": part} for part in parts])
     for answers, kind, message in (
+        (pool(call, LOGITS, (logits, fine, prior), smoothings), "ValueError",
+         "smoothing_distribution must hold probabilities that add up to 1, got a smallest value of -0.5 "),
         (pool(call, LOGITS, (logits, target, prior), {}), "IndexError", outside),
         (pool(call, HEAD, own, {"gather_features": True}), "IndexError", outside),
         (pool(call, LOGITS, (logits, labels() - 9, prior), {}), "IndexError", "Target -9 is out of bounds"),
