@@ -172,9 +172,7 @@ def _exchange(ranks: Ranks, rows: Rows, part: Part, shard: Shard) -> tuple[Rows,
     z, as_label = owners.pop(0), None if rows.as_label is None else owners.pop(0)
     if problem.weight is not None:
         shard = shard._replace(weight=owners.pop(0))
-    if problem.mean_weight is problem.weight:
-        shard = shard._replace(mean_weight=shard.weight)
-    elif problem.mean_weight is not None:
+    if problem.mean_weight is not None and problem.mean_weight is not problem.weight:
         shard = shard._replace(mean_weight=owners.pop(0))
     candidates = rows.candidates._replace(z=z)
     return rows._replace(labels=read_labels(problem, shard), candidates=candidates, as_label=as_label), part, shard
