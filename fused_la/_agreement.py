@@ -17,7 +17,16 @@ from fused_la._choice import choose_implementation, why_only_reference
 from fused_la._head_call import feature_rows, product_dtype
 from fused_la._margin import PairwiseMargin
 from fused_la._problem import Problem
-from fused_la._ranks import Number, Ranks, check_device_type, check_same, checksum, gather_rows, meet, ranks_of
+from fused_la._ranks import (
+    Number,
+    Ranks,
+    check_device_type,
+    check_same,
+    checksum,
+    meet_with_rows,
+    ranks_of,
+    rows_of_all,
+)
 from fused_la._shards import Plan, sharded_loss
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -56,25 +65,26 @@ def class_parallel_loss(caller: str, group: Any, ask: Callable[[], Asked]) -> Te
     """The loss that all ranks of the group ask for."""
     ranks = ranks_of(group)
 
-    def check() -> tuple[tuple[Asked, str], dict[str, Number]]:
+    def check() -> tuple[tuple[Asked, str], dict[str, Number], list[Tensor]]:
         asked = ask()
         impl = _implementation(ranks, asked)
-        return (asked, impl), _numbers(asked)
+        return (asked, impl), _numbers(ranks, asked), _own_rows(asked)
 
-    (asked, impl), of_ranks = meet(ranks, caller, check)
-    _check_one_loss(asked, of_ranks)
+    (asked, impl), of_ranks, came = meet_with_rows(ranks, caller, check)
+    _check_one_loss(ranks, asked, of_ranks)
     widths = [numbers["classes"] for numbers in of_ranks]
     counts = [numbers["rows"] for numbers in of_ranks] if asked.gather else None
     first, n_classes = sum(widths[: ranks.rank]), sum(widths)
     call, problem = asked.call, _as_rows(asked.call.problem)
     everyones = None
+    if counts is not None:
+        with torch.autocast(asked.own.device.type, enabled=False):  # which refuses float16 beside bfloat16
+            everyones, target, *target_weight = rows_of_all(ranks, counts, _own_rows(asked), came)
+        problem = problem._replace(target=target, target_weight=target_weight[0] if target_weight else None)
+    del came
     if asked.weight is not None:
         own = feature_rows(asked.own)
         dtype = product_dtype(own, asked.weight)
-        if counts is not None:
-            tensors = [own, problem.target, *([] if problem.target_weight is None else [problem.target_weight])]
-            everyones, target, *target_weight = gather_rows(ranks, counts, tensors)
-            problem = problem._replace(target=target, target_weight=target_weight[0] if target_weight else None)
     else:
         own, dtype = problem.logits, problem.compute_dtype
     names = None if problem.has_probabilities else problem.target
@@ -85,6 +95,15 @@ def class_parallel_loss(caller: str, group: Any, ask: Callable[[], Asked]) -> Te
         return loss
     dim = _checks.class_dim(asked.own) if asked.weight is None else asked.own.dim() - 1
     return loss.reshape(asked.own.shape[:dim] + asked.own.shape[dim + 1 :])
+
+
+def _own_rows(asked: Asked) -> list[Tensor]:
+    """What every rank has to have of this one's rows."""
+    if not asked.gather:
+        return []
+    problem = _as_rows(asked.call.problem)
+    rows = [feature_rows(asked.own), problem.target]
+    return rows if problem.target_weight is None else [*rows, problem.target_weight]
 
 
 def _implementation(ranks: Ranks, asked: Asked) -> str:
@@ -108,17 +127,17 @@ def _implementation(ranks: Ranks, asked: Asked) -> str:
     raise ValueError(f"classes over ranks have no implementation for {why}: use the loss of whole logits")
 
 
-def _numbers(asked: Asked) -> dict[str, Number]:
+def _numbers(ranks: Ranks, asked: Asked) -> dict[str, Number]:
     """What a rank tells of its call; tensors are not read, on a GPU that would be one synchronisation more."""
     call, problem, of_head = asked.call, asked.call.problem, asked.weight is not None
     target, margin = problem.target, asked.margin
-    weighted = problem.target_weight is not None
+    shares = problem.target_weight
     lowest = highest = same_labels = 0
     if not problem.has_probabilities:
         if target.numel() > 0:
             lowest, highest = torch.where(target == problem.ignore_index, 0, target).aminmax()
         if not asked.gather:
-            same_labels = checksum(target, problem.target_weight)
+            same_labels = checksum(target, shares)
     least, total = 0.0, 1.0
     distribution = problem.smoothing_distribution
     if distribution is not None:
@@ -131,7 +150,9 @@ def _numbers(asked: Asked) -> dict[str, Number]:
         "dtype": _checks.FLOATING.index(asked.own.dtype),
         "features": asked.own.shape[-1] if of_head else 0,
         "labels": 0 if problem.has_probabilities else target.shape[-1],
-        "target_weight": weighted,
+        "target_weight": shares is not None,
+        "share_dtype": 0 if shares is None else _checks.FLOATING.index(shares.dtype),
+        "device": ranks.device_types.index(asked.own.device.type),
         "weight": call.of_target[2] is not None,
         "smoothing_distribution": distribution is not None,
         "bias": asked.bias is not None,
@@ -159,7 +180,7 @@ def _as_number(value: Any, dtype: torch.dtype) -> Tensor:
     return value if isinstance(value, Tensor) else torch.tensor(value, dtype=dtype)
 
 
-def _check_one_loss(asked: Asked, of_ranks: list[dict[str, Any]]) -> None:
+def _check_one_loss(ranks: Ranks, asked: Asked, of_ranks: list[dict[str, Any]]) -> None:
     """Equal headers, and what it takes all classes to know: the same error on every rank."""
 
     def check(number: str, name: str, what: str, show: Callable[[Any], Any] = lambda value: value) -> None:
@@ -171,6 +192,7 @@ def _check_one_loss(asked: Asked, of_ranks: list[dict[str, Any]]) -> None:
     of_head = asked.weight is not None
     operand, weight = ("features", "class_weight") if of_head else ("logits", "weight")
     check("gather_features", "gather_features", "the same", bool)
+    check("device", operand, "on one type of device", lambda i: ranks.device_types[i])
     check("dtype", operand, "of one dtype", lambda i: str(_checks.FLOATING[i]))
     if not asked.gather:
         check("rows", operand, "of one number of rows", lambda n: f"{n} rows")
@@ -181,6 +203,8 @@ def _check_one_loss(asked: Asked, of_ranks: list[dict[str, Any]]) -> None:
         check_given("bias", "bias")
     check("labels", "target", "of one kind", lambda k: f"{k} labels a row" if k else "class probabilities")
     check_given("target_weight", "target_weight")
+    if asked.gather:
+        check("share_dtype", "target_weight", "of one dtype", lambda i: str(_checks.FLOATING[i]))
     check_given("weight", weight)
     check_given("smoothing_distribution", "smoothing_distribution")
     check("margin", "margin", "of the same vectors", _vectors_of)

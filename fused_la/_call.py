@@ -82,7 +82,8 @@ def read_call(
     of_target = (target, target_weight, weight, smoothing_distribution)
     mass = weight = None if weight is None else weight.contiguous()
     if margin.alpha is not None:
-        mass = margin.alpha if weight is None else margin.alpha * weight
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        mass = margin.alpha if weight is None else margin.alpha.to(wide) * weight
         if target.is_floating_point() or target_weight is not None or smoothing_distribution is not None:
             # A class without examples has alpha = inf, and a target may ask for 0 of it: nothing, not 0 * inf.
             mass = mass.clamp_max(min(torch.finfo(mass.dtype).max, torch.finfo(torch.float32).max))

@@ -120,7 +120,9 @@ def finish(rows: Rows, part: Part, reduction: str, smoothing: Tensor | None = No
     total = part.total if rows.labels is None else label_total(rows, torch.empty_like(part.m), smoothing)
     stacked = torch.stack([part.m, settled(part), total])
     state = State(*stacked)
-    if rows.as_label is not None:
+    if rows.as_label is not None and rows.labels is not None:
+        for stands in (rows.candidates.z, rows.as_label):  # no tile has said it of a label that does not count
+            stands.copy_(torch.where(rows.labels.counts, stands, part.m.unsqueeze(-1)))
         state.total.copy_(margin_total(rows, state, ALL))
     row_weight = torch.ones_like(part.m) if rows.labels is None else rows.labels.row_weight
     normalizer = row_weight.sum()

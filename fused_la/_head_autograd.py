@@ -30,7 +30,10 @@ def fused_head_loss(head: Head, problem: Problem, reduction: str, impl: str) -> 
 
 def head_formula(features: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem) -> tuple[Tensor, Tensor]:
     """Losses (N, 1) and row weights of whole logits, by the reference."""
-    logits = F.linear(features, weight, bias)
+    if bias is None or bias.dtype == features.dtype or torch.is_autocast_enabled(features.device.type):
+        logits = F.linear(features, weight, bias)
+    else:  # which F.linear would refuse
+        logits = F.linear(features, weight).to(problem.compute_dtype) + bias.to(problem.compute_dtype)
     return reference.loss_rows(problem._replace(logits=logits.unsqueeze(1)))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fused_la import _checks
@@ -17,8 +18,7 @@ def or_one(vector: Any, value: float, dim: int = 0) -> Any:
     """A tensor with one class of this value where it has none; what is wrong with anything else is said later."""
     if not isinstance(vector, Tensor) or vector.dim() <= dim or vector.shape[dim] > 0:
         return vector
-    shape = (*vector.shape[:dim], 1, *vector.shape[dim + 1 :])
-    return torch.cat([vector, vector.new_full(shape, value)], dim)
+    return F.pad(vector, (0, 0) * (vector.dim() - 1 - dim) + (0, 1), value=value)
 
 
 def logits_or_one(logits: Any) -> tuple[Tensor, int]:

@@ -3,7 +3,10 @@
 A call that communicates begins with `meet`: every rank checks its own arguments and sends a header of fixed size, a few
 numbers, or the error that it met. Every rank reads all headers, so either all go on or all raise.
 
-Rows of uneven number travel padded to the most that a rank has.
+Rows of uneven number travel padded to the most that a rank has. Those that a call needs from everywhere travel behind
+its header, which saves a collective, as far as the group has room for them. How much room there is and on which device
+follows from calls that all ranks agreed on, so what they send has one size on all of them, whatever they call next and
+whatever they are given. A call that needs more gathers its rows by themselves, and makes room for the next.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -60,6 +64,20 @@ def check_device_type(ranks: Ranks, name: str, value: Tensor) -> None:
         )
 
 
+class Room(NamedTuple):
+    """What follows the headers of a group: bytes, on this type of device."""
+
+    device_type: str
+    n_bytes: int
+
+
+_rooms: WeakKeyDictionary[ProcessGroup, Room] = WeakKeyDictionary()
+
+
+def _room_of(ranks: Ranks) -> Room:
+    return _rooms.get(ranks.group) or Room("cpu" if "cpu" in ranks.device_types else ranks.device_types[0], 0)
+
+
 # Headers --------------------------------------------------------------------------------------------------------------
 
 
@@ -71,14 +89,26 @@ def meet(
     Where it raises, that error goes up here, and one of its kind, with its words, on every other rank. The numbers have
     the same names and types on all ranks of one caller.
     """
-    error, result, numbers, status, text = None, None, {}, 0, caller
+
+    def check_without_rows() -> tuple[T, Mapping[str, Number], list[Tensor]]:
+        return *check(), []
+
+    return meet_with_rows(ranks, caller, check_without_rows)[:2]
+
+
+def meet_with_rows(
+    ranks: Ranks, caller: str, check: Callable[[], tuple[T, Mapping[str, Number], list[Tensor]]]
+) -> tuple[T, list[dict[str, Any]], Tensor]:
+    """As `meet`, where `check` also gives tensors of rows, for `rows_of_all` to take from what is returned last."""
+    error, result, numbers, rows, status, text = None, None, {}, [], 0, caller
     try:
-        result, numbers = check()
+        result, numbers, rows = check()
     except Exception as raised:
         error = raised
         kinds = [i for i, kind in enumerate(_ERRORS) if isinstance(raised, kind)]
         status, text = 1 + (kinds[-1] if kinds else 0), f"{caller}: {raised}"
-    words = _all_words(ranks, status, list(numbers.values()), text)
+    came = _all_headers(ranks, status, list(numbers.values()), text, rows)
+    words = came[:, :_WORDS].tolist()
     if error is not None:
         raise error
     texts = [_text(row[1 + _N_NUMBERS :]) for row in words]
@@ -87,10 +117,11 @@ def meet(
             raise _ERRORS[row[0] - 1](f"rank {rank} raised an error in {texts[rank]}")
     check_same("The call", "of the same function", texts)
     assert result is not None
-    return result, [
+    of_ranks = [
         {name: _number(word, like) for word, (name, like) in zip(row[1:], numbers.items(), strict=False)}
         for row in words
     ]
+    return result, of_ranks, came[:, _WORDS:].view(torch.uint8)
 
 
 def check_same(name: str, what: str, values: Sequence[Any]) -> None:
@@ -108,19 +139,23 @@ def _listed(ranks: list[int]) -> str:
     return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"
 
 
-def _all_words(ranks: Ranks, status: int, numbers: list[Number], text: str) -> list[list[int]]:
+def _all_headers(ranks: Ranks, status: int, numbers: list[Number], text: str, rows: list[Tensor]) -> Tensor:
+    """The header of every rank, and the rows behind it where they fit."""
     assert len(numbers) <= _N_NUMBERS
     n_bytes = 8 * (_WORDS - 1 - _N_NUMBERS)
     words = [status, *(0 if isinstance(number, Tensor) else _word(number) for number in numbers)]
     words += [0] * (1 + _N_NUMBERS - len(words))
     encoded = text.encode()[:n_bytes].ljust(n_bytes, b"\0")
     header = torch.tensor(words + list(struct.unpack(f"{n_bytes // 8}q", encoded)), dtype=torch.int64)
-    device_type = "cpu" if "cpu" in ranks.device_types else ranks.device_types[0]
-    header = header.to(device_type)
+    room = _room_of(ranks)
+    sent = torch.zeros(_WORDS + room.n_bytes // 8, dtype=torch.int64, device=room.device_type)
+    sent[:_WORDS] = header
     for i, number in enumerate(numbers):  # of a GPU's numbers nothing is read before the header is
         if isinstance(number, Tensor):
-            header[1 + i] = number.detach().reshape(1).view(torch.int64)[0]
-    return all_gather(ranks, header).tolist()
+            sent[1 + i] = number.detach().reshape(1).view(torch.int64)[0]
+    if rows and _fit(rows, len(rows[0]), room):
+        _write(rows, sent[_WORDS:].view(torch.uint8))
+    return all_gather(ranks, sent)
 
 
 def _word(number: int | float) -> int:
@@ -165,35 +200,66 @@ def all_gather(ranks: Ranks, tensor: Tensor) -> Tensor:
     return out.view(ranks.size, *tensor.shape)
 
 
-def all_reduce(ranks: Ranks, tensor: Tensor) -> None:
-    """Add up over the ranks, in place."""
+def all_reduce(ranks: Ranks, tensor: Tensor) -> Tensor:
+    """The sum over the ranks, in place if contiguous: what adds up is memory, and strides may differ between ranks."""
+    tensor = tensor.contiguous()
     if tensor.numel() > 0:
         dist.all_reduce(tensor, group=ranks.group)
+    return tensor
 
 
-def gather_rows(ranks: Ranks, counts: list[int], tensors: list[Tensor]) -> list[Tensor]:
+def gather_rows(ranks: Ranks, counts: list[int], rows: list[Tensor]) -> list[Tensor]:
     """Tensors whose rows, `counts` of them, are those of all ranks in order; all travel in one buffer of bytes."""
-    most = max(counts)
-    if most == 0:
-        return tensors
-    order = sorted(range(len(tensors)), key=lambda i: -tensors[i].element_size())  # so that each is aligned
-    row_bytes = [tensor.element_size() * tensor.shape[1:].numel() for tensor in tensors]
-    starts, end = {}, 0
-    for i in order:
+    sent = rows[0].new_zeros(_layout(rows, max(counts))[1], dtype=torch.uint8)
+    _write(rows, sent)
+    return _read(all_gather(ranks, sent), counts, rows)
+
+
+def rows_of_all(ranks: Ranks, counts: list[int], rows: list[Tensor], came: Tensor) -> list[Tensor]:
+    """As `gather_rows`, of rows of agreed dtypes, widths and type of device that `meet_with_rows` was given.
+
+    Room is kept while a call needs half of it or more, so a smaller last batch costs the next epoch nothing.
+    """
+    most, room = max(counts), _room_of(ranks)
+    fit, needed = _fit(rows, most, room), _layout(rows, most)[1]
+    if not fit or 2 * needed < room.n_bytes:
+        _rooms[ranks.group] = Room(rows[0].device.type, needed)
+    return _read(came, counts, rows) if fit else gather_rows(ranks, counts, rows)
+
+
+def _fit(rows: list[Tensor], n_rows: int, room: Room) -> bool:
+    return rows[0].device.type == room.device_type and _layout(rows, n_rows)[1] <= room.n_bytes
+
+
+def _layout(rows: list[Tensor], n_rows: int) -> tuple[list[int], int]:
+    """Where n rows of each tensor begin in a buffer of bytes, large elements first so that each is aligned; its end."""
+    starts, end = [0] * len(rows), 0
+    for i in sorted(range(len(rows)), key=lambda i: -rows[i].element_size()):
         starts[i] = end
-        end += most * row_bytes[i]
-    sent = tensors[0].new_zeros(-(-end // 8) * 8, dtype=torch.uint8)
-    for i, tensor in enumerate(tensors):
+        end += n_rows * _row_bytes(rows[i])
+    return starts, -(-end // 8) * 8
+
+
+def _row_bytes(tensor: Tensor) -> int:
+    return tensor.element_size() * tensor.shape[1:].numel()
+
+
+def _write(rows: list[Tensor], to: Tensor) -> None:
+    for tensor, start in zip(rows, _layout(rows, len(rows[0]))[0], strict=True):
         flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
-        sent[starts[i] : starts[i] + len(flat)] = flat
-    came = all_gather(ranks, sent)
-    return [
-        torch.cat([
-            came[rank, starts[i] : starts[i] + n * row_bytes[i]].view(tensor.dtype).view(n, *tensor.shape[1:])
-            for rank, n in enumerate(counts)
-        ])
-        for i, tensor in enumerate(tensors)
-    ]  # fmt: skip
+        to[start : start + len(flat)] = flat
+
+
+def _read(came: Tensor, counts: list[int], rows: list[Tensor]) -> list[Tensor]:
+    """The rows of all ranks, each a tensor in memory of its own, from (R, bytes)."""
+    if max(counts) == 0:
+        return [tensor.detach() for tensor in rows]
+    parts: list[list[Tensor]] = [[] for _ in rows]
+    for of_rank, n_rows in zip(came, counts, strict=True):
+        for part, tensor, start in zip(parts, rows, _layout(rows, n_rows)[0], strict=True):
+            flat = of_rank[start : start + n_rows * _row_bytes(tensor)]
+            part.append(flat.view(tensor.dtype).view(n_rows, *tensor.shape[1:]))
+    return [torch.cat(part).to(tensor.device) for part, tensor in zip(parts, rows, strict=True)]
 
 
 def scatter_row_sums(ranks: Ranks, counts: list[int], rows: Tensor) -> Tensor:

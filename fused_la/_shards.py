@@ -172,9 +172,7 @@ def _exchange(ranks: Ranks, rows: Rows, part: Part, shard: Shard) -> tuple[Rows,
     z, as_label = owners.pop(0), None if rows.as_label is None else owners.pop(0)
     if problem.weight is not None:
         shard = shard._replace(weight=owners.pop(0))
-    if problem.mean_weight is problem.weight:
-        shard = shard._replace(mean_weight=shard.weight)
-    elif problem.mean_weight is not None:
+    if problem.mean_weight is not None and problem.mean_weight is not problem.weight:
         shard = shard._replace(mean_weight=owners.pop(0))
     candidates = rows.candidates._replace(z=z)
     return rows._replace(labels=read_labels(problem, shard), candidates=candidates, as_label=as_label), part, shard
@@ -192,7 +190,7 @@ def _over_rows(plan: Plan, grad_loss: Tensor, saved: Saved) -> Tensor:
 def _summed(plan: Plan, grad_features: Tensor) -> Tensor:
     """The gradient of this rank's own rows, to which every rank's classes have added."""
     if plan.counts is None:
-        all_reduce(plan.ranks, grad_features)
+        grad_features = all_reduce(plan.ranks, grad_features)
     else:
         grad_features = scatter_row_sums(plan.ranks, plan.counts, grad_features)
     return grad_features * plan.ranks.size if plan.average else grad_features

@@ -6,9 +6,13 @@ the loss of the one process that would hold all classes. Per-class tensors are t
 
 A call first exchanges a header of 768 bytes in which the ranks tell what they have been given. Where two do not fit, or
 one refuses its arguments, every rank raises the same error; none waits. The header is read by the host, which on a GPU
-waits for the device. A second collective gathers, from each rank, 2 to 4 numbers a row and 1 to 4 a label, and with
-gather_features a third gathers the features and their labels. Backward is local for logits; for a head it adds up the
-features' gradient over the ranks, and with reduction "none" and gather_features it gathers the upstream gradient first.
+waits for the device. A second collective gathers, from each rank, 2 to 4 numbers a row and 1 to 4 a label. Backward is
+local for logits; for a head it adds up the features' gradient over the ranks, and with reduction "none" and
+gather_features it gathers the upstream gradient first.
+
+With gather_features the features and their labels travel behind the header, in room that the group keeps: as much as
+its last such call needed, up to twice that, which every call on the group sends. Only a call that needs more, as the
+first does, gathers them in a third collective. Give a group of its own to what must not send that room along.
 
 A rank that dies or hangs after the header ends the others with PyTorch's own error (RuntimeError, DistBackendError): at
 once where the backend sees the connection close, as gloo does, and else after the process group's timeout, which is

@@ -241,5 +241,4 @@ def sum_over_group(class_counts: Tensor, group: ProcessGroup) -> Tensor:
     ranks = _ranks.ranks_of(group)
     device = class_counts.device if class_counts.device.type in ranks.device_types else ranks.device_types[0]
     summed = class_counts.to(device, copy=True)
-    _ranks.all_reduce(ranks, summed)
-    return summed.to(class_counts.device)
+    return _ranks.all_reduce(ranks, summed).to(class_counts.device)

@@ -526,14 +526,44 @@ def test_ranks_with_rows_of_their_own_share_a_head(pool, name):
         assert_as_good(found, head_in_one(head), exact_of_head(head))
 
 
+def strided_on_the_last_rank(head: Head, widths: list[int]) -> dict[str, Any]:
+    if dist.get_rank() == len(widths) - 1:
+        head = head._replace(features=head.features.T.contiguous().T, weight=head.weight.T.contiguous().T)
+    return run_head(head, widths)
+
+
+def test_strides_may_differ_between_ranks(pool):
+    """What a sum over ranks adds up is memory."""
+    head = head_of(cases()["one label"])
+    found = joined_head(pool(strided_on_the_last_rank, head, WIDTHS[pool.size]))
+    assert_as_good(found, head_in_one(head), exact_of_head(head))
+
+
+def under_autocast(head: Head, widths: list[int], counts: list[int] | None, everywhere: bool) -> dict[str, Any]:
+    with torch.autocast("cpu", torch.bfloat16, enabled=everywhere or dist.get_rank() == 1):
+        return run_head(head, widths, counts)
+
+
+@pytest.mark.parametrize("everywhere", [True, False], ids=["everywhere", "on one rank"])
+def test_autocast_changes_nothing_on_a_cpu(pool, everywhere):
+    """Its functions would refuse float16 beside bfloat16, after the others have gone on."""
+    head = head_of(cases()["one label"], torch.float16)
+    widths = [12, 0, 0][: pool.size]  # rank 1 has none
+    found = joined_head(pool(under_autocast, head, widths, None, everywhere))
+    assert_as_good(found, head_in_one(head), exact_of_head(head))
+    found = joined_head(pool(under_autocast, head, widths, COUNTS[pool.size][0], everywhere), of_own_rows=True)
+    assert_as_good(found, head_in_one(head), exact_of_head(head))
+
+
 def test_features_of_even_ranks_and_of_no_rows_at_all(pool):
     head = head_of(Case(random(6, C), labels(n=6)))
     found = joined_head(pool(run_head, head, WIDTHS[pool.size], [6 // pool.size] * pool.size), of_own_rows=True)
     assert_as_good(found, head_in_one(head), exact_of_head(head))
-    head = head_of(Case(random(0, C), labels(n=0)))
-    found = joined_head(pool(run_head, head, WIDTHS[pool.size], [0] * pool.size), of_own_rows=True)
-    assert found["loss"].isnan()
-    assert found["weight"].eq(0.0).all()
+    for reduction in ("mean", "none"):
+        head = head_of(Case(random(0, C), labels(n=0), keywords={"reduction": reduction}))
+        found = joined_head(pool(run_head, head, WIDTHS[pool.size], [0] * pool.size), of_own_rows=True)
+        assert found["loss"].isnan() if reduction == "mean" else found["loss"].shape == (0,)
+        assert found["weight"].eq(0.0).all()
 
 
 def test_averaging_over_ranks_multiplies_the_features_gradient_alone(pool):
@@ -582,6 +612,7 @@ class Counted(TorchDispatchMode):
 
 
 def count_collectives(reduction: str) -> dict[str, list[str]]:
+    """Of a second step: the first makes room for the features."""
     rank, size = dist.get_rank(), dist.get_world_size()
     logits, features, weight = random(N, 4), random(N, D), random(4, D, seed=1 + rank)
     target, prior = labels(high=4 * size), torch.zeros(4)
@@ -597,6 +628,7 @@ def count_collectives(reduction: str) -> dict[str, list[str]]:
         ("frozen trunk", lambda: class_parallel.class_parallel_linear_logit_adjusted_cross_entropy(
             features.detach(), weight.requires_grad_(), target, prior, reduction=reduction)),
     ):  # fmt: skip
+        loss_of()
         with Counted() as forward:
             loss = loss_of()
         with Counted() as backward:
@@ -606,16 +638,98 @@ def count_collectives(reduction: str) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_two_collectives_forward_three_with_a_gather_and_at_most_one_reduction_backward(pool, reduction):
+def test_two_collectives_forward_and_at_most_one_reduction_backward(pool, reduction):
     gather, reduce, scatter = "allgather_base", "allreduce", "reduce_scatter_base"
     upstream = [gather] if reduction == "none" else []  # of the rows of the other ranks
     for counted in pool(count_collectives, reduction):
         assert counted == {
             "logits": [[gather] * 2, []],
             "head": [[gather] * 2, [reduce]],
-            "gather": [[gather] * 3, [*upstream, scatter]],
+            "gather": [[gather] * 2, [*upstream, scatter]],
             "frozen trunk": [[gather] * 2, []],
         }
+
+
+class Step(NamedTuple):
+    """What ranks with rows of their own do together: the forward collectives of that, and its error, if it is one."""
+
+    does: str
+    counts: list[int]  # rows of each rank; a third has 2
+    collectives: int
+    error: str = ""
+    dtype: torch.dtype = torch.float32
+
+
+STEPS_IN_A_ROW = (
+    Step("first", [5, 2], 3),
+    Step("as before", [5, 2], 2),
+    Step("most rows on another rank", [1, 5], 2),
+    Step("fewer", [3, 4], 2),
+    Step("far fewer", [0, 2], 2),
+    Step("more", [3, 4], 3),
+    Step("rank 1 refuses", [3, 4], 1, "log_prior must have shape"),
+    Step("rank 1 refuses", [9, 9], 1, "log_prior must have shape"),
+    Step("as before", [3, 4], 2),
+    Step("all refuse", [3, 4], 1, "log_prior must have shape"),
+    Step("rank 1 has other columns", [3, 4], 1, "features must be of one width on every rank, got "),
+    Step("as before", [4, 3], 2),
+    Step("rank 1 counts", [3, 4], 1, "The call must be of the same function on every rank, got "),
+    Step("all count", [3, 4], 2),
+    Step("as before", [3, 4], 2),
+    Step("another dtype", [3, 4], 3, dtype=torch.float64),
+    Step("half precision", [3, 4], 2, dtype=torch.bfloat16),
+    Step("as before", [4, 4], 2, dtype=torch.bfloat16),
+)
+
+
+def take(step: Step, widths: list[int], group: Any) -> Tensor:
+    rank = dist.get_rank()
+    counts = [*step.counts, 2][: len(widths)]
+    own, (first, last) = slice(sum(counts[:rank]), sum(counts[: rank + 1])), classes_of(widths)
+    features, weight, target = rows_of_step(step, len(widths))
+    if step.does == "all count" or (step.does == "rank 1 counts" and rank == 1):
+        return fused_la.count_classes(target[own], C, group=group)
+    if step.does == "rank 1 has other columns" and rank == 1:
+        features, weight = features[:, 1:], weight[:, 1:]
+    refuses = step.does == "all refuse" or (step.does == "rank 1 refuses" and rank == 1)
+    return class_parallel.class_parallel_linear_logit_adjusted_cross_entropy(
+        features[own], weight[first:last], target[own], PRIOR[:1] if refuses else PRIOR[first:last],
+        group=group, gather_features=True,
+    )  # fmt: skip
+
+
+def rows_of_step(step: Step, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    n = sum([*step.counts, 2][:size])
+    return random(n, D, seed=n, dtype=step.dtype), random(C, D, dtype=step.dtype), labels(n, n)
+
+
+def take_in_a_row(widths: list[int]) -> list[tuple[int, Any]]:
+    """The collectives of each step, and its loss or error, on a group that has no room yet."""
+    group, found = dist.new_group(), []
+    for step in STEPS_IN_A_ROW:
+        with Counted() as counted:
+            try:
+                answer: Any = take(step, widths, group)
+            except ValueError as error:
+                answer = str(error)
+        found.append((len(counted.names), answer))
+    return found
+
+
+def test_features_travel_with_the_header_until_they_do_not_fit(pool):
+    """The size of what is sent follows from calls that all ranks agreed on, so that no error lets one wait."""
+    widths = [4, 8] if pool.size == 2 else [4, 3, 5]
+    for answers in pool(take_in_a_row, widths):
+        for step, (collectives, answer) in zip(STEPS_IN_A_ROW, answers, strict=True):
+            assert collectives == step.collectives, step
+            if step.error:
+                assert step.error in answer, step
+            elif step.does == "all count":
+                assert answer.sum() == len(rows_of_step(step, pool.size)[2])
+            else:
+                features, weight, target = rows_of_step(step, pool.size)
+                expected = fused_la.linear_logit_adjusted_cross_entropy(features, weight, target, PRIOR)
+                assert_close(answer, expected)
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------
@@ -691,6 +805,20 @@ def test_a_rank_that_differs_is_an_error_on_every_rank(pool, difference):
     assert answers[0].message.startswith(message.format(others=others_of(pool.size))), answers[0].message
 
 
+def test_label_weights_that_travel_are_of_one_dtype(pool):
+    """Where they do not travel, float64 on one rank is as good: they are compared as float64."""
+    _, weight, _, prior = good_arguments(HEAD)
+    arguments = (random(N, D), weight, TARGETS % 5, prior)
+    keywords = Each([{"target_weight": SHARES.double() if rank == 1 else SHARES} for rank in range(pool.size)])
+    assert len({loss.item() for loss in pool(call, HEAD, arguments, keywords)}) == 1
+    answers = pool(call, HEAD, arguments, Each([each | {"gather_features": True} for each in keywords]))
+    message = (
+        f"target_weight must be of one dtype on every rank, got torch.float32 on {others_of(pool.size)}, "
+        "torch.float64 on rank 1"
+    )
+    assert answers == [Failed("ValueError", message)] * pool.size
+
+
 def test_ranks_that_call_different_functions_are_told_so(pool):
     margin = margins.adaptive(PRIOR).of_classes(0, 5)
     names = ["margin_cross_entropy" if rank == 1 else LOGITS for rank in range(pool.size)]
@@ -739,7 +867,11 @@ def test_what_only_all_classes_show_raises_on_all_ranks(pool):
     logits, _, prior = good_arguments(LOGITS)
     features, weight, fine, _ = good_arguments(HEAD)
     own = Each([(features, weight, target if rank == 1 else fine, prior) for rank in range(pool.size)])
+    parts = [prior + 0.2, torch.tensor([-0.5, 0.5, 0.0, 0.0, 0.0]), prior][: pool.size]  # negative on one rank alone
+    smoothings = Each([{"label_smoothing": 0.1, "smoothing_distribution": part} for part in parts])
     for answers, kind, message in (
+        (pool(call, LOGITS, (logits, fine, prior), smoothings), "ValueError",
+         "smoothing_distribution must hold probabilities that add up to 1, got a smallest value of -0.5 "),
         (pool(call, LOGITS, (logits, target, prior), {}), "IndexError", outside),
         (pool(call, HEAD, own, {"gather_features": True}), "IndexError", outside),
         (pool(call, LOGITS, (logits, labels() - 9, prior), {}), "IndexError", "Target -9 is out of bounds"),

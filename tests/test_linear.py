@@ -226,6 +226,46 @@ def test_what_does_not_count_may_be_infinite_and_what_counts_is_nan(impl):
 
 
 @pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("kind", ["labels", "two labels"])
+def test_an_ignored_label_costs_nothing_however_low_the_logits_are(impl, kind):
+    """No tile says what such a label stands at. It must not count: here exp(0 - z) is more than float32 holds."""
+    margin = margins.ldam(torch.tensor([0.9, 0.07, 0.03], device=DEVICE).log())
+    features = torch.ones(3, 1, device=DEVICE, requires_grad=True)
+    weight = torch.tensor([[-7.0], [-8.0], [-9.0]], device=DEVICE, requires_grad=True)
+    if kind == "labels":
+        options = {"target": torch.tensor([0, -100, 2], device=DEVICE)}
+    else:
+        target = torch.tensor([[0, -100], [-100, -100], [1, 2]], device=DEVICE)
+        options = {"target": target, "target_weight": torch.full((3, 2), 0.5, device=DEVICE)}
+    found, exact = (
+        (loss.detach(), *torch.autograd.grad(loss, (features, weight)))
+        for loss in (
+            linear_margin_cross_entropy(features, weight, margin=margin, impl=which, **options)
+            for which in (impl, "reference")
+        )
+    )
+    assert not exact[0].isnan()
+    for actual, wanted in zip(found, exact, strict=True):
+        assert_close(actual, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_bias_may_be_of_another_dtype(impl, dtype):
+    """It is added in the compute dtype, whichever implementation an option asks for."""
+    features, weight, bias, log_prior = (t.detach().to(dtype).requires_grad_() for t in make_head(4, 3, 17, spread=0.5))
+    bias = bias.detach().to(torch.float32 if dtype != torch.float32 else torch.float64).requires_grad_()
+    target = torch.arange(4, device=DEVICE)
+    loss = linear_logit_adjusted_cross_entropy(features, weight, target, log_prior, bias=bias, impl=impl)
+    leaves = (features, weight, bias, log_prior)
+    grads = torch.autograd.grad(loss, leaves, create_graph=impl != "triton")
+    assert loss.dtype == torch.promote_types(dtype, torch.float32)
+    exact = expected(*leaves, 1.0, torch.tensor(1.0), target=target)
+    for actual, wanted, like in zip((loss, *grads), exact, (loss, *leaves), strict=True):
+        assert actual.dtype == like.dtype
+        close = {"rtol": 2e-2, "atol": 2e-3} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+        assert_close(actual.detach().cpu().double(), wanted, **close)
+
+
 def test_no_features_leave_the_bias_alone(impl):
     _, _, bias, log_prior = make_head(4, 1, 17)
     features, weight = bias.new_empty(4, 0), bias.new_empty(17, 0)

@@ -226,6 +226,20 @@ def test_no_mass_on_a_class_without_examples_costs_nothing(impl, device, preset)
         assert_near(x.grad, exact.grad, torch.float64)
 
 
+def test_weights_and_alpha_multiply_in_the_dtype_of_the_arithmetic(impl, device):
+    """A product in bfloat16 would have 8 bits, and for float64 logits one in float32 24."""
+    weight = torch.linspace(0.3, 1.7, 5, dtype=torch.float64)
+    for logits, given in ((torch.randn(4, 5), torch.bfloat16), (torch.randn(4, 5, dtype=torch.float64), torch.float32)):
+        alpha, of_class = weight.flip(0).sqrt().to(device, given), weight.to(device, given)
+        logits, target = logits.to(device), torch.tensor([0, 1, 2, 4], device=device)
+        loss = margin_cross_entropy(
+            logits, target, PairwiseMargin(alpha=alpha), weight=of_class, reduction="sum", impl=impl
+        )
+        rows = torch.nn.functional.cross_entropy(logits.double(), target, reduction="none")
+        exact = (rows * alpha[target].double() * of_class[target].double()).sum()
+        torch.testing.assert_close(loss.double(), exact, rtol=4 * torch.finfo(loss.dtype).eps, atol=0.0)
+
+
 def test_margins_of_0_are_0_for_a_class_without_examples_too():
     margin = margins.ldam(torch.tensor([0.5, 0.5, 0.0]).log(), max_margin=0.0)
     assert torch.equal(margin.target_offset, torch.zeros(3))
