@@ -98,7 +98,7 @@ def test_digits_are_what_they_are_labelled():
     ("dataset", "options", "match"),
     [
         ("digits", {}, "--dataset must be one of digits-lt, .* got digits"),
-        ("digits-lt", {"root": Path()}, "--root does not apply to digits-lt"),
+        ("digits-lt", {"root": Path()}, "--data does not apply to digits-lt"),
         ("digits-lt", {"val_list": "x.txt"}, "--val-list does not apply to digits-lt"),
         ("digits-lt", {"download": True}, "--download does not apply to digits-lt"),
         ("digits-lt", {"imb_factor": 0.001}, "--imb-factor must leave every class"),
@@ -117,10 +117,10 @@ def test_options_that_do_not_go_together(dataset, options, match):
 
 @pytest.mark.parametrize("dataset", DATASETS[1:])
 def test_root_is_a_folder(dataset, tmp_path):
-    refuse(f"{dataset} needs --root", dataset, None)
-    refuse(f"--root {tmp_path}/nowhere does not exist", dataset, tmp_path / "nowhere")
+    refuse(f"{dataset} needs --data", dataset, None)
+    refuse(f"--data {tmp_path}/nowhere does not exist", dataset, tmp_path / "nowhere")
     (tmp_path / "file").touch()
-    refuse(f"--root {tmp_path}/file is a file", dataset, tmp_path / "file")
+    refuse(f"--data {tmp_path}/file is a file", dataset, tmp_path / "file")
     refuse(str(tmp_path), dataset, tmp_path)  # empty: says what is expected
 
 

@@ -44,21 +44,27 @@ def save(directory: Path, state: dict[str, Any]) -> None:
     os.replace(incoming, directory / NAME)
 
 
-def load(directory: Path) -> tuple[dict[str, Any] | None, list[str]]:
-    """The newest checkpoint that is whole, None if nothing was saved yet, and what was found to be damaged."""
-    damaged = []
+def load(directory: Path) -> tuple[dict[str, Any] | None, dict[Path, str]]:
+    """The newest checkpoint that is whole, None if nothing was saved yet, and what is wrong with those that are not."""
+    damaged: dict[Path, str] = {}
     for path in (directory / NAME, directory / PREVIOUS):
         if not path.exists():
             continue
         try:
             return read(path), damaged
         except Exception as error:  # a damaged file makes torch.load raise nearly anything
-            damaged.append(f"{path} is damaged: {type(error).__name__}: {first_line(error)}")
+            damaged[path] = f"{path} is damaged: {type(error).__name__}: {first_line(error)}"
     if damaged:
         raise CheckpointError(
-            "\n".join(damaged) + f"\nno whole checkpoint is left in {directory}: begin anew in another --out"
+            "\n".join(damaged.values()) + f"\nno whole checkpoint is left in {directory}: begin anew in another --out"
         )
     return None, damaged
+
+
+def set_aside(damaged: dict[Path, str]) -> None:
+    """So that it never takes the place of one that is whole."""
+    for path in damaged:
+        os.replace(path, path.with_name(path.name + ".damaged"))
 
 
 def read(path: Path) -> dict[str, Any]:

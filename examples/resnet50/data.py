@@ -119,7 +119,7 @@ def load(
         if path is not None
     }
     for option, is_given, applies in (
-        ("--root", root is not None, dataset != "digits-lt"),
+        ("--data", root is not None, dataset != "digits-lt"),
         *((f"--{name}-list", name in lists, dataset in LISTED) for name in SPLITS),
         ("--imb-type", imb_type != IMB_TYPE, dataset in MADE_LONG_TAILED),
         ("--imb-factor", imb_factor != IMB_FACTOR, dataset in MADE_LONG_TAILED),
@@ -131,12 +131,12 @@ def load(
         parts = read_digits(imb_type, imb_factor)
     else:
         if root is None:
-            raise DataError(f"{dataset} needs --root, the folder of its data")
+            raise DataError(f"{dataset} needs --data, the folder of its data")
         root = Path(root).expanduser()
         if root.exists() and not root.is_dir():
-            raise DataError(f"--root {root} is a file; {dataset} needs the folder of its data")
+            raise DataError(f"--data {root} is a file; {dataset} needs the folder of its data")
         if not root.exists() and not download:
-            raise DataError(f"--root {root} does not exist; {dataset} needs the folder of its data")
+            raise DataError(f"--data {root} does not exist; {dataset} needs the folder of its data")
         if dataset in CIFARS:
             parts = read_long_tailed_cifar(dataset, root, imb_type, imb_factor, download)
         elif dataset == "folder":

@@ -187,6 +187,8 @@ def error_by_class_rank(axes: Axes, report: dict[str, Any]) -> bool:
 def tau_curves(axes: Axes, report: dict[str, Any]) -> bool:
     """Balanced error against tau; the split that tau* was chosen on is dotted."""
     _, model = chosen(report)
+    if not model["tau_curves"]:
+        return False
     for i, (family, curve) in enumerate(model["tau_curves"].items()):
         axes.plot(curve["taus"], [100 * e for e in curve["reported"]], color=f"C{i}", label=family)
         if curve["chosen_on"] is not None:
@@ -195,7 +197,7 @@ def tau_curves(axes: Axes, report: dict[str, Any]) -> bool:
     axes.set_xlabel("tau")
     axes.set_ylabel("balanced error (%)")
     axes.legend(fontsize="small")
-    return bool(model["tau_curves"])
+    return True
 
 
 def weight_norms(axes: Axes, report: dict[str, Any]) -> bool:

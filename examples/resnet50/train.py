@@ -29,7 +29,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from checkpoint import CheckpointError, load, save, write_atomically
+from checkpoint import CheckpointError, load, save, set_aside, write_atomically
 from data import Data, DataError
 from data import load as load_data
 from evaluation import RATES, evaluate
@@ -44,7 +44,7 @@ from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-from world import World, average_buffers, mean_over_ranks, start, stop
+from world import World, average_buffers, first_alone, mean_over_ranks, start, stop
 
 
 class Stopped(Exception):
@@ -56,7 +56,8 @@ def run(args: Any, world: World) -> None:
         "train_list", "val_list", "test_list", "imb_type", "imb_factor", "val_fraction", "check_images", "download",
     )  # fmt: skip
     given = {name: getattr(args, name) for name in data_options if getattr(args, name) is not None}
-    data = load_data(args.dataset, args.data, **given)
+    with first_alone(world, args.download):
+        data = load_data(args.dataset, args.data, **given)
     check_batches(args, data, world)
     loader = TrainLoader(args, data.train.images, world)
     val = None if data.val is None else eval_loader(args, data.val.images, world)
@@ -143,8 +144,10 @@ def run(args: Any, world: World) -> None:
         prepare(args)
     if args.resume:
         state, damaged = load(args.out)
-        for line in damaged:
+        for line in damaged.values():
             say(world, f"warning: {line}")
+        if world.is_first:
+            set_aside(damaged)
         if state is not None:
             load_model(model, state["model"])
             load_optimizer(model, optimizer, state["optimizer"])

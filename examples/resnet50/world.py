@@ -1,6 +1,8 @@
 """The processes of a run, as torchrun starts them, and the device of each."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -42,6 +44,16 @@ def start(device: str | None, seed: int, fast_convolutions: bool) -> World:
 def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def first_alone(world: World, wanted: bool) -> Iterator[None]:
+    """The first process goes ahead, as in a download that the others then find done."""
+    if wanted and not world.is_first:
+        dist.barrier()
+    yield
+    if wanted and world.is_first and world.n_ranks > 1:
+        dist.barrier()
 
 
 def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
