@@ -69,6 +69,7 @@ def run(args: Any, world: World) -> None:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # which PyTorch documents
     if args.class_parallel:
         model.spread_classes()
+    try_loss(args, model, world)
     if args.torchcompile:
         model.trunk.compile()
     trained = in_parallel(model, world)
@@ -283,6 +284,22 @@ def check_batches(args: Any, data: Data, world: World) -> None:
         raise OptionError("--class-parallel spreads classes over processes: start it by torchrun --nproc_per_node=N")
     if args.norm == "sync" and (world.n_ranks == 1 or world.device.type != "cuda"):
         raise OptionError("--norm sync is of several processes with a GPU each")
+
+
+def try_loss(args: Any, model: Classifier, world: World) -> None:
+    """Options that an implementation of the loss does not compute are told before training."""
+    features = torch.ones(2, model.head.in_features, device=world.device, requires_grad=True)
+    target = torch.zeros(2, dtype=torch.int64, device=world.device)
+    try:
+        if model.fused or model.is_spread:
+            model.loss_of(features, model.head.weight, target).backward()
+        else:
+            model.loss_of_logits(model.head(features), target).backward()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise OptionError(
+            f"--loss {args.loss} --loss-impl {args.loss_impl} cannot be computed here: {error}"
+        ) from error
+    model.zero_grad()
 
 
 def prepare(args: Any) -> None:
