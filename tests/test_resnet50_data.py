@@ -20,7 +20,7 @@ torchvision = pytest.importorskip("torchvision")
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "resnet50"))
 
 import PIL.Image  # noqa: E402
-from data import DATASETS, ArrayImages, DataError, FileImages, carve, load, long_tailed_counts  # noqa: E402
+from data import DATASETS, ArrayImages, DataError, FileImages, carve, fingerprint, load, long_tailed_counts  # noqa: E402
 
 
 def write_image(path, seed=0):
@@ -168,6 +168,7 @@ DUMPS = {
     "protocol 5": lambda data, labels: pickle.dumps({"data": data, "labels": labels}, 5),
     "keys of bytes": lambda data, labels: pickle.dumps({b"data": data, b"labels": np.array(labels)}),
     "NumPy 1": lambda data, labels: DUMPS["protocol 2"](data, labels).replace(b"numpy._core", b"numpy.core"),
+    "big end first": lambda data, labels: DUMPS["protocol 2"](data, np.array(labels, ">i4")),
     "NumPy integers": lambda data, labels: pickle.dumps({"data": data, "labels": list(np.array(labels))}),
 }
 
@@ -616,6 +617,41 @@ def test_bad_folder(tmp_path):
     refuse(f"^{tmp_path}/train/cat/0.jpg: image is an empty file$", "folder", tmp_path)
 
 
+def test_what_chooses_is_not_what_is_reported(tmp_path):
+    """By whatever name it is reached: a list of training images reported on, a link to another folder."""
+    write_lists(tmp_path, "iNaturalist18", ("train", "val"))
+    match = r"2 images .*, in val \(10 % of train\) and in val \(no test split\): what is chosen on one"
+    refuse(match, "inaturalist2018", tmp_path, val_list="iNaturalist18_train.txt")
+    write_folder(tmp_path / "folder", ("train", "val"))
+    (tmp_path / "folder" / "test").symlink_to("val")
+    refuse("9 images .*, in val and in test: what is chosen", "folder", tmp_path / "folder")
+
+
+def test_one_class_is_no_classification(tmp_path):
+    write_lists(tmp_path)
+    for split in ("train", "val", "test"):
+        (tmp_path / f"ImageNet_LT_{split}.txt").write_text(f"{split}/my image 0.jpg 0\n")
+        write_image(tmp_path / "folder" / split / "ant" / "0.jpg")
+    refuse("ImageNet_LT_train.txt has one class only", "imagenet-lt", tmp_path)
+    refuse("folder/train has one class only", "folder", tmp_path / "folder")
+
+
+def test_fingerprint_is_of_labels_and_images_wherever_they_lie(tmp_path):
+    write_lists(tmp_path / "a")
+    write_lists(tmp_path / "b")
+    first = fingerprint(load("imagenet-lt", tmp_path / "a"))
+    assert fingerprint(load("imagenet-lt", tmp_path / "b")) == first
+    path = tmp_path / "b" / "ImageNet_LT_test.txt"
+    lines = path.read_text()
+    for changed in (lines.replace("0.jpg 0", "0.jpg 1"), lines.replace("test/my image 0", "val/../train/my image 0")):
+        path.write_text(changed)
+        assert fingerprint(load("imagenet-lt", tmp_path / "b")) != first
+    digits = load("digits-lt", None)
+    assert fingerprint(digits) == fingerprint(load("digits-lt", None))
+    digits.test.images.images[3, 0, 9, 9] += 1
+    assert fingerprint(digits) != fingerprint(load("digits-lt", None))
+
+
 # Image files ----------------------------------------------------------------------------------------------------------
 
 
@@ -655,6 +691,15 @@ def test_worker_names_an_image_that_it_cannot_read(tmp_path):
     loader = torch.utils.data.DataLoader(images, batch_size=2, num_workers=1, collate_fn=len)
     with pytest.raises(DataError, match=r"ImageNet_LT_train.txt:2: image .*my image 1.jpg cannot be read"):
         list(loader)
+
+
+@pytest.mark.parametrize(("kind", "mode"), [(np.uint16, "I;16"), (np.int32, "I"), (np.float32, "F")])
+def test_images_that_would_become_white_are_refused(kind, mode, tmp_path):
+    write_folder(tmp_path)
+    PIL.Image.fromarray((np.arange(64) * 1000).reshape(8, 8).astype(kind)).save(tmp_path / "x.tiff")
+    (tmp_path / "x.tiff").rename(tmp_path / "train" / "ant" / "0.PNG")
+    with pytest.raises(DataError, match=rf"ant/0.PNG: .* mode {mode} has more than 8 bits a channel"):
+        load("folder", tmp_path).train.images[0]
 
 
 def test_grey_and_palette_images_become_rgb(tmp_path):

@@ -4,13 +4,14 @@ import contextlib
 import io
 import os
 import zipfile
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 
 NAME, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
-PARTS = {"model", "optimizer", "lr_scheduler", "scaler", "model_ema", "epoch", "args", "history", "best"}
+PARTS = {"model", "optimizer", "lr_scheduler", "scaler", "model_ema", "epoch", "args", "history", "best", "data"}
 
 
 class CheckpointError(Exception):
@@ -64,7 +65,14 @@ def load(directory: Path) -> tuple[dict[str, Any] | None, dict[Path, str]]:
 def set_aside(damaged: dict[Path, str]) -> None:
     """So that it never takes the place of one that is whole."""
     for path in damaged:
-        os.replace(path, path.with_name(path.name + ".damaged"))
+        aside = path.with_name(path.name + ".damaged")
+        if path.is_dir() or aside.is_dir():  # which a rename does not replace, or by nothing but another
+            aside = free_name(aside)
+        os.replace(path, aside)
+
+
+def free_name(path: Path) -> Path:
+    return next(name for n in count(1) if not (name := path.with_name(f"{path.name}{n}")).exists())
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -73,10 +81,26 @@ def read(path: Path) -> dict[str, Any]:
     if wrong is not None:
         raise ValueError(f"the checksum of {wrong} is wrong")
     state = torch.load(path, map_location="cpu", weights_only=True)
-    missing = PARTS - set(state)
+    missing = PARTS - set(state if isinstance(state, dict) else ())
     if missing:
         raise ValueError(f"it has no {', '.join(sorted(missing))}")
+    if len(state["history"]) != state["epoch"]:
+        raise ValueError("its history has not a row for each epoch")
     return state
+
+
+def check_same(directory: Path, state: dict[str, Any], args: dict[str, Any], data: str, free: set[str]) -> None:
+    """The run that goes on is the one that was begun: what chose its best epoch must not be another split now."""
+    begun = state["args"] if isinstance(state["args"], dict) else {}
+    other = [name for name in args if name not in free and begun.get(name) != args[name]]
+    if other:
+        was, now = (", ".join(f"{name} {of.get(name)!r}" for name in other) for of in (begun, args))
+        raise CheckpointError(f"the checkpoint in {directory} is of another run: it has {was}, not {now}")
+    if state["data"] != data:
+        raise CheckpointError(
+            f"the images or labels are not those that the run in {directory} was begun with: give it the same "
+            "--data and lists, or begin anew in another --out"
+        )
 
 
 def first_line(error: BaseException) -> str:

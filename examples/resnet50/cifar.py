@@ -111,7 +111,7 @@ def read_batch(path: Path, cifar: Cifar) -> tuple[np.ndarray, np.ndarray]:
 def _dtype(name: str, align: object = False, copy: object = False) -> np.dtype:
     if np.dtype(name).kind not in "biu":
         raise pickle.UnpicklingError(f"an array of {name} is not expected")
-    return np.dtype(name)  # align and copy say nothing about a plain number's type
+    return np.dtype(name, bool(align), bool(copy))  # a copy, since the pickle then sets its byte order
 
 
 # What arrays and their bytes are pickled with, by any version of Python and NumPy. A pickle may call whatever it can

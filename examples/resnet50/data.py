@@ -15,7 +15,9 @@ The split that results are reported on is "test", or "val" where a data set has 
 best epoch) is chosen on another: the official "val" if there are both, else a part of every training class.
 """
 
+import hashlib
 import os
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,7 +87,7 @@ def load(
     test_list: str | Path | None = None,
     imb_type: str = IMB_TYPE,
     imb_factor: float = IMB_FACTOR,
-    val_fraction: float = VAL_FRACTION,
+    val_fraction: float | None = None,
     check_images: bool = False,
     download: bool = False,
 ) -> Data:
@@ -98,7 +100,7 @@ def load(
             relative to `root`, or to the current folder where `root` has no such file.
         imb_type, imb_factor: `long_tailed_counts` of digits-lt and the CIFAR sets.
         val_fraction: the part of each training class that becomes `val`, in [0, 0.5]. Of 5 images and more it is at
-            least one, of fewer none. Not needed, and not looked at, where `val` and `test` both exist.
+            least one, of fewer none. VAL_FRACTION if it is None; not to be given where `val` and `test` both exist.
         check_images: decode every image first.
         download: fetch a CIFAR set that is not there.
 
@@ -111,7 +113,7 @@ def load(
         raise DataError(f"--imb-type must be one of {', '.join(IMB_TYPES)}, got {imb_type}")
     if not 0 < imb_factor <= 1:
         raise DataError(f"--imb-factor must be in (0, 1], got {imb_factor:g}")
-    if not 0 <= val_fraction <= 0.5:
+    if val_fraction is not None and not 0 <= val_fraction <= 0.5:
         raise DataError(f"--val-fraction must be in [0, 0.5], got {val_fraction:g}")
     lists = {
         name: Path(path)
@@ -146,7 +148,9 @@ def load(
             parts = read_lists(dataset, root, lists)
     if check_images:
         check_decoding([images for images in (parts.train, parts.val, parts.test) if images is not None])
-    return assign_splits(parts, val_fraction)
+    if None not in (val_fraction, parts.val, parts.test):
+        raise DataError("--val-fraction does not apply: there are a validation and a test split already")
+    return assign_splits(parts, VAL_FRACTION if val_fraction is None else val_fraction)
 
 
 def read_lists(dataset: str, root: Path, given: dict[str, Path]) -> Parts:
@@ -197,8 +201,6 @@ def assign_splits(parts: Parts, val_fraction: float) -> Data:
     shots_counts = count_classes(train.target, n_classes)
     if val is not None and test is not None:
         reported, choosing = Split("test", test), Split("val", val)
-        if shared := shared_images(val, test):
-            raise DataError(f"{shared}, in val and in test: what is chosen on val would be chosen on test")
     else:
         images = val if test is None else test
         assert images is not None  # each data set has one
@@ -213,11 +215,29 @@ def assign_splits(parts: Parts, val_fraction: float) -> Data:
         else:
             why = "--val-fraction is 0" if val_fraction == 0 else f"no class has {CARVED_FROM} training images"
             notes.append(f"no validation split: {why}, so nothing can be chosen on one")
+    if choosing is not None and (shared := shared_images(choosing.images, reported.images)):
+        raise DataError(
+            f"{shared}, in {choosing.name} and in {reported.name}: what is chosen on one would be chosen on the other"
+        )
     for split in (choosing, reported):
         if split is not None and (shared := shared_images(train, split.images)):
             notes.append(f"{shared} in train and in {split.name}")
     class_counts = count_classes(train.target, n_classes)
     return Data(Split("train", train), choosing, reported, n_classes, class_names, shots_counts, class_counts, notes)
+
+
+def fingerprint(data: Data) -> str:
+    """The same for the same splits, wherever they lie: of labels, and of images or the names of their files."""
+    splits = [split for split in (data.train, data.val, data.test) if split is not None]
+    names = [[of.path(i) for i in range(len(of))] if isinstance(of, FileImages) else [] for _, of in splits]
+    root = os.path.commonprefix([end for of in names if of for end in (min(of), max(of))])  # noqa: RUF071  # not of folders
+    digest = hashlib.sha256()
+    for (name, images), paths in zip(splits, names, strict=True):
+        digest.update(name.encode() + images.target.numpy().tobytes())
+        digest.update("\0".join(path[len(root) :] for path in paths).encode(errors="surrogateescape"))
+        if isinstance(images, ArrayImages):
+            digest.update(images.images.numpy().tobytes())
+    return digest.hexdigest()
 
 
 CARVED_FROM = 5  # fewest training images of a class that gives one away
@@ -239,8 +259,13 @@ def shared_images(a: Images, b: Images) -> str:
     """How many files are in both, and the first; "" if none is, or if images are not files."""
     if not (isinstance(a, FileImages) and isinstance(b, FileImages)):
         return ""
-    of_a = {os.path.normpath(a.path(i)) for i in range(len(a))}
-    shared = [i for i in range(len(b)) if os.path.normpath(b.path(i)) in of_a]
+    resolved = cache(os.path.realpath)  # of folders, which are few
+
+    def real(path: str) -> str:
+        return os.path.join(resolved(os.path.dirname(path)), os.path.basename(path))
+
+    of_a = {real(a.path(i)) for i in range(len(a))}
+    shared = [i for i in range(len(b)) if real(b.path(i)) in of_a]
     if not shared:
         return ""
     first = f"{b.origin(shared[0])} {b.path(shared[0])}"

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset, pil_loader
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 from tqdm import tqdm
 
 from fused_la import count_classes
@@ -28,6 +29,9 @@ N_THREADS = 16  # they wait for a disk or for PIL, which lets go of the interpre
 
 class DataError(Exception):
     """What is wrong with the data; the message names the file and the line, or the option."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.split("DataError: ")[-1].strip())  # a worker's has its traceback before it
 
 
 class Images(Dataset):
@@ -74,7 +78,7 @@ class FileImages(Images):
 
     def __getitem__(self, i: int) -> Any:
         try:
-            return pil_loader(self.path(i))
+            return load_rgb(self.path(i))
         except Exception as error:  # which one, PIL's decoders do not agree on
             reason = f"{type(error).__name__}: {error}"
             raise DataError(f"{self.origin(i)}: image {self.path(i)} cannot be read ({reason})") from error
@@ -83,6 +87,14 @@ class FileImages(Images):
         part = FileImages([], self.target[index], [])
         part._paths, part._origins = self._paths[index.numpy()], self._origins[index.numpy()]
         return part
+
+
+def load_rgb(path: str) -> Any:
+    """As torchvision does, which makes white of all that is above 255 in a grey image of 16 bits."""
+    with Image.open(path) as image:
+        if image.mode.startswith(("I", "F")):
+            raise ValueError(f"mode {image.mode} has more than 8 bits a channel: convert it first")
+        return image.convert("RGB")
 
 
 def and_more(n: int) -> str:
@@ -213,6 +225,8 @@ def read_listings(
                 if label > largest:
                     raise DataError(f"{origin}: label {label} is no class of {train.name}, which has 0 to {largest}")
     train = listings["train"]
+    if len(class_names) < 2:
+        raise DataError(f"{train.name} has one class only: there is nothing to tell apart")
     without = (count_classes(train.target, len(class_names)) == 0).nonzero().flatten().tolist()
     if without:
         first = ", ".join(str(c) if class_names[c] == str(c) else f"{c} ({class_names[c]})" for c in without[:10])
@@ -267,6 +281,8 @@ def read_folder(root: Path) -> tuple[dict[str, Images], list[str]]:
         samples[split] = make_dataset(folder, {c: class_to_idx[c] for c in classes}, IMG_EXTENSIONS, allow_empty=True)
         if not samples[split]:
             raise DataError(f"{folder} holds no image ({', '.join(IMG_EXTENSIONS)})")
+    if len(class_to_idx) < 2:
+        raise DataError(f"{root / 'train'} has one class only: there is nothing to tell apart")
     has_image = {label for _, label in samples["train"]}
     if without := [c for c, label in class_to_idx.items() if label not in has_image]:
         raise DataError(

@@ -1,5 +1,6 @@
 """The classifier: a trunk of torchvision, a linear or cosine head, and the loss on top of it."""
 
+import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +37,13 @@ class Loss(NamedTuple):
 
 
 def make_loss(args: Any, class_counts: Tensor, device: torch.device) -> Loss:
+    try:
+        return loss_of_options(args, class_counts, device)
+    except ValueError as error:
+        raise OptionError(f"--loss {args.loss}: {error}") from error
+
+
+def loss_of_options(args: Any, class_counts: Tensor, device: torch.device) -> Loss:
     log_prior = log_prior_from_counts(class_counts).to(device)
     preset = getattr(margins, args.loss)
     if args.loss == "erm":
@@ -164,7 +172,27 @@ def make_network(args: Any) -> nn.Module:
         options = {"zero_init_residual": True, "norm_layer": norm_layer(args.norm)}
     elif args.model == "inception_v3" or (args.model == "googlenet" and not args.pretrained):
         options = {"aux_logits": False} | ({} if args.pretrained else {"init_weights": True})
-    return models.get_model(args.model, weights="DEFAULT" if args.pretrained else None, **options)
+    try:
+        return models.get_model(args.model, weights="DEFAULT" if args.pretrained else None, **options)
+    except (OSError, RuntimeError) as error:
+        if not args.pretrained:
+            raise
+        raise OptionError(
+            f"--pretrained: the weights of {args.model} cannot be fetched ({error}); where there is no network, put "
+            f"the file of torchvision's model page in {torch.hub.get_dir()}/checkpoints"
+        ) from error
+
+
+def try_shapes(args: Any, model: Classifier, n_images: int) -> None:
+    """Sizes that a network does not take are told before training: by a copy that has shapes, but no numbers."""
+    trunk = copy.deepcopy(model.trunk).to("meta")
+    try:
+        trunk(torch.empty(n_images, 3, args.image_size, args.image_size, device="meta"))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise OptionError(
+            f"--model {args.model} cannot be trained on {n_images} images of --image-size {args.image_size} at a time, "
+            f"a process's part of --batch-size and --grad-accum-steps: {error}"
+        ) from error
 
 
 def norm_layer(name: str) -> Any:

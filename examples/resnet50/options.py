@@ -3,6 +3,8 @@
 import argparse
 import json
 import re
+import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +73,8 @@ def new_parser(description: str | None) -> argparse.ArgumentParser:
     group.add_argument("--imb-type", choices=("exp", "step"), help="profile of digits-lt and CIFAR (default: exp)")
     group.add_argument("--imb-factor", type=float, metavar="F", help="rarest over most frequent class of these")
     group.add_argument(
-        "--val-fraction", type=float, default=0.1, metavar="F",
-        help="of the training images, to choose on if the data set has no validation split (default: %(default)s)",
+        "--val-fraction", type=float, metavar="F",
+        help="of the training images, to choose on if the data set has no validation split (default: 0.1)",
     )  # fmt: skip
     group.add_argument("--check-images", help="decode every image before training", **flag)
     group.add_argument("--image-size", type=int, metavar="PIXELS")
@@ -150,9 +152,13 @@ def parse(description: str | None, argv: list[str] | None) -> argparse.Namespace
         if args.out is None:
             parser.error("--resume needs --out, the directory of the run to continue")
         saved = read_saved(parser, args.out / "args.json")
+        alone = parser.parse_args(["--resume", "--out", str(args.out)])
+        if saved is None and args == alone:  # a run of the defaults is hardly what is meant
+            parser.error(f"{args.out / 'args.json'} does not exist: there is no run to continue. Give its options")
     if saved is not None:
-        parser.set_defaults(**saved)
-        args = parser.parse_args(argv)
+        args = parser.parse_args(
+            [*as_typed(saved), *(sys.argv[1:] if argv is None else argv)]
+        )  # what comes last counts
     resolve(parser, args)
     for name, value in (saved or {}).items():
         if name not in FREE and as_json(getattr(args, name)) != value:
@@ -165,12 +171,33 @@ def read_saved(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any] | 
         saved = json.loads(path.read_text())
     except FileNotFoundError:
         return None  # stopped before it had written anything: begin
+    except OSError as error:
+        parser.error(f"{path} cannot be read: {error.strerror}")
     except ValueError as error:
         parser.error(f"{path} is damaged ({error}): put it right or delete it, and give the run's options")
     known = set(vars(parser.parse_args([]))) - {"resume", "out"}
     if not isinstance(saved, dict) or set(saved) != known:
         parser.error(f"{path} is not of this version of train.py")
+    strict = new_parser(None)
+    strict.exit_on_error = False
+    try:
+        strict.parse_args(as_typed(saved))
+    except argparse.ArgumentError as error:
+        parser.error(f"{path} is damaged: {error}")
     return saved
+
+
+def as_typed(saved: dict[str, Any]) -> list[str]:
+    """The options again, for argparse to look at: args.json may be damaged."""
+    typed: list[str] = []
+    for name, value in saved.items():
+        if isinstance(value, list):
+            typed += [f"--{dashed(name)}", *map(str, value)]
+        elif isinstance(value, bool):
+            typed += [f"--{dashed(name)}"] if value else ["--no-posthoc"] if name == "posthoc" else []
+        elif value is not None:
+            typed += [f"--{dashed(name)}={value}"]
+    return typed
 
 
 def saved_form(args: argparse.Namespace) -> dict[str, Any]:
@@ -191,8 +218,6 @@ def resolve(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         of_schedule = name in ("lr_steps", "lr_gamma") and args.schedule not in (None, "step")
         if getattr(args, name) is None and not of_synthetic and not of_schedule:
             setattr(args, name, value)
-    if isinstance(args.data, str):
-        args.data = Path(args.data)  # as args.json has it
 
     def belongs(name: str, owner: bool, owner_name: str, default: Any = None) -> None:
         """An option of something else that is not chosen would do nothing."""
@@ -239,6 +264,10 @@ def check_ranges(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         value = getattr(args, name)
         if value is not None and not bound <= value < float("inf"):
             parser.error(f"--{dashed(name)} must be at least {bound} and finite, got {value}")
+    if args.seed >= 2**63:
+        parser.error(f"--seed must be below 2^63, got {args.seed}")
+    if args.nesterov and args.momentum == 0:
+        parser.error("--nesterov needs a --momentum above 0")
     for name in ("lr", "scale", "lr_gamma"):
         value = getattr(args, name)
         if value is not None and not 0 < value < float("inf"):
@@ -247,7 +276,7 @@ def check_ranges(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         value = getattr(args, name)
         if value is not None and not 0 <= value < 1:
             parser.error(f"--{dashed(name)} must be in [0, 1), got {value}")
-    if not 0 <= args.val_fraction <= 0.5:
+    if args.val_fraction is not None and not 0 <= args.val_fraction <= 0.5:
         parser.error(f"--val-fraction must be in [0, 0.5], got {args.val_fraction}")
     if args.imb_factor is not None and not 0 < args.imb_factor <= 1:
         parser.error(f"--imb-factor must be in (0, 1], got {args.imb_factor}")
@@ -255,8 +284,18 @@ def check_ranges(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         parser.error(f"--power must be finite, got {args.power}")
     if args.warmup_epochs >= args.epochs and args.warmup_epochs > 0:
         parser.error(f"--warmup-epochs must be below --epochs {args.epochs}, got {args.warmup_epochs:g}")
+    if args.lr_steps is not None and not is_rising([args.warmup_epochs, *args.lr_steps, args.epochs]):
+        steps = " ".join(map(str, args.lr_steps))
+        parser.error(
+            f"--lr-steps must rise from above --warmup-epochs {args.warmup_epochs:g} to below --epochs {args.epochs}, "
+            f"got {steps}"
+        )
     if args.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
         parser.error(f"--device must be cpu, cuda or cuda:N, got {args.device}")
+
+
+def is_rising(numbers: list[float]) -> bool:
+    return all(a < b for a, b in pairwise(numbers))
 
 
 def refuse_double_corrections(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from loading import TrainLoader
 from model import Classifier
 from torch import Tensor, nn
@@ -24,17 +25,17 @@ def profile_step(
     n_batches, images, target, seconds = 0, None, None, 0.0
     epoch = 0
     while n_batches < N_BATCHES:
-        batches = iter(loader.epoch(epoch))
-        images, target = next(batches)  # starting the workers is not their speed
         began = time.perf_counter()
-        n_batches += sum(1 for _ in islice(batches, N_BATCHES - n_batches))
+        batches = iter(loader.epoch(epoch))
+        images, target = next(batches)
+        if len(loader) > 1:
+            began = time.perf_counter()  # starting the workers is not their speed
+        n_batches += (len(loader) == 1) + sum(1 for _ in islice(batches, N_BATCHES - n_batches))
         seconds += time.perf_counter() - began
         epoch += 1
-        if len(loader) == 1:
-            break
     assert images is not None
     assert target is not None
-    of_loader = n_batches * per_rank / seconds if n_batches else float("nan")
+    of_loader = n_batches * per_rank / seconds
     images, target = images.to(world.device), target.to(world.device)
     if args.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
@@ -46,24 +47,23 @@ def profile_step(
         f"loader alone  {of_loader:12,.1f} images/s ({args.workers} workers, {n_batches} batches of {per_rank})",
         f"step          {of_step:12,.1f} images/s ({1e3 * step:.1f} ms, median of {N_TIMED})",
     ]
-    if not model.is_spread:
-        with torch.no_grad(), autocast():
-            features, weight = model.operands(images, model.head.weight)
-            logits = model.logits(images, model.whole_head())
-        if model.fused:
-            inputs, name = (features, weight.detach()), f"head and loss of features {tuple(features.shape)}"
-        else:
-            inputs, name = (logits,), f"loss of logits {tuple(logits.shape)}"
-        loss_of: Callable[..., Tensor] = model.loss_of if model.fused else model.loss_of_logits
-        leaves = [value.detach().clone().requires_grad_() for value in inputs]
+    with torch.no_grad(), autocast():
+        features, weight = model.operands(images, model.head.weight)
+    if model.fused or model.is_spread:
+        inputs, name = (features, weight.detach()), f"head and loss of features {tuple(features.shape)}"
+    else:
+        logits = F.linear(features, weight, model.head.bias)
+        inputs, name = (logits,), f"loss of logits {tuple(logits.shape)}"
+    loss_of: Callable[..., Tensor] = model.loss_of if len(inputs) == 2 else model.loss_of_logits
+    leaves = [value.detach().clone().requires_grad_() for value in inputs]
 
-        def loss_alone() -> None:
-            with autocast():
-                loss = loss_of(*leaves, target)
-            torch.autograd.grad(loss, leaves)
+    def loss_alone() -> None:
+        with autocast():
+            loss = loss_of(*leaves, target)
+        torch.autograd.grad(loss, leaves)
 
-        alone = median(loss_alone)
-        lines.append(f"{name}, forward + backward: {1e3 * alone:.2f} ms, {100 * alone / step:.1f} % of the step")
+    alone = median(loss_alone)
+    lines.append(f"{name}, forward + backward: {1e3 * alone:.2f} ms, {100 * alone / step:.1f} % of the step")
     slower, faster = ("loader", "step") if of_loader < of_step else ("step", "loader")
     ratio = max(of_loader, of_step) / min(of_loader, of_step)
     lines.append(f"limit: the {slower}; the {faster} is {ratio:.1f} x as fast")

@@ -23,19 +23,20 @@ import csv
 import io
 import json
 import math
+import re
 import sys
 import time
 from itertools import islice
 from typing import Any
 
 import torch
-from checkpoint import CheckpointError, load, save, set_aside, write_atomically
-from data import Data, DataError
+from checkpoint import NAME, CheckpointError, check_same, load, save, set_aside, write_atomically
+from data import Data, DataError, fingerprint
 from data import load as load_data
 from evaluation import RATES, evaluate
 from loading import Mix, TrainLoader, eval_loader, mixed_seed
-from model import Classifier, make_classifier, make_loss
-from options import OptionError, parse, saved_form
+from model import Classifier, make_classifier, make_loss, try_shapes
+from options import FREE, OptionError, parse, saved_form
 from report import final_report, write_report
 from states import load_model, load_optimizer, model_state, optimizer_state
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-from world import World, average_buffers, first_alone, mean_over_ranks, start, stop
+from world import World, all_finite, average_buffers, first_alone, mean_over_ranks, start, stop
 
 
 class Stopped(Exception):
@@ -64,6 +65,7 @@ def run(args: Any, world: World) -> None:
     test = eval_loader(args, data.test.images, world)
 
     model = make_classifier(args, data.n_classes, make_loss(args, data.class_counts, world.device))
+    try_shapes(args, model, args.batch_size // world.n_ranks // args.grad_accum_steps)
     model.to(world.device)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # which PyTorch documents
@@ -120,6 +122,8 @@ def run(args: Any, world: World) -> None:
         average_buffers(trained)
         if ema is not None:
             average_buffers(ema)
+        if not all_finite(model):  # the last step's doing, which no loss has seen
+            raise Stopped(f"weights are not finite after epoch {epoch + 1}: a lower --lr may help. {kept(args, epoch)}")
         return mean
 
     if args.profile_step:
@@ -141,8 +145,6 @@ def run(args: Any, world: World) -> None:
     # What the run is about from here on: an epoch, its rates on the validation split, a checkpoint.
     history: list[dict[str, Any]] = []
     best: dict[str, Any] | None = None
-    if world.is_first:
-        prepare(args)
     if args.resume:
         state, damaged = load(args.out)
         for line in damaged.values():
@@ -150,15 +152,21 @@ def run(args: Any, world: World) -> None:
         if world.is_first:
             set_aside(damaged)
         if state is not None:
-            load_model(model, state["model"])
-            load_optimizer(model, optimizer, state["optimizer"])
-            schedule.load_state_dict(state["lr_scheduler"])
-            scaler.load_state_dict(state["scaler"])
-            if ema is not None:
-                ema.load_state_dict(state["model_ema"])
+            check_same(args.out, state, saved_form(args), fingerprint(data), FREE)
+            try:
+                load_model(model, state["model"])
+                load_optimizer(model, optimizer, state["optimizer"])
+                schedule.load_state_dict(state["lr_scheduler"])
+                scaler.load_state_dict(state["scaler"])
+                if ema is not None:
+                    ema.load_state_dict(state["model_ema"])
+            except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                raise CheckpointError(f"the checkpoint in {args.out} does not fit this run: {error}") from error
             history, best = state["history"], state["best"]
         say(world, f"resuming {args.out} after epoch {len(history)} of {args.epochs}")
 
+    if world.is_first:
+        prepare(args)
     writer = SummaryWriter(args.out / "tensorboard", purge_step=len(history) + 1) if world.is_first else None
     for epoch in range(len(history), args.epochs):
         began = time.perf_counter()
@@ -176,7 +184,7 @@ def run(args: Any, world: World) -> None:
             "model": model_state(model), "optimizer": optimizer_state(model, optimizer),
             "lr_scheduler": schedule.state_dict(), "scaler": scaler.state_dict(),
             "model_ema": None if ema is None else ema.state_dict(), "epoch": epoch + 1, "args": saved_form(args),
-            "history": history, "best": best,
+            "history": history, "best": best, "data": fingerprint(data),
         }  # fmt: skip
         if writer is not None:
             save(args.out, state)
@@ -365,7 +373,12 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        sys.exit(f"error: {where}{error.strerror or error}. What was saved before is whole: --resume continues from it")
+        went_on = "" if not (args.out / NAME).exists() else f". {args.out / NAME} is whole: --resume continues from it"
+        sys.exit(f"error: {where}{error.strerror or error}{went_on}")
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        sys.exit("error: out of memory: a smaller --batch-size or --image-size, or more --grad-accum-steps, may help")
     except KeyboardInterrupt:
         sys.exit(f"stopped; --resume --out {args.out} continues after the last whole epoch")
     finally:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from options import OptionError
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 
 class World(NamedTuple):
@@ -25,6 +26,8 @@ def start(device: str | None, seed: int, fast_convolutions: bool) -> World:
     on_gpu = torch.cuda.is_available() if device is None else device.startswith("cuda")
     if on_gpu and not torch.cuda.is_available():
         raise OptionError(f"--device {device}: PyTorch finds no GPU")
+    if fast_convolutions and not on_gpu:
+        raise OptionError("--cudnn-benchmark is of GPUs")
     chosen = torch.device(device or ("cuda" if on_gpu else "cpu"))
     n_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if on_gpu:
@@ -54,6 +57,13 @@ def first_alone(world: World, wanted: bool) -> Iterator[None]:
     yield
     if wanted and world.is_first and world.n_ranks > 1:
         dist.barrier()
+
+
+def all_finite(model: nn.Module) -> bool:
+    """Weights and statistics of all processes."""
+    parts = (value.to_local() if isinstance(value, DTensor) else value for value in model.state_dict().values())
+    finite = torch.stack([part.isfinite().all() for part in parts])
+    return float(mean_over_ranks(finite.all().float())) == 1.0
 
 
 def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
