@@ -31,6 +31,7 @@ import loading  # noqa: E402
 import model as models  # noqa: E402
 import options  # noqa: E402
 import train  # noqa: E402
+import world  # noqa: E402
 from PIL import Image  # noqa: E402
 from world import World  # noqa: E402
 
@@ -294,6 +295,7 @@ def test_the_report_is_what_the_logits_say(listed, erm):
     assert saved["best"]["epoch"] == max(
         range(1, 4), key=lambda epoch: (-float(log(erm)[epoch - 1]["val_balanced_error"]), epoch)
     )
+    assert [float(row["lr"]) for row in log(erm)] == pytest.approx([0.02 / 5, 0.02, 0.01])  # as an epoch begins
     states = {"last epoch": saved["model"]}
     if saved["best"]["epoch"] != 3:
         states["best epoch"] = saved["best"]["model"]
@@ -340,6 +342,53 @@ def test_the_report_is_what_the_logits_say(listed, erm):
         bins = found["results"]["raw"]["reliability"]
         assert sum(bins["count"]) == 17
         assert found["weight_norms"] == pytest.approx(norm.tolist(), rel=1e-6)
+
+
+def test_shots_are_of_the_whole_training_split_and_the_prior_of_what_is_left():
+    """Where validation images were carved from it."""
+    images = data_sets.ArrayImages(torch.zeros(3, 3, 8, 8, dtype=torch.uint8), torch.arange(3))
+    split = data_sets.Split("x", images)
+    data = data_sets.Data(split, None, split, 3, list("abc"), torch.tensor([101, 20, 19]), torch.tensor([1, 1, 98]), [])
+    rated = evaluation.Rated(data, torch.Tensor.float, ALONE.device)
+    rated.update(torch.eye(3)[[0, 0, 0]], torch.arange(3))
+    result = rated.compute()
+    assert [result[f"{group}_error"] for group in ("many", "medium", "few")] == [0, 1, 1]
+    head = models.Head(torch.eye(3), None)
+    logits, target = torch.tensor([[0.0, -9.0, 1.0]]), torch.tensor([0])  # class 0 if class 2 is frequent
+    for sweep in (evaluation.make_sweeps(head, data, "x")[evaluation.POST_HOC],):
+        sweep.update(logits, target)
+        assert sweep.compute()["balanced_error"].tolist()[evaluation.TAUS.index(1.0)] == 0
+    (correct,) = evaluation.make_corrections(head, data, {evaluation.POST_HOC: {"tau = 1": 1.0}}).values()
+    assert correct(logits).argmax() == 0
+
+
+def test_statistics_of_processes_are_averaged(monkeypatch):
+    monkeypatch.setattr(world.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(world, "mean_over_ranks", lambda value: value + 1)
+    norm = torch.nn.BatchNorm2d(2)
+    world.average_buffers(norm)
+    assert norm.running_mean.tolist() == [1, 1]
+    assert norm.running_var.tolist() == [2, 2]
+    assert norm.num_batches_tracked == 0
+
+
+def test_inverse_weights_are_one_for_a_class_of_average_size():
+    args = options.parse(None, ["--loss", "erm", "--class-weights", "inverse"])
+    weight = models.make_loss(args, torch.tensor([60, 30, 10, 20]), ALONE.device).class_weight
+    assert weight.tolist() == pytest.approx([0.5, 1, 3, 1.5])
+
+
+def test_the_optimizer_has_what_the_options_say():
+    args = options.parse(
+        None, ["--model", "resnet32", "--momentum", "0.8", "--nesterov", "--weight-decay", "0.3", "--lr", "0.2"]
+    )
+    network = models.make_classifier(args, 3, models.make_loss(args, torch.ones(3), ALONE.device))
+    for group in train.make_optimizer(args, network).param_groups:
+        found = [group[name] for name in ("lr", "momentum", "nesterov", "weight_decay", "dampening")]
+        assert found == [0.2, 0.8, True, 0.3, 0]
+    args = options.parse(None, ["--model", "resnet32", "--opt", "adamw", "--weight-decay", "0.3", "--lr", "0.2"])
+    for group in train.make_optimizer(args, network).param_groups:
+        assert (group["lr"], group["weight_decay"]) == (0.2, 0.3)
 
 
 def test_an_adjusted_run_is_not_corrected_again(listed, tmp_path):
@@ -412,9 +461,9 @@ def test_batches_do_not_depend_on_workers_and_processes(listed):
     args = options.parse(None, command(listed, "--augment", "resized-crop-flip"))
     images = data_sets.load("imagenet-lt", listed).train.images
 
-    def batches(world, epoch, workers=0):
+    def batches(of, epoch, workers=0):
         args.workers = workers
-        return list(loading.TrainLoader(args, images, world).epoch(epoch))
+        return list(loading.TrainLoader(args, images, of).epoch(epoch))
 
     alone = batches(ALONE, 4)
     assert len(alone) == 41 // 8

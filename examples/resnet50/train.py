@@ -145,6 +145,7 @@ def run(args: Any, world: World) -> None:
     # What the run is about from here on: an epoch, its rates on the validation split, a checkpoint.
     history: list[dict[str, Any]] = []
     best: dict[str, Any] | None = None
+    identity = fingerprint(data)
     if args.resume:
         state, damaged = load(args.out)
         for line in damaged.values():
@@ -152,7 +153,7 @@ def run(args: Any, world: World) -> None:
         if world.is_first:
             set_aside(damaged)
         if state is not None:
-            check_same(args.out, state, saved_form(args), fingerprint(data), FREE)
+            check_same(args.out, state, saved_form(args), identity, FREE)
             try:
                 load_model(model, state["model"])
                 load_optimizer(model, optimizer, state["optimizer"])
@@ -184,7 +185,7 @@ def run(args: Any, world: World) -> None:
             "model": model_state(model), "optimizer": optimizer_state(model, optimizer),
             "lr_scheduler": schedule.state_dict(), "scaler": scaler.state_dict(),
             "model_ema": None if ema is None else ema.state_dict(), "epoch": epoch + 1, "args": saved_form(args),
-            "history": history, "best": best, "data": fingerprint(data),
+            "history": history, "best": best, "data": identity,
         }  # fmt: skip
         if writer is not None:
             save(args.out, state)
