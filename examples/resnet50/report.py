@@ -185,14 +185,17 @@ def error_by_class_rank(axes: Axes, report: dict[str, Any]) -> bool:
 
 
 def tau_curves(axes: Axes, report: dict[str, Any]) -> bool:
-    """Balanced error against tau; the split that tau* was chosen on is dotted."""
+    """Balanced error against tau; the split that tau* was chosen on is dotted, tau* a vertical line."""
     _, model = chosen(report)
     if not model["tau_curves"]:
         return False
     for i, (family, curve) in enumerate(model["tau_curves"].items()):
-        axes.plot(curve["taus"], [100 * e for e in curve["reported"]], color=f"C{i}", label=family)
+        reported, chosen_on = report["splits"]["reported"], report["splits"]["chosen_on"]
+        label = f"{family}, {reported['name']}"
+        axes.plot(curve["taus"], [100 * e for e in curve["reported"]], color=f"C{i}", label=label)
         if curve["chosen_on"] is not None:
-            axes.plot(curve["taus"], [100 * e for e in curve["chosen_on"]], color=f"C{i}", linestyle=":")
+            errors, label = [100 * e for e in curve["chosen_on"]], f"{family}, {chosen_on['name']}"
+            axes.plot(curve["taus"], errors, color=f"C{i}", linestyle=":", label=label)
             axes.axvline(model["tau_star"][family], color=f"C{i}", linewidth=0.5)
     axes.set_xlabel("tau")
     axes.set_ylabel("balanced error (%)")
