@@ -30,6 +30,7 @@ import evaluation  # noqa: E402
 import loading  # noqa: E402
 import model as models  # noqa: E402
 import options  # noqa: E402
+import report as reports  # noqa: E402
 import train  # noqa: E402
 import world  # noqa: E402
 from PIL import Image  # noqa: E402
@@ -370,6 +371,10 @@ def test_statistics_of_processes_are_averaged(monkeypatch):
     assert norm.running_mean.tolist() == [1, 1]
     assert norm.running_var.tolist() == [2, 2]
     assert norm.num_batches_tracked == 0
+
+
+def test_figures_begin_with_the_most_frequent_class():
+    assert reports.ranks_of({"class_counts": [3, 9, 5, 9]}).tolist() == [1, 3, 2, 0]
 
 
 def test_inverse_weights_are_one_for_a_class_of_average_size():
