@@ -44,6 +44,15 @@ ENVIRONMENT = {
 COUNTS = {"train": (24, 12, 5), "val": (4, 4, 3), "test": (6, 6, 5)}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """As the processes that tests start have: what one computes, bit for bit, is what the other does."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
 @pytest.fixture(scope="module")
 def listed(tmp_path_factory) -> Path:
     """Three colours in the format of ImageNet-LT, learnt in a few steps, though not without errors."""
@@ -648,7 +657,7 @@ def test_a_run_killed_between_any_two_changes_of_files_resumes_to_the_same_repor
         train.main([*argv, "--resume"])
         assert content(out) == content(whole), n
         assert [row["train_loss"] for row in log(out)] == [row["train_loss"] for row in log(whole)]
-        n += 2 if n > 2 else 1  # one of each pair of write and rename, in either order
+        n += 1 if n < 3 else 3  # which is every kind of change in some epoch, and most before or after the other
     assert n > 10
 
 
@@ -668,12 +677,7 @@ def test_sigkill_and_resume_give_the_same_report(listed, whole, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "resuming" in done.stdout
-    report, expected = (json.loads((path / "report.json").read_text()) for path in (out, whole))
-    assert report["settings"] == expected["settings"]
-    alone = tmp_path / "alone"
-    argv[argv.index(str(out))] = str(alone)
-    subprocess.run(argv, env=ENVIRONMENT, check=True, capture_output=True, timeout=120)
-    assert content(out) == content(alone)
+    assert content(out) == content(whole)
 
 
 def damage(path: Path, how: str) -> None:
@@ -868,12 +872,22 @@ def test_an_image_that_cannot_be_read_is_named_with_its_line(listed, tmp_path, c
 # ---- Two processes
 
 
-def in_two(listed: Path, out: Path, *more: object) -> dict:
+RUNS = f"""
+import json, sys
+sys.path.insert(0, {str(FOLDER)!r})
+import train
+for argv in json.loads(sys.argv[1]):
+    train.main(argv)
+"""
+
+
+def in_two(tmp_path: Path, *argvs: list[str]) -> None:
+    """One run after another, by one start of two processes, which takes longer than the runs."""
+    (tmp_path / "runs.py").write_text(RUNS)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    argv = [*launcher, str(FOLDER / "train.py"), *command(listed, "--out", out, *more)]
+    argv = [*launcher, str(tmp_path / "runs.py"), json.dumps(argvs)]
     done = subprocess.run(argv, env=ENVIRONMENT, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((out / "report.json").read_text())
 
 
 def same_evaluation(out: Path, one: dict) -> None:
@@ -893,14 +907,19 @@ def test_two_processes_train_as_one(listed, tmp_path):
     """Also with the head's classes spread over them. GroupNorm: each process has BatchNorm of its own images."""
     common = ("--norm", "group", "--augment", "resized-crop-flip", "--epochs", 2, "--loss", "erm", "--lr", 0.005)
     run(listed, tmp_path / "one", *common)
-    for name, more in {"two": (), "spread": ("--class-parallel", "--grad-accum-steps", 2)}.items():
-        in_two(listed, tmp_path / name, *common, *more)
-        (tmp_path / name / "report.of.two.json").write_bytes((tmp_path / name / "report.json").read_bytes())
+    two, spread = (
+        command(listed, "--out", tmp_path / name, *common, *more)
+        for name, more in {"two": (), "spread": ("--class-parallel", "--grad-accum-steps", 2)}.items()
+    )
+    in_two(tmp_path, two, spread)
+    for name in ("two", "spread"):
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), rel=2e-5), name
+    (tmp_path / "two" / "report.of.two.json").write_bytes((tmp_path / "two" / "report.json").read_bytes())
     same_evaluation(tmp_path / "two", run(listed, tmp_path / "two", *common, "--resume"))
     one, spread = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("one", "spread"))
     assert set(spread["model"]) == set(one["model"])
     for name, value in one["model"].items():
         torch.testing.assert_close(spread["model"][name], value, rtol=1e-3, atol=1e-4)
-    resumed = in_two(listed, tmp_path / "spread", *common, "--class-parallel", "--grad-accum-steps", 2, "--resume")
+    in_two(tmp_path, [*spread, "--resume"])
+    resumed = json.loads((tmp_path / "spread" / "report.json").read_text())
     assert resumed["models"]["last epoch"]["results"]["raw"]["n_images"] == 17

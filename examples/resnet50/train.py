@@ -115,15 +115,16 @@ def run(args: Any, world: World) -> None:
                 mean = float(mean_over_ranks(total)) / step
                 if not math.isfinite(mean):
                     raise Stopped(
-                        f"the loss is {mean} in epoch {epoch + 1} by step {step}: a lower --lr, a longer "
-                        f"--warmup-epochs or --amp bf16 may help. {kept(args, epoch)}"
+                        f"the loss is {mean} in epoch {epoch + 1} by step {step}: a new run with a lower --lr, a "
+                        f"longer --warmup-epochs or --amp bf16 may help. {kept(args, epoch)}"
                     )
                 progress.set_postfix(loss=f"{mean:.3f}")
         average_buffers(trained)
         if ema is not None:
             average_buffers(ema)
         if not all_finite(model):  # the last step's doing, which no loss has seen
-            raise Stopped(f"weights are not finite after epoch {epoch + 1}: a lower --lr may help. {kept(args, epoch)}")
+            what = f"weights are not finite after epoch {epoch + 1}"
+            raise Stopped(f"{what}: a new run with a lower --lr may help. {kept(args, epoch)}")
         return mean
 
     if args.profile_step:
