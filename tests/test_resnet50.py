@@ -872,21 +872,12 @@ def test_an_image_that_cannot_be_read_is_named_with_its_line(listed, tmp_path, c
 # ---- Two processes
 
 
-RUNS = f"""
-import json, sys
-sys.path.insert(0, {str(FOLDER)!r})
-import train
-for argv in json.loads(sys.argv[1]):
-    train.main(argv)
-"""
-
-
-def in_two(tmp_path: Path, *argvs: list[str]) -> None:
-    """One run after another, by one start of two processes, which takes longer than the runs."""
-    (tmp_path / "runs.py").write_text(RUNS)
+def in_two(argv: list[str]) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    argv = [*launcher, str(tmp_path / "runs.py"), json.dumps(argvs)]
-    done = subprocess.run(argv, env=ENVIRONMENT, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(
+        [*launcher, str(FOLDER / "train.py"), *argv],
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -907,11 +898,12 @@ def test_two_processes_train_as_one(listed, tmp_path):
     """Also with the head's classes spread over them. GroupNorm: each process has BatchNorm of its own images."""
     common = ("--norm", "group", "--augment", "resized-crop-flip", "--epochs", 2, "--loss", "erm", "--lr", 0.005)
     run(listed, tmp_path / "one", *common)
-    two, spread = (
+    two, spread_argv = (
         command(listed, "--out", tmp_path / name, *common, *more)
         for name, more in {"two": (), "spread": ("--class-parallel", "--grad-accum-steps", 2)}.items()
     )
-    in_two(tmp_path, two, spread)
+    in_two(two)
+    in_two(spread_argv)
     for name in ("two", "spread"):
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), rel=2e-5), name
     (tmp_path / "two" / "report.of.two.json").write_bytes((tmp_path / "two" / "report.json").read_bytes())
@@ -920,6 +912,6 @@ def test_two_processes_train_as_one(listed, tmp_path):
     assert set(spread["model"]) == set(one["model"])
     for name, value in one["model"].items():
         torch.testing.assert_close(spread["model"][name], value, rtol=1e-3, atol=1e-4)
-    in_two(tmp_path, [*spread, "--resume"])
+    in_two([*spread_argv, "--resume"])
     resumed = json.loads((tmp_path / "spread" / "report.json").read_text())
     assert resumed["models"]["last epoch"]["results"]["raw"]["n_images"] == 17
