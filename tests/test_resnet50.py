@@ -591,13 +591,15 @@ def test_every_classifier_of_torchvision_is_split_or_refused():
     from torchvision import models as zoo
 
     for name in zoo.list_models(module=zoo):
-        args = options.parse(None, ["--model", name])
-        with torch.device("meta"):
-            if name.startswith("squeezenet"):
-                with pytest.raises(options.OptionError, match="does not end in a linear layer"):
-                    models.make_network(args) and models.final_linear(models.make_network(args), name)
-            else:
-                assert models.final_linear(models.make_network(args), name)[1].out_features == 1000
+        if name.startswith("regnet") and not name.endswith("400mf"):
+            continue  # RegNets read their widths from tensors: not without memory, and they are all alike
+        with torch.device("cpu" if name.startswith("regnet") else "meta"):
+            network = models.make_network(options.parse(None, ["--model", name]))
+        if name.startswith("squeezenet"):
+            with pytest.raises(options.OptionError, match="does not end in a linear layer"):
+                models.final_linear(network, name)
+        else:
+            assert models.final_linear(network, name)[1].out_features == 1000
 
 
 # ---- Stopped, and resumed
