@@ -22,7 +22,7 @@ class OptionError(Exception):
 # amounts to a weight decay of 2e-4 without BatchNorm.
 PROFILES: dict[str, dict[str, Any]] = {
     "digits": dict(
-        model="resnet50", image_size=32, augment="shift", epochs=20, batch_size=16, lr=0.01, weight_decay=5e-4,
+        model="resnet50", image_size=32, augment="shift", epochs=24, batch_size=16, lr=0.01, weight_decay=5e-4,
         warmup_epochs=2.0, schedule="cosine", imb_factor=0.02,
     ),
     "paper-cifar": dict(
