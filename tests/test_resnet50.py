@@ -171,6 +171,7 @@ def test_what_nothing_corrected_is_evaluated_post_hoc(argv, posthoc):
         ("--dataset folder --data x --imb-factor 0.1", "--imb-factor is of digits-lt and CIFAR"),
         ("--imb-factor 2", "--imb-factor must be in (0, 1]"),
         ("--dataset digits-lt --download", "--download is of CIFAR"),
+        ("--check-images", "--check-images is of data sets of image files"),
         ("--val-fraction 0.7", "--val-fraction must be in [0, 0.5]"),
         ("--smoothing 1", "--smoothing must be in [0, 1)"),
         ("--warmup-epochs 30", "--warmup-epochs must be below --epochs"),

@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from data import Data
+from loading import on_device
 from model import Classifier, Head
 from torch import Tensor
 from torchmetrics.classification import MulticlassCalibrationError
 from torchmetrics.utilities import dim_zero_cat
+from world import World
 
 from fused_la import log_prior_from_counts
 from fused_la.metrics import BalancedError
@@ -34,11 +36,12 @@ class Found(NamedTuple):
 
 @torch.no_grad()
 def evaluate(
+    args: Any,
     model: Classifier,
     batches: Iterable[tuple[Tensor, Tensor]],
     split: str,
     data: Data,
-    device: torch.device,
+    world: World,
     autocast: Callable[[], AbstractContextManager],
     corrections: dict[str, Correction] | None = None,
     with_sweeps: bool = False,
@@ -48,12 +51,14 @@ def evaluate(
     was_training = model.training
     model.eval()
     head = model.whole_head()
-    rated = {name: Rated(data, fn, device) for name, fn in {"raw": torch.Tensor.float, **(corrections or {})}.items()}
+    rated = {
+        name: Rated(data, fn, world.device) for name, fn in {"raw": torch.Tensor.float, **(corrections or {})}.items()
+    }
     sweeps = make_sweeps(head, data, split) if with_sweeps else {}
     for images, target in batches:
-        target = target.to(device, non_blocking=True)
+        target = target.to(world.device, non_blocking=True)
         with autocast():
-            logits = model.logits(images.to(device, non_blocking=True, memory_format=layout_of(model)), head)
+            logits = model.logits(on_device(images, args, world), head)
         logits = logits.float()
         for one in rated.values():
             one.update(logits, target)
@@ -65,12 +70,6 @@ def evaluate(
         assert group is not None
         sweeps = {name: sweep.sync(group) for name, sweep in sweeps.items()}
     return Found({name: one.compute() for name, one in rated.items()}, sweeps)
-
-
-def layout_of(model: Classifier) -> torch.memory_format:
-    weights = [p for p in model.trunk.parameters() if p.dim() == 4 and p.shape[1] > 1 and p.shape[2] > 1]
-    last = weights and all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
-    return torch.channels_last if last else torch.contiguous_format
 
 
 class Rated:

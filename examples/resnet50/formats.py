@@ -8,6 +8,7 @@ import json
 import os
 import re
 import stat
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -34,7 +35,7 @@ class DataError(Exception):
         super().__init__(message.split("DataError: ")[-1].strip())  # a worker's has its traceback before it
 
 
-class Images(Dataset):
+class Images(Dataset, ABC):
     """Images without their labels: those are in `target`, (N,) int64 on the CPU."""
 
     target: Tensor
@@ -42,8 +43,8 @@ class Images(Dataset):
     def __len__(self) -> int:
         return len(self.target)
 
-    def subset(self, index: Tensor) -> "Images":
-        raise NotImplementedError
+    @abstractmethod
+    def subset(self, index: Tensor) -> "Images": ...
 
 
 class ArrayImages(Images):

@@ -120,6 +120,11 @@ def eval_loader(args: Any, images: Images, world: World) -> DataLoader:
     return DataLoader(own, args.batch_size // world.n_ranks, num_workers=args.workers, pin_memory=pinned)
 
 
+def on_device(images: Tensor, args: Any, world: World) -> Tensor:
+    layout = torch.channels_last if args.channels_last else torch.contiguous_format
+    return images.to(world.device, non_blocking=True, memory_format=layout)
+
+
 class Mix:
     """Mixup and cutmix of torchvision; an image keeps both labels, and how much of each it has.
 

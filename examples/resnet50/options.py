@@ -106,7 +106,10 @@ def new_parser(description: str | None) -> argparse.ArgumentParser:
         help="evaluate with logit adjustment and weight normalisation, too (default: if nothing else corrects)",
     )  # fmt: skip
     group.add_argument("--sampler", choices=("instance", "class-balanced"), default="instance")
-    group.add_argument("--class-weights", choices=("none", "inverse"), default="none")
+    group.add_argument(
+        "--class-weights", choices=("none", "inverse"), default="none",
+        help="in the mean of each part of a batch that is computed at once",
+    )  # fmt: skip
     group.add_argument("--smoothing", type=float, default=0.0, metavar="EPS", help="of labels, toward the prior")
     group.add_argument("--fused-head", help="head and loss in one: no logits in training", **flag)
     group.add_argument("--class-parallel", help="the head's classes spread over processes", **flag)
@@ -230,6 +233,7 @@ def resolve(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     belongs("imb_type", made_long_tailed(args), "digits-lt and CIFAR; other data sets come as they are", "exp")
     belongs("imb_factor", made_long_tailed(args), "digits-lt and CIFAR; other data sets come as they are", 0.01)
     belongs("download", args.dataset.startswith("cifar"), "CIFAR; other data sets have to be fetched by hand")
+    belongs("check_images", not made_long_tailed(args), "data sets of image files")
     belongs("momentum", args.opt == "sgd", "--opt sgd", 0.9)
     belongs("nesterov", args.opt == "sgd", "--opt sgd")
     belongs("lr_steps", args.schedule == "step", "--schedule step")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from loading import TrainLoader
+from loading import TrainLoader, on_device
 from model import Classifier
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
@@ -36,9 +36,7 @@ def profile_step(
     assert images is not None
     assert target is not None
     of_loader = n_batches * per_rank / seconds
-    images, target = images.to(world.device), target.to(world.device)
-    if args.channels_last:
-        images = images.contiguous(memory_format=torch.channels_last)
+    images, target = on_device(images, args, world), target.to(world.device)
 
     trained.train()
     step = median(lambda: one_step(images, target))

@@ -60,7 +60,7 @@ def rated(
 
     def on(split: str, batches: Iterable[Any], taus: dict[str, dict[str, float]]) -> Found:
         corrections = make_corrections(model.whole_head(), data, taus)
-        return evaluate(model, batches, split, data, world.device, autocast, corrections, args.posthoc)
+        return evaluate(args, model, batches, split, data, world, autocast, corrections, args.posthoc)
 
     taus: dict[str, dict[str, float]] = {}
     on_val = None

@@ -34,7 +34,7 @@ from checkpoint import NAME, CheckpointError, check_same, load, save, set_aside,
 from data import Data, DataError, fingerprint
 from data import load as load_data
 from evaluation import RATES, evaluate
-from loading import Mix, TrainLoader, eval_loader, mixed_seed
+from loading import Mix, TrainLoader, eval_loader, mixed_seed, on_device
 from model import Classifier, make_classifier, make_loss, try_shapes
 from options import FREE, OptionError, parse, saved_form
 from report import final_report, write_report
@@ -104,10 +104,7 @@ def run(args: Any, world: World) -> None:
         batches = islice(loader.epoch(epoch), n_steps)
         progress = tqdm(batches, f"epoch {epoch + 1}", n_steps, leave=False, disable=quiet(world))
         for step, (images, target) in enumerate(progress, 1):
-            images = images.to(world.device, non_blocking=True)
-            if args.channels_last:
-                images = images.contiguous(memory_format=torch.channels_last)
-            total += train_step(images, target.to(world.device, non_blocking=True))
+            total += train_step(on_device(images, args, world), target.to(world.device, non_blocking=True))
             schedule.step()
             if ema is not None:
                 ema.update_parameters(model)
@@ -137,7 +134,7 @@ def run(args: Any, world: World) -> None:
         loss = train_epoch(0, n_steps=1)
         for split, batches in ((data.val, val), (data.test, test)):
             if split is not None and batches is not None:
-                evaluate(evaluated, islice(batches, 1), split.name, data, world.device, autocast)
+                evaluate(args, evaluated, islice(batches, 1), split.name, data, world, autocast)
         say(
             world, f"dry run: a step of training (loss {loss:.3f}) and one of evaluation went well; nothing was written"
         )
@@ -175,7 +172,7 @@ def run(args: Any, world: World) -> None:
         row: dict[str, Any] = {"epoch": epoch + 1, "lr": schedule.get_last_lr()[0], "train_loss": train_epoch(epoch)}
         seconds = time.perf_counter() - began
         if val is not None and data.val is not None:
-            rates = evaluate(evaluated, val, data.val.name, data, world.device, autocast).results["raw"]
+            rates = evaluate(args, evaluated, val, data.val.name, data, world, autocast).results["raw"]
             row |= {f"val_{name}": rates[name] for name in (*RATES, "ece")}
             # Of equal epochs the later one, which has trained for longer.
             if best is None or rates["balanced_error"] <= best["balanced_error"]:
