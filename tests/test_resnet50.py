@@ -31,6 +31,7 @@ import loading  # noqa: E402
 import model as models  # noqa: E402
 import options  # noqa: E402
 import report as reports  # noqa: E402
+import table  # noqa: E402
 import train  # noqa: E402
 import world  # noqa: E402
 from PIL import Image  # noqa: E402
@@ -108,6 +109,39 @@ def erm(listed, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("erm") / "run"
     run(listed, out, "--loss", "erm")
     return out
+
+
+# ---- A table of runs
+
+
+def test_a_table_has_mean_and_deviation_over_seeds(tmp_path, capsys, monkeypatch):
+    def report(name, seed, loss, error):
+        results = {"raw": dict.fromkeys(table.COLUMNS, error) | {"many_error": None}}
+        content = {
+            "dataset": "d", "model": "m", "loss": loss, "settings": {"seed": seed, "loss": loss},
+            "splits": {"reported": {"name": "test"}},
+            "models": {"best epoch": {"results": results}, "last epoch": {"results": {}}},
+        }  # fmt: skip
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").write_text(json.dumps(content))
+
+    def printed(*names):
+        monkeypatch.setattr(sys, "argv", ["table.py", *(str(tmp_path / name) for name in names)])
+        table.main()
+        return capsys.readouterr().out
+
+    report("a", 0, "erm", 0.1)
+    report("b", 1, "erm", 0.3)
+    report("c", 0, "logit_adjusted", 0.05)
+    lines = printed("a", "b", "c").splitlines()
+    assert lines[2] == "| d, test | m | erm | raw | 2 | 20.0 ± 14.1 | - | 20.0 ± 14.1 | 20.0 ± 14.1 | 20.0 ± 14.1 |"
+    assert lines[3] == "| d, test | m | logit_adjusted | raw | 1 | 5.0 | - | 5.0 | 5.0 | 5.0 |"
+    report("again", 0, "erm", 0.1)
+    with pytest.raises(SystemExit, match=r"two runs have one seed: \[0, 0\]"):
+        printed("a", "again")
+    (tmp_path / "a" / "report.json").write_text("{")
+    with pytest.raises(SystemExit, match=r"a/report.json is no report of a finished run"):
+        printed("a")
 
 
 # ---- Options
@@ -491,6 +525,62 @@ def test_batches_do_not_depend_on_workers_and_processes(listed):
         assert torch.equal(whole, together)
         assert torch.equal(target, torch.stack([labels for _, labels in of_ranks], 1).flatten())
     assert not torch.equal(alone[0][0], batches(ALONE, 5)[0][0])
+
+
+@pytest.mark.parametrize(("dataset", "size", "side"), [("imagenet-lt", 112, 128), ("inaturalist2018", 224, 256),
+                                                       ("digits-lt", 32, 32), ("cifar10-lt", 32, 32)])  # fmt: skip
+def test_what_is_evaluated_is_the_middle_of_an_image_with_the_data_sets_mean_and_deviation(dataset, size, side):
+    """Of an image whose shorter side is 8/7 of the crop, which needs no resizing; a small one is whole."""
+    mean_and_std = {
+        "imagenet-lt": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        "inaturalist2018": ((0.466, 0.471, 0.380), (0.195, 0.194, 0.192)),
+        "digits-lt": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+        "cifar10-lt": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    }
+    argv = ["--dataset", dataset, "--image-size", str(size), *([] if dataset == "digits-lt" else ["--data", "x"])]
+    transform = loading.eval_transform(options.parse(None, argv))
+    image = torch.randint(0, 256, (3, side, side + 10 * (side > size)), dtype=torch.uint8)
+    top, left = (image.shape[1] - size) // 2, (image.shape[2] - size) // 2
+    middle = image[:, top : top + size, left : left + size].double() / 255
+    mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in mean_and_std[dataset])
+    torch.testing.assert_close(transform(image).double(), (middle - mean) / std, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("augment", ["shift", "pad-crop-flip", "resized-crop-flip"])
+def test_augmentation_does_what_it_is_called(augment):
+    """Of an image that is bright on the left alone: which side is bright says whether it was flipped."""
+    args = options.parse(None, ["--augment", augment, "--image-size", "32"])
+    image = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    image[..., :16] = 255
+    dataset = loading.Transformed(
+        data_sets.ArrayImages(image.expand(60, -1, -1, -1), torch.zeros(60, dtype=torch.int64)),
+        loading.train_transform(args), seed=0,
+    )  # fmt: skip
+    images = torch.stack([dataset[i][0] for i in range(60)])
+    assert images.shape == (60, 3, 32, 32)
+    left_is_brighter = images[..., :16].mean((1, 2, 3)) > images[..., 16:].mean((1, 2, 3))
+    n_left = int(left_is_brighter.sum())
+    assert n_left == 60 if augment == "shift" else 10 < n_left < 50
+    assert len({tuple(image.flatten().tolist()) for image in images}) > 20
+
+
+def test_every_epoch_has_its_own_order_and_its_own_mixing(listed, tmp_path, monkeypatch):
+    args = options.parse(None, command(listed))
+    loader = loading.TrainLoader(args, data_sets.load("imagenet-lt", listed).train.images, ALONE)
+    orders = [torch.cat([images for images, _ in loader.epoch(epoch)]) for epoch in (0, 1, 0)]  # nothing augments
+    assert torch.equal(orders[0], orders[2])
+    assert not torch.equal(orders[0], orders[1])
+    seeds, genuine = [], train.backward
+
+    def noting(*arguments):
+        seeds.append(torch.initial_seed())
+        return genuine(*arguments)
+
+    monkeypatch.setattr(train, "backward", noting)
+    for seed in (0, 1):
+        run(listed, tmp_path / str(seed), "--seed", seed, "--epochs", 2)
+    assert len(set(seeds)) == 4  # two runs of two epochs
+    assert len(seeds) == 20
 
 
 def test_a_class_balanced_sampler_draws_classes_equally():
