@@ -35,7 +35,7 @@ import table  # noqa: E402
 import train  # noqa: E402
 import world  # noqa: E402
 from PIL import Image  # noqa: E402
-from world import World  # noqa: E402
+from world import World, start  # noqa: E402
 
 ALONE = World(0, 1, torch.device("cpu"))
 ENVIRONMENT = {
@@ -289,6 +289,31 @@ def test_every_preset_is_the_packages(loss):
     torch.testing.assert_close(fused_la.margin_cross_entropy(logits, target, made.margin), expected)
 
 
+@pytest.mark.parametrize(("device", "rank", "index"), [(None, None, 0), ("cuda", None, 0), ("cuda:2", None, 2),
+                                                       (None, "1", 1), ("cuda", "1", 1)])  # fmt: skip
+def test_a_gpu_is_chosen_by_its_index(monkeypatch, device, rank, index):
+    """PyTorch is played: a device without an index is none that a process can be set to."""
+    from torch.cuda._utils import _get_device_index
+
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda given: chosen.append(_get_device_index(given)))
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda *args, **kwargs: None)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if rank is not None:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend: None)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda: int(rank))
+    world = start(device, 0, fast_convolutions=False)
+    assert chosen == [index]
+    assert world.device == torch.device("cuda", index)
+    if rank is not None:
+        with pytest.raises(options.OptionError, match="--device cuda:0 is of one process"):
+            start("cuda:0", 0, fast_convolutions=False)
+
+
 # ---- A run
 
 
@@ -494,12 +519,14 @@ def test_profile_step_says_which_limits(listed, tmp_path, capsys):
 # ---- What must not change a result
 
 
-def test_loss_curves_do_not_depend_on_the_implementation(listed, tmp_path):
+def test_loss_curves_do_not_depend_on_the_implementation(listed, tmp_path, device):
     """GroupNorm, since BatchNorm of eight images multiplies the last bits at every step."""
     common = ("--norm", "group", "--epochs", 2, "--no-posthoc")
     variants = {"plain": (), "fused": ("--fused-head",), "reference": ("--loss-impl", "reference"),
                 "blocked": ("--loss-impl", "blocked"), "triton": ("--loss-impl", "triton"),
                 "accumulated": ("--grad-accum-steps", 3), "channels last": ("--channels-last",)}  # fmt: skip
+    if device != "cpu":
+        del variants["triton"]  # its interpreter is for machines without a GPU
     for name, more in variants.items():
         run(listed, tmp_path / name, *common, *more)
     for name in variants:

@@ -30,9 +30,11 @@ def start(device: str | None, seed: int, fast_convolutions: bool) -> World:
         raise OptionError("--cudnn-benchmark is of GPUs")
     chosen = torch.device(device or ("cuda" if on_gpu else "cpu"))
     n_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if n_ranks > 1 and chosen.index is not None:
+        raise OptionError(f"--device {device} is of one process; of several each has the GPU of its own number")
     if on_gpu:
-        if n_ranks > 1:
-            chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        of_rank = int(os.environ["LOCAL_RANK"]) if n_ranks > 1 else 0
+        chosen = torch.device("cuda", of_rank if chosen.index is None else chosen.index)
         torch.cuda.set_device(chosen)
         torch.backends.cudnn.benchmark = fast_convolutions
         if not fast_convolutions:
