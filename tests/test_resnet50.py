@@ -849,6 +849,19 @@ def test_a_resumed_run_keeps_its_options(listed, whole, tmp_path, capsys):
     assert content(whole) == before
 
 
+def test_the_scale_of_the_loss_is_resumed(listed, tmp_path):
+    """It changes after thousands of steps: here in the checkpoint."""
+    out = tmp_path / "run"
+    run(listed, out, "--amp", "fp16", "--epochs", 2)
+    state = checkpoint.read(out / "checkpoint.previous.pt")
+    assert state["epoch"] == 1
+    state["scaler"]["scale"] = 8.0
+    torch.save(state, out / "checkpoint.pt")
+    train.main(["--resume", "--out", str(out)])
+    state = checkpoint.read(out / "checkpoint.pt")
+    assert (state["epoch"], state["scaler"]["scale"]) == (2, 8.0)
+
+
 def test_a_run_is_not_overwritten(listed, whole, capsys):
     assert "has a run already: --resume continues it" in stopped(capsys, command(listed, "--out", whole, *STATEFUL))
 

@@ -26,6 +26,7 @@ import math
 import re
 import sys
 import time
+import warnings
 from itertools import islice
 from typing import Any
 
@@ -77,6 +78,8 @@ def run(args: Any, world: World) -> None:
     trained = in_parallel(model, world)
     optimizer = make_optimizer(args, model)
     schedule = make_schedule(args, optimizer, len(loader))
+    if args.amp == "fp16":  # where the scale has to come down first, steps are skipped, which the schedule counts
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
     scaler = torch.amp.GradScaler(world.device.type, enabled=args.amp == "fp16")  # type: ignore[attr-defined]
     ema = (
         AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.model_ema_decay), use_buffers=True)
