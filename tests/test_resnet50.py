@@ -833,6 +833,17 @@ def test_a_damaged_checkpoint_is_told_and_the_previous_one_used(listed, whole, t
     assert str(out / "checkpoint.previous.pt") in message
 
 
+def test_what_takes_a_files_place_is_on_the_disk_before(tmp_path, monkeypatch):
+    """A power cut is not at hand: the order of the calls that matter for one."""
+    calls = []
+    for name in ("fsync", "replace"):
+        genuine = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, genuine=genuine, name=name: (calls.append(name), genuine(*a))[1])
+    checkpoint.write_atomically(tmp_path / "file", b"content")
+    assert calls == ["fsync", "replace"]
+    assert (tmp_path / "file").read_bytes() == b"content"
+
+
 def test_a_checkpoint_of_other_parts_is_damaged(tmp_path):
     torch.save({"model": {}}, tmp_path / "checkpoint.pt")
     with pytest.raises(checkpoint.CheckpointError, match=r"it has no args, best, data, epoch"):
