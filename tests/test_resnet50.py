@@ -214,6 +214,12 @@ def test_what_nothing_corrected_is_evaluated_post_hoc(argv, posthoc):
         ("--class-parallel --fused-head", "leave out --fused-head"),
         ("--class-parallel --model-ema", "choose one"),
         ("--class-parallel --amp fp16", "use bf16"),
+        ("--class-parallel --loss-impl reference", "--loss-impl reference does not compute --class-parallel"),
+        ("--dry-run --profile-step", "--dry-run and --profile-step each run something else"),
+        ("--resume --dry-run", "--resume continues a run"),
+        ("--loss fisher_consistent --power nan", "--power must be finite, got nan"),
+        ("--pretrained --model resnet32", "--pretrained: there are no weights of resnet32"),
+        ("--loss ldam --smoothing 0.1 --loss-impl blocked", "--loss ldam --loss-impl blocked cannot be computed here"),
         ("--loss nll", "invalid choice"),
         ("--epochs 0", "--epochs must be at least 1"),
         ("--class-parallel", "start it by torchrun"),
@@ -308,6 +314,9 @@ def test_a_gpu_is_chosen_by_its_index(monkeypatch, device, rank, index):
         monkeypatch.setattr(torch.distributed, "get_rank", lambda: int(rank))
     world = start(device, 0, fast_convolutions=False)
     assert chosen == [index]
+    assert torch.backends.cudnn.benchmark is False
+    start(device, 0, fast_convolutions=True)
+    assert torch.backends.cudnn.benchmark is True
     assert world.device == torch.device("cuda", index)
     if rank is not None:
         with pytest.raises(options.OptionError, match="--device cuda:0 is of one process"):
@@ -334,12 +343,31 @@ def test_a_run_leaves_what_it_promises(listed, erm):
         assert f"({png.name})" in (erm / "report.md").read_text()
 
 
-def test_tensorboard_has_every_epoch(erm):
+def test_the_report_is_json_by_the_standard(erm):
+    """Which has no NaN: no class of three has more than 100 images."""
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    report = json.loads((erm / "report.json").read_text(), parse_constant=refuse)
+    assert report["models"]["last epoch"]["results"]["raw"]["many_error"] is None
+
+
+def events_of(out: Path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(erm / "tensorboard"))
+    events = EventAccumulator(str(out / "tensorboard"))
     events.Reload()
-    assert [event.step for event in events.Scalars("train_loss")] == [1, 2, 3]
+    return events
+
+
+def steps_of_events(out: Path) -> list[int]:
+    return [event.step for event in events_of(out).Scalars("train_loss")]
+
+
+def test_tensorboard_has_every_epoch(erm):
+    events = events_of(erm)
+    assert steps_of_events(erm) == [1, 2, 3]
     assert [event.value for event in events.Scalars("train_loss")] == pytest.approx(losses(erm))
     assert "val_balanced_error" in events.Tags()["scalars"]
 
@@ -463,6 +491,14 @@ def test_the_optimizer_has_what_the_options_say():
     args = options.parse(None, ["--model", "resnet32", "--opt", "adamw", "--weight-decay", "0.3", "--lr", "0.2"])
     for group in train.make_optimizer(args, network).param_groups:
         assert (group["lr"], group["weight_decay"]) == (0.2, 0.3)
+
+
+def test_of_epochs_that_are_equally_good_the_last_is_chosen(listed, tmp_path):
+    """Of a model that does not change."""
+    report = run(listed, tmp_path / "run", "--norm", "group", "--lr", 1e-30, "--weight-decay", 0)
+    assert len({row["val_balanced_error"] for row in log(tmp_path / "run")}) == 1
+    assert list(report["models"]) == ["last epoch"]
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["best"]["epoch"] == 3
 
 
 def test_an_adjusted_run_is_not_corrected_again(listed, tmp_path):
@@ -704,6 +740,33 @@ def test_classifiers_of_torchvision_are_split_before_their_last_layer(name):
     torch.testing.assert_close(classifier.logits(images, classifier.whole_head()), expected)
 
 
+def test_ldams_head_gives_cosines_times_the_scale():
+    args = options.parse(None, ["--loss", "ldam", "--scale", "20", "--model", "resnet32", "--image-size", "8"])
+    classifier = models.make_classifier(args, 3, models.make_loss(args, torch.tensor([5, 4, 3]), ALONE.device)).eval()
+    images = torch.rand(4, 3, 8, 8)
+    expected = 20 * F.cosine_similarity(classifier.trunk(images)[:, None], classifier.head.weight, dim=2)
+    torch.testing.assert_close(classifier.logits(images, classifier.whole_head()), expected, rtol=1e-5, atol=1e-5)
+    assert classifier.head.bias is None
+
+
+def test_weights_that_cannot_be_fetched_are_told(monkeypatch):
+    def offline(name, **options):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(models.models, "get_model", offline)
+    with pytest.raises(options.OptionError, match=r"weights of resnet18 cannot be fetched \(no route to host\)"):
+        models.make_network(options.parse(None, ["--model", "resnet18", "--pretrained"]))
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_as_one_that_is_not(listed, tmp_path):
+    """Half a minute of compiling."""
+    common = ("--norm", "group", "--epochs", 2, "--model-ema")
+    for name, more in {"plain": (), "compiled": ("--torchcompile",)}.items():
+        run(listed, tmp_path / name, *common, *more)
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=2e-5)
+
+
 @pytest.mark.slow
 def test_every_classifier_of_torchvision_is_split_or_refused():
     from torchvision import models as zoo
@@ -860,7 +923,7 @@ def test_a_resumed_run_keeps_its_options(listed, whole, tmp_path, capsys):
     assert content(whole) == before
 
 
-def test_the_scale_of_the_loss_is_resumed(listed, tmp_path):
+def test_the_scale_of_the_loss_and_the_events_are_resumed(listed, tmp_path):
     """It changes after thousands of steps: here in the checkpoint."""
     out = tmp_path / "run"
     run(listed, out, "--amp", "fp16", "--epochs", 2)
@@ -871,6 +934,7 @@ def test_the_scale_of_the_loss_is_resumed(listed, tmp_path):
     train.main(["--resume", "--out", str(out)])
     state = checkpoint.read(out / "checkpoint.pt")
     assert (state["epoch"], state["scaler"]["scale"]) == (2, 8.0)
+    assert steps_of_events(out) == [1, 2]  # the second epoch, which there was twice, is there once
 
 
 def test_a_run_is_not_overwritten(listed, whole, capsys):
@@ -997,6 +1061,28 @@ def test_weights_that_only_the_last_step_destroyed_are_not_kept(listed, tmp_path
     argv = command(listed, "--out", out, "--batch-size", 41, "--lr", 1e10, "--warmup-epochs", 0)
     assert "weights are not finite after epoch 2" in stopped(capsys, argv)
     assert checkpoint.read(out / "checkpoint.pt")["epoch"] == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [(KeyboardInterrupt(), "continues after the last whole epoch"), (MemoryError(), "error: out of memory"),
+     (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), "error: out of memory")],
+)  # fmt: skip
+def test_what_ends_a_run_from_outside_is_one_line(listed, tmp_path, capsys, monkeypatch, error, message):
+    def interrupted(*args):
+        raise error
+
+    monkeypatch.setattr(train, "backward", interrupted)
+    assert message in stopped(capsys, command(listed, "--out", tmp_path / "run"))
+
+
+def test_a_fault_of_the_code_is_not_taken_for_a_full_memory(listed, tmp_path, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("the shapes do not match")
+
+    monkeypatch.setattr(train, "backward", broken)
+    with pytest.raises(RuntimeError, match="the shapes do not match"):
+        train.main(command(listed, "--out", tmp_path / "run"))
 
 
 def test_an_image_that_cannot_be_read_is_named_with_its_line(listed, tmp_path, capsys):
