@@ -4,6 +4,7 @@ import csv
 import errno
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -547,6 +548,9 @@ def test_profile_step_says_which_limits(listed, tmp_path, capsys):
         printed = capsys.readouterr().out
         assert "loader alone" in printed
         assert "% of the step" in printed
+        rate, milliseconds = re.search(r"step +([\d,.]+) images/s \(([\d.]+) ms", printed).groups()
+        n_images = int(re.search(r"batches of (\d+)", printed)[1])
+        assert float(rate.replace(",", "")) * float(milliseconds) == pytest.approx(1000 * n_images, rel=0.02)
         assert "limit: the " in printed
         assert "nan" not in printed
     assert not (tmp_path / "run").exists()
