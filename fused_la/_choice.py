@@ -35,7 +35,7 @@ def choose_implementation(impl: str, call: Call, differentiable: Sequence[Tensor
     if impl == "auto":
         if needs_formula or only_reference or (on_cpu and torch.compiler.is_compiling() and not of_head):
             return "reference"
-        if on_gpu and _has_triton():
+        if on_gpu and _HAS_TRITON:
             return "triton"
         return "blocked" if on_cpu else "reference"
     if impl == "reference":
@@ -46,7 +46,7 @@ def choose_implementation(impl: str, call: Call, differentiable: Sequence[Tensor
     if impl == "blocked" and not on_cpu:
         raise ValueError(f"impl must not be 'blocked' for {of} on {device}: it runs on a CPU")
     if impl == "triton":
-        if not _has_triton():
+        if not _HAS_TRITON:
             raise ModuleNotFoundError("impl='triton' needs the package triton, which is not installed")
         from fused_la._triton.launch import INTERPRETED
 
@@ -82,3 +82,6 @@ def _has_triton() -> bool:
         return importlib.util.find_spec("triton") is not None
     except (ImportError, ValueError):  # from a finder that hides it; from a stand-in among sys.modules without a spec
         return False
+
+
+_HAS_TRITON = _has_triton()  # found once: torch.compile may not trace the search

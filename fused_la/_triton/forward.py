@@ -114,7 +114,7 @@ def _forward_kernel(
         classes, there = edge_classes(head, body, n_classes, VEC)
         lanes = _absorb_classes(
             empty(BLOCK_ROWS, 2 * VEC, COMPUTE), logits, vectors, starts, target_starts, 0, classes,
-            there & (split == 0), strides_logits[2], strides_target[2], n_classes, tau, smoothing,
+            tl.where(split == 0, there, False), strides_logits[2], strides_target[2], n_classes, tau, smoothing,
             N_LABELS, HAS_SMOOTHING, COMPUTE, 1,
         )  # fmt: skip
         row = across_lanes(lanes, HAS_MASS, COMPUTE)

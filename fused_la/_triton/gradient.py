@@ -85,7 +85,7 @@ def write_gradient(
         classes, there = edge_classes(head, body, sizes.n_classes, VEC)
         _write_classes(
             logits, vectors, grad_logits, starts, target_starts, grad_starts, 0, classes,
-            mask_rows, live, there & (first_tile == 0),
+            mask_rows, live, tl.where(first_tile == 0, there, False),
             strides_logits[2], strides_target[2], strides_grad_logits[2], sizes.n_classes,
             m, rest, total, g, share, tau, smoothing, N_LABELS, HAS_SMOOTHING, COMPUTE,
         )  # fmt: skip
@@ -99,7 +99,7 @@ def write_gradient(
             col = label - head
             mine = (col >= first_tile * BLOCK_C) & (col < last_tile * BLOCK_C) & (col < body)
             if EDGES:
-                mine = mine | ((first_tile == 0) & ((col < 0) | (col >= body)))
+                mine = mine | tl.where(first_tile == 0, (col < 0) | (col >= body), False)
             tl.store(
                 grad_logits + (grad_starts + label * strides_grad_logits[2]),
                 grad.to(grad_logits.dtype.element_ty),
