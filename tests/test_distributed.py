@@ -1030,7 +1030,8 @@ def whole_gradients(how: AsDTensor, loss: Any, leaves: dict[str, Any]) -> dict[s
     for name, leaf in leaves.items():
         if isinstance(leaf, DTensor):
             # PyTorch 2.11 gathers every gradient of uneven shards.
-            uneven = any(p.is_shard() and leaf.shape[p.dim] % n > 0 for p, n in zip(leaf.placements, how.mesh))
+            placed = zip(leaf.placements, how.mesh, strict=True)
+            uneven = any(placement.is_shard() and leaf.shape[placement.dim] % n > 0 for placement, n in placed)
             assert leaf.grad.placements == leaf.placements or uneven, name
         answer[name] = leaf.grad.full_tensor() if isinstance(leaf, DTensor) else leaf.grad
     return answer

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parent.parent
@@ -101,8 +102,19 @@ def test_every_kernel_compiles_and_stays_within_its_budget(disassembled, budgets
         assert budgets.violations(row) == [], row
 
 
+def test_no_kernel_leaves_it_to_the_compiler_what_is_rounded_once(benchmarks):
+    """Triton 3.9 warns where a launch does not say whether to fuse, and later ones no longer do it unasked."""
+    compiled = benchmarks("compiled")
+    launched = set()
+    for variant in compiled.VARIANTS:
+        for call in compiled.calls_of(compiled.make_problem(variant, 64, 300, torch.float32, None), variant, "sm_90"):
+            launched.add(call.name)
+            assert call.options["enable_fp_fusion"] is False, (variant, call.name)
+    assert launched == {name for names in compiled.KERNELS.values() for name in names}
+
+
 WORSE = {
-    "regs": 250, "local": 16, "spills": 1, "exp2_per_element": 2.0, "wide_loads": 1, "narrow_row_loads": 1,
+    "regs": 250, "local": 24, "spills": 1, "exp2_per_element": 2.0, "wide_loads": 1, "narrow_row_loads": 1,
     "wide_stores": 9, "narrow_stores": 1, "narrow_loads": 3, "instructions_per_element": 30.0,
 }  # fmt: skip
 
@@ -188,7 +200,7 @@ def test_instructions_stay_within_budget(disassembled, budgets, dtype, n_classes
         assert budgets.violations(row) == [], row
         if row["kernel"].endswith("+ gradient") and row["block_rows"] > 1:
             both = {body["name"]: body["instructions_per_element"] for body in row["bodies"]}
-            assert both["rows"] + both["gradient"] <= 26, "both passes over a full tile"
+            assert both["rows"] + both["gradient"] <= 26 * budgets.SLACK, "both passes over a full tile"
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", slow("float16"), slow("float32")])

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_la._triton.launch import on_device_of
+from fused_la._triton.launch import AS_WRITTEN, on_device_of
 from fused_la._triton.tiles import row_offsets, triton_dtype
 
 MAX_TAUS = 32  # of a program; more read the logits once more
@@ -87,6 +87,6 @@ def launch_argmax(logits: Tensor, scale: Tensor | None, offset: Tensor | None) -
             n_rows, n_inner, n_classes, n_taus,
             COMPUTE=triton_dtype(table.dtype), KEY=tl.int64 if wide else tl.int32,
             HIGHEST=2**63 - 1 if wide else 2**31 - 1, TAUS=taus, BLOCK_C=block_c,
-            num_warps=4, enable_fp_fusion=False,  # rounded as on a CPU
+            num_warps=4, **AS_WRITTEN,  # as on a CPU
         )  # fmt: skip
     return predictions

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fused_la._problem import Problem
 from fused_la._triton.gradient import full_form, read_shares, write_gradient
-from fused_la._triton.launch import choose_backward_launch, device_of, layout_of, on_device_of
+from fused_la._triton.launch import AS_WRITTEN, choose_backward_launch, device_of, layout_of, on_device_of
 from fused_la._triton.operands import begin_earlier, grad_buffer, operands
 from fused_la._triton.targets import dense_mass, load_label
 from fused_la._triton.tiles import cut_row, group_rows, load_z, row_offsets, scalar
@@ -153,7 +153,7 @@ def launch_backward(
                     logits.stride(), problem.target.stride(), grad_loss.stride(), grad_logits.stride(),
                     given.sizes, launch.period, given.shift,
                     *given.scalars,
-                    MADE_FOR_ONE=made_for_one is not None, **constants,
+                    MADE_FOR_ONE=made_for_one is not None, **constants, **AS_WRITTEN,
                 )  # fmt: skip
         if needs_log_prior and log_prior is not None:
             grad_log_prior = torch.empty_like(log_prior, dtype=problem.compute_dtype)
@@ -164,7 +164,7 @@ def launch_backward(
                 given.sizes,
                 *given.scalars,
                 **{name: given.constants[name] for name in ("N_LABELS", "HAS_SMOOTHING", "COMPUTE")},
-                BLOCK_ROWS=32, BLOCK_C=block_c,
+                BLOCK_ROWS=32, BLOCK_C=block_c, **AS_WRITTEN,
             )  # fmt: skip
             grad_log_prior = grad_log_prior.to(log_prior.dtype)
     return grad_logits, grad_log_prior

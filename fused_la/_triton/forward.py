@@ -24,7 +24,14 @@ from torch import Tensor
 
 from fused_la._problem import Problem
 from fused_la._triton.gradient import write_gradient
-from fused_la._triton.launch import choose_launch, device_of, layout_of, makes_gradient_in_forward, on_device_of
+from fused_la._triton.launch import (
+    AS_WRITTEN,
+    choose_launch,
+    device_of,
+    layout_of,
+    makes_gradient_in_forward,
+    on_device_of,
+)
 from fused_la._triton.online import absorb, across_lanes, empty, join, others_than
 from fused_la._triton.operands import begin_earlier, grad_buffer, operands
 from fused_la._triton.targets import dense_mass, load_label, row_weights
@@ -333,7 +340,7 @@ def launch_forward(
             _prepare_kernel[(n_parts if reduction == "mean" else 1,)](
                 given.vectors, counters, weight_parts, given.sizes, n_counters, rows_a_part,
                 *given.scalars[1:],
-                N_LABELS=given.constants["N_LABELS"], COMPUTE=triton_dtype(dtype), BLOCK=1024,
+                N_LABELS=given.constants["N_LABELS"], COMPUTE=triton_dtype(dtype), BLOCK=1024, **AS_WRITTEN,
             )  # fmt: skip
         _forward_kernel[(n_groups * launch.splits,)](
             given.logits, given.vectors, weight_parts,
@@ -342,6 +349,6 @@ def launch_forward(
             logits.stride(), problem.target.stride(), (0, 0, 1) if gradient is None else gradient.stride(),
             given.sizes, launch.period, given.shift, n_chunks, n_groups, n_parts,
             *given.scalars,
-            REDUCTION=reduction, MAX_PARTS=MAX_PARTS, **given.constants,
+            REDUCTION=reduction, MAX_PARTS=MAX_PARTS, **given.constants, **AS_WRITTEN,
         )  # fmt: skip
     return loss if reduction == "none" else reduced, state, normalizer, gradient

@@ -19,7 +19,7 @@ from torch import Tensor
 from fused_la._blocks import Block
 from fused_la._rows import Part, Rows, State
 from fused_la._triton.gradient import full_form
-from fused_la._triton.launch import VECTOR_BYTES, device_of, on_device_of
+from fused_la._triton.launch import AS_WRITTEN, VECTOR_BYTES, device_of, on_device_of
 from fused_la._triton.online import absorb, across_lanes, empty, join
 from fused_la._triton.targets import dense_mass
 from fused_la._triton.tiles import Vectors, adjust, exp, float_bits, load_classes, load_tile, scalar, triton_dtype
@@ -244,14 +244,15 @@ class Epilogue:
                 logits.stride(0), problem.target.stride(),
                 block[0].start, chunk.start, width, problem.logits.shape[-1], n_rows,
                 self._tau, self._smoothing,
-                VEC=VECTOR_BYTES // logits.element_size(), num_warps=num_warps, **self._of_tiles, **self._constants,
+                VEC=VECTOR_BYTES // logits.element_size(), num_warps=num_warps,
+                **self._of_tiles, **self._constants, **AS_WRITTEN,
             )  # fmt: skip
             _join_kernel[(triton.cdiv(n_rows, JOINED_ROWS),)](
                 parts, logits, self._bias, self._vectors, *part, rows.candidates.z, rows.as_label,
                 logits.stride(0), block[0].start, chunk.start, width, n_rows, n_chunks,
                 self._tau, problem.ignore_index,
                 HAS_MASS=problem.label_smoothing > 0.0 or problem.has_probabilities,
-                BLOCK_ROWS=JOINED_ROWS, **self._constants,
+                BLOCK_ROWS=JOINED_ROWS, **self._constants, **AS_WRITTEN,
             )  # fmt: skip
 
     def gradient_of(
@@ -274,7 +275,7 @@ class Epilogue:
                     logits.stride(0), problem.target.stride(),
                     block[0].start, chunk.start, width, problem.logits.shape[-1],
                     self._tau, self._smoothing, problem.ignore_index,
-                    num_warps=num_warps, **self._of_tiles, **self._constants,
+                    num_warps=num_warps, **self._of_tiles, **self._constants, **AS_WRITTEN,
                 )  # fmt: skip
             return grad
 

@@ -18,6 +18,10 @@ from torch import Tensor
 # Kernels run in Triton's interpreter, on a CPU: decided when they are defined, by TRITON_INTERPRET=1.
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
+# For every launch: each operation is rounded as it is written, and what is to be rounded once is a tl.fma, so that a
+# row's bits do not depend on what a compiler makes of the program it is in. (Compilers fuse, or not, by their version.)
+AS_WRITTEN: dict[str, Any] = {"enable_fp_fusion": False}
+
 VECTOR_BYTES = 16
 
 

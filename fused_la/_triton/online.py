@@ -71,7 +71,7 @@ def absorb(lanes, z, mass, VEC: tl.constexpr, HAS_MASS: tl.constexpr, COMPUTE: t
         top, losers_3 = knock_out(top)
     m_new = tl.maximum(m, top)
     f = exp(smaller(m, top) - m_new, COMPUTE)
-    rest = rest * tl.where(top > m, f, 1.0) + f
+    rest = tl.fma(rest, tl.where(top > m, f, 1.0), f)
     if VEC >= 2:
         rest += lane_sum(exp(losers_1 - _spread(m_new, VEC // 2), COMPUTE), LANES)
     if VEC >= 4:
