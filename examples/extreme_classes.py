@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # imported later, as by an optimizer, it would keep the group, and threads to the end
 from matplotlib.figure import Figure  # not pyplot, which looks for a display
 from torch import Tensor
 from tqdm import trange

@@ -367,3 +367,27 @@ def test_examples_refuse_options_before_they_train(
         main()
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+GROUP_ENDS = """
+import sys, weakref
+sys.path.insert(0, sys.argv[1])
+import torch, torch.distributed as dist
+__import__(sys.argv[2])
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+group = weakref.ref(dist.group.WORLD)
+weight = torch.ones(3, requires_grad=True)
+weight.sum().backward()
+torch.optim.Adam([weight]).step()
+dist.destroy_process_group()
+assert group() is None
+"""
+
+
+@pytest.mark.parametrize(("folder", "module"), [(EXAMPLES, "extreme_classes"), (EXAMPLES / "resnet50", "world")])
+def test_nothing_of_a_process_group_is_left_when_python_ends(folder, module):
+    """A thread of it that waits for the interpreter then aborts the process, now and then."""
+    command = [sys.executable, "-c", GROUP_ENDS, str(folder), module]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]

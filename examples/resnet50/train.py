@@ -46,7 +46,7 @@ from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-from world import World, all_finite, average_buffers, first_alone, mean_over_ranks, start, stop
+from world import World, all_finite, average_buffers, first_alone, mean_over_ranks, meet, start, stop
 
 
 class Stopped(Exception):
@@ -371,6 +371,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(__doc__, argv)
     try:
         run(args, start(args.device, args.seed, args.cudnn_benchmark))
+        meet()
     except (DataError, OptionError, CheckpointError, Stopped) as error:
         sys.exit(f"error: {error}")
     except OSError as error:

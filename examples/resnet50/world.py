@@ -46,6 +46,16 @@ def start(device: str | None, seed: int, fast_convolutions: bool) -> World:
     return World(dist.get_rank() if n_ranks > 1 else 0, n_ranks, chosen)
 
 
+def meet() -> None:
+    """Wait for the others at the end of a run.
+
+    By then no thread of the group holds a tensor any more. One that lets go of it while Python ends aborts the process,
+    and the group of a mesh, as of a DTensor, outlives `stop`.
+    """
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
