@@ -57,6 +57,8 @@ def out_if_none(call: Call, n_classes: int) -> Call:
         return call
     problem = call.problem
     out = problem.logits.new_full((1,), -torch.inf, dtype=problem.compute_dtype)
+    if problem.log_prior is not None:
+        out = out + problem.log_prior  # learned, though not from here: its gradient is there, of no classes
     return call._replace(problem=problem._replace(log_prior=out, tau=1.0))
 
 

@@ -193,7 +193,7 @@ def joined(answers: list[dict[str, Any]]) -> dict[str, Any]:
     whole = {"loss": answers[0]["loss"]}
     for name, dim in (("logits", 1), ("log_prior", 0), ("weight", 0), ("bias", 0)):
         if name in answers[0]:
-            whole[name] = torch.cat([a[name] for a in answers if a[name] is not None], dim)
+            whole[name] = torch.cat([answer[name] for answer in answers], dim)
     return whole
 
 
@@ -325,6 +325,7 @@ def test_the_part_of_a_rank_without_labels_or_classes_is_not_a_special_case(pool
         assert_as_good(joined(answers), one_process(case), exact_of(case))
         without = answers[widths.index(0)]
         assert without["logits"].shape == (N, 0)
+        assert without["log_prior"].shape == (0,)
 
 
 # The kernels, and the family ------------------------------------------------------------------------------------------
