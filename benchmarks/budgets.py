@@ -126,9 +126,6 @@ def instruction_budget(row: Row, body: Body) -> float:
 
 def _instruction_budget(row: Row, body: Body) -> float:
     """Instructions an element. Rows that share a program share the offset's loads: 4 bytes of it for each class."""
-    shared = row["block_rows"] > 1
-    if "last tile" in body["name"]:  # once a row: its masks cost 2 to 8 more
-        return 19 if shared else 24
-    if shared:
+    if row["block_rows"] > 1:
         return 15
     return 18 if "rows" in body["name"] or row["target"] != "sm_90" else 15.5

@@ -1,7 +1,7 @@
 """The kernels as the launchers call them, compiled for GPUs that need not be here.
 
-The launchers run with a recorder in the place of each kernel: what they would have launched is a `Call`, and `source`
-specialises its kernel as Triton does at run time.
+The launchers run with a recorder in the place of the launch itself: what they would have launched is a `Call`, and
+`source` specialises its kernel as Triton does at run time.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ backward_module = importlib.import_module("fused_la._triton.backward")
 launch_module = importlib.import_module("fused_la._triton.launch")
 argmax_module = importlib.import_module("fused_la._triton.argmax")
 head_module = importlib.import_module("fused_la._triton.head")
+variants_module = importlib.import_module("fused_la._triton.variants")
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -40,6 +41,7 @@ KERNELS = {
     argmax_module: ("_argmax_kernel",),
     head_module: ("_parts_kernel", "_join_kernel", "_gradient_kernel"),
 }
+NAMES = {getattr(module, name): name for module, names in KERNELS.items() for name in names}
 
 
 class Call(NamedTuple):
@@ -47,6 +49,7 @@ class Call(NamedTuple):
 
     name: str
     kernel: Any
+    grid: tuple[int, int, int]
     arguments: dict[str, Any]
     options: dict[str, Any]  # the compiler's, num_warps among them
 
@@ -94,46 +97,44 @@ def recorded() -> Iterator[list[Call]]:
     """Calls of the kernels within, none of which runs."""
     calls: list[Call] = []
 
-    class Recorder:
-        def __init__(self, name: str, kernel: Any):
-            self.name, self.kernel = name, kernel
+    def record(variant: Any, grid: Any, *arguments: Any) -> None:
+        named = dict(zip(variant.kernel.arg_names, (*arguments, *variant.constants), strict=True))
+        options = {"num_warps": variant.num_warps, **launch_module.AS_WRITTEN}
+        calls.append(Call(NAMES[variant.kernel], variant.kernel, grid, named, options))
 
-        def __getitem__(self, grid: Any) -> Any:
-            def call(*args: Any, num_warps: int = 4, **kwargs: Any) -> None:
-                named = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
-                arguments = {name: value for name, value in named.items() if name in self.kernel.arg_names}
-                options = {name: value for name, value in named.items() if name not in arguments}
-                calls.append(Call(self.name, self.kernel, arguments, options | {"num_warps": num_warps}))
-
-            return call
-
-    originals = [(module, name, getattr(module, name)) for module, names in KERNELS.items() for name in names]
-    for module, name, kernel in originals:
-        setattr(module, name, Recorder(name, kernel))
+    launch = variants_module.Variant.launch
+    variants_module.Variant.launch = record
     try:
         yield calls
     finally:
-        for module, name, kernel in originals:
-            setattr(module, name, kernel)
+        variants_module.Variant.launch = launch
 
 
 @contextlib.contextmanager
 def on(target: GPUTarget) -> Iterator[None]:
     """Launches as for a GPU of this architecture, with an H100's multiprocessors and level-2 cache."""
     device = launch_module.Device(132, 50 << 20, target.warp_size)
-    originals = [(module, module.device_of) for module in (forward_module, backward_module, head_module)]
+    modules = (forward_module, backward_module, head_module)
+    originals = [(module, module.device_of) for module in modules]
     for module, _ in originals:
         setattr(module, "device_of", lambda _: device)  # noqa: B010, of modules whose names no checker knows
+    forget_plans()
     try:
         yield
     finally:
         for module, device_of in originals:
             setattr(module, "device_of", device_of)  # noqa: B010
+        forget_plans()
+
+
+def forget_plans() -> None:
+    forward_module.plan_forward.cache_clear()
+    backward_module.plan_backward.cache_clear()
 
 
 def calls_of(problem: Problem, variant: str, target_name: str) -> list[Call]:
-    """What training steps launch, each kernel once: forward with and without the gradient, and backward, which may
-    find the gradient made; or what predicts with many tau."""
+    """What training steps launch, each kernel once: forward with and without the gradient, and backward; or what
+    predicts with many tau."""
     if variant in HEADS:
         with on(TARGETS[target_name]):
             return calls_of_head(problem)
@@ -142,14 +143,11 @@ def calls_of(problem: Problem, variant: str, target_name: str) -> list[Call]:
         if variant == "post hoc":
             argmax_module.launch_argmax(problem.logits, None, torch.empty(32, problem.logits.shape[2]))
             return calls
-        _, state, normalizer, _ = forward_module.launch_forward(problem, reduction, False)
-        divisor = normalizer if reduction == "mean" else None
-        upstream = state.new_empty(problem.logits.shape[:2] if reduction == "none" else ()).expand(state.shape[1:])
-        if forward_module.forward_gradient(problem, reduction):
-            *_, gradient = forward_module.launch_forward(problem, reduction, True)
-            calls[:] = [*calls[:2], calls[-1]]  # what prepares is the same
-            backward_module.launch_backward(problem, state, upstream, divisor, True, False, gradient)
-        backward_module.launch_backward(problem, state, upstream, divisor, True, variant == "learned prior")
+        loss, workspace, *_ = forward_module.launch_forward(problem, reduction, False)
+        upstream, learned, n_calls = torch.empty_like(loss), variant == "learned prior", len(calls)
+        _, _, gradient, _ = forward_module.launch_forward(problem, reduction, True)
+        calls[n_calls:] = [] if gradient is None else calls[-1:]  # what prepares is the same
+        backward_module.launch_backward(problem, reduction, workspace, upstream, True, learned)
     return calls
 
 
@@ -181,12 +179,12 @@ def source(call: Call) -> ASTSource:
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
 
-    def specialise(value: Any, path: tuple[int, ...], frozen: bool) -> Any:
+    def specialise(value: Any, path: tuple[int, ...], frozen: bool, by_place: bool) -> Any:
         if isinstance(value, tuple):
-            types = [specialise(item, (*path, i), frozen) for i, item in enumerate(value)]
+            types = [specialise(item, (*path, i), False, True) for i, item in enumerate(value)]
             return type(value)(*types) if hasattr(value, "_fields") else tuple(types)
         if isinstance(value, Tensor):
-            if value.data_ptr() % 16 == 0:
+            if by_place and value.data_ptr() % 16 == 0:
                 attributes[path] = [["tt.divisibility", 16]]
             return POINTERS[value.dtype]
         if isinstance(value, int) and not isinstance(value, bool) and (frozen or value != 1):
@@ -202,8 +200,12 @@ def source(call: Call) -> ASTSource:
         if parameter.is_constexpr:
             constants[(at,)] = value
             signature[parameter.name] = "constexpr"
+        elif parameter.annotation_type and parameter.do_not_specialize:
+            signature[parameter.name] = parameter.annotation_type
         else:
-            signature[parameter.name] = specialise(value, (at,), parameter.do_not_specialize)
+            signature[parameter.name] = specialise(
+                value, (at,), parameter.do_not_specialize, not parameter.do_not_specialize_on_alignment
+            )
     return ASTSource(call.kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 

@@ -9,8 +9,7 @@ figure is over its budget (`budgets.py`). What the launchers would launch for re
 and disassembled. One line a kernel:
 
     regs      registers a thread;  local: bytes of local memory a thread (0: nothing spills anywhere)
-    rows      the loop over the full tiles of a row, in a forward pass;  gradient: the loop that writes their gradient
-    last tile the same under a mask, run for the last tile of a row
+    rows      the loop over the tiles of a row, in a forward pass;  gradient: the loop that writes their gradient
     16B ld/st wide loads and stores in the body of a loop;  narrow: its other accesses (offsets of odd rows, and rows)
     inst/el   instructions in a body, for each element that it takes
     exp2/el   evaluations of 2^x by the hardware, likewise (none in float64)
@@ -108,14 +107,11 @@ def kind_of(loop: list[str]) -> str | None:
 
 
 def bodies_of(lines: list[str], call: Call) -> list[dict[str, Any]]:
-    """The figures of each loop over a row, by name; of a kind, the last in the code is the one for the last tile."""
+    """The figures of each loop over a row, by name."""
     loops = [(kind, loop) for loop in innermost_loops(lines) if (kind := kind_of(loop)) in ("rows", "gradient")]
     bodies = []
-    for i, (kind, loop) in enumerate(loops):
-        is_last = kind not in [later for later, _ in loops[i + 1 :]]
-        name = f"{kind}, last tile" if is_last else kind
-        if call.name == "_grad_log_prior_kernel":
-            name = "sum over rows"
+    for kind, loop in loops:
+        name = "sum over rows" if call.name == "_grad_log_prior_kernel" else kind
         bodies.append({"name": name, **body_figures(loop, call)})
     return bodies
 
@@ -149,9 +145,7 @@ def figures(call: Call, target_name: str) -> dict[str, Any]:
     row: dict[str, Any] = {"kernel": call.name, "target": target_name, "vec": call.arguments.get("VEC", 1)}
     if call.name == "_forward_kernel":
         row["kernel"] += " + gradient" if call.arguments["grad_logits"] is not None else ""
-        row["splits"] = call.arguments["SPLITS"]
-    if call.arguments.get("MADE_FOR_ONE"):
-        row["kernel"] += ", made"
+        row["splits"] = call.arguments["splits"]
     if TARGETS[target_name].backend != "cuda":
         text = asm["amdgcn"]
         row["regs"] = int(re.findall(r"\.vgpr_count:\s*(\d+)", text)[0])

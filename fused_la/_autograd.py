@@ -1,8 +1,15 @@
 """Where the implementations that compute their own gradient meet autograd and torch.compile.
 
-An implementation is a module (`_blocked`, `_triton`) with the functions `forward`, `backward` and `forward_gradient`;
-this file is the only one that calls them. First derivatives are theirs. Second derivatives come from
-`reference.gradient`, the same gradient as differentiable PyTorch. Under torch.compile the two passes are opaque
+An implementation is a module (`_blocked`, `_triton`) with two functions; this file and `_transforms` call them.
+
+    forward(problem, reduction, wants_gradient) -> loss, state, gradient, memo
+    backward(problem, reduction, state, upstream, needs_logits, needs_log_prior, gradient, memo)
+        -> grad_logits, grad_log_prior
+
+The state begins with m, rest and A of every row and the mean's denominator, (3 * N * P + 1,) or more. A gradient that
+forward makes is for an upstream gradient of 1; None if that pass is not the one to make it. The memo is no tensor, and
+backward does without it, and without the gradient. First derivatives are the implementation's. Second derivatives come
+from `reference.gradient`, the same gradient as differentiable PyTorch. Under torch.compile the two passes are opaque
 operators, so a compiled graph holds the same kernels.
 
 The transforms of torch.func and forward mode never come here, the door hands them to the reference formula: the rules
@@ -12,7 +19,9 @@ transform what an outer one differentiates.
 
 from __future__ import annotations
 
+import functools
 import importlib
+import math
 from types import ModuleType
 from typing import Any
 
@@ -21,20 +30,21 @@ from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor  # what torch.autograd.grad(is_grads_batched=True) passes
 
 from fused_la import reference
-from fused_la._problem import Problem
+from fused_la._problem import Problem, read_labels
 
 _N_FIELDS = len(Problem._fields)
+_N_TENSORS = Problem._fields.index("tau")  # the numbers come last
 
 
 def fused_loss(problem: Problem, reduction: str, impl: str) -> Tensor:
-    """The reduced loss, or (N, P) rows, by the implementation named `impl`."""
+    """The reduced loss, or that of the rows, by the implementation named `impl`."""
     if torch.compiler.is_compiling():
         # An operator's float is a constant of the graph: multiplied outside, tau may change without a recompilation.
         return _forward_op(*problem._replace(log_prior=problem.offset(), tau=1.0), reduction, impl)[0]
-    needs_gradient = torch.is_grad_enabled() and problem.logits.requires_grad
-    learns_prior = problem.log_prior is not None and problem.log_prior.requires_grad
-    with_gradient = needs_gradient and not learns_prior and implementation(impl).forward_gradient(problem, reduction)
-    return _Loss.apply(impl, reduction, with_gradient, *problem)
+    logits, log_prior = problem.logits, problem.log_prior
+    if not torch.is_grad_enabled():
+        return implementation(impl).forward(problem, reduction, False)[0]
+    return _Loss.apply(logits, log_prior, problem, reduction, impl)
 
 
 def under_transform() -> bool:
@@ -42,37 +52,39 @@ def under_transform() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+@functools.cache
 def implementation(impl: str) -> ModuleType:
     return importlib.import_module(f"fused_la._{impl}")
 
 
 class _Loss(torch.autograd.Function):
+    """Of (logits, log_prior, problem, reduction, impl): no other tensor of the problem has a gradient."""
+
     @staticmethod
-    def forward(ctx: Any, impl: str, reduction: str, with_gradient: bool, *fields: Any) -> Tensor:
-        problem = in_memory(Problem(*fields))
-        loss, state, normalizer, gradient = implementation(impl).forward(problem, reduction, with_gradient)
-        _save(ctx, fields, state, normalizer, impl, reduction)
-        ctx.gradient = gradient if with_gradient else None
+    def forward(
+        ctx: Any, logits: Tensor, log_prior: Tensor | None, problem: Problem, reduction: str, impl: str
+    ) -> Tensor:
+        needs_logits, needs_log_prior, *_ = ctx.needs_input_grad
+        run = implementation(impl)
+        loss, state, ctx.gradient, memo = run.forward(problem, reduction, needs_logits and not needs_log_prior)
+        ctx.save_for_backward(*problem[:_N_TENSORS])
+        ctx.call = problem[_N_TENSORS:], reduction, run, state, memo  # a state is nobody else's
         return loss
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple:
-        grads: list[Tensor | None] = [None] * (3 + _N_FIELDS)
-        grad_loss = grad_outputs[0]
-        differentiable = torch.is_grad_enabled() or under_transform() or is_legacy_batchedtensor(grad_loss)
-        problem, state, normalizer = _saved(ctx)
-        grad_rows = grad_loss if ctx.reduction == "none" else grad_loss.expand(state.shape[1:])
-        if differentiable:
-            grads[3], grads[4] = differentiable_gradient(problem, grad_rows, normalizer)
-        else:
-            # Handed over, not kept: a caller may write into it, and a second backward recomputes.
-            made_for_one, ctx.gradient = ctx.gradient, None
-            needs = ctx.needs_input_grad[3:5]
-            run = implementation(ctx.impl).backward
-            grads[3], grads[4] = run(
-                in_memory(problem), state, grad_rows.resolve_neg(), normalizer, *needs, made_for_one
-            )
-        return tuple(grads)
+        upstream = grad_outputs[0]
+        numbers, reduction, run, state, memo = ctx.call
+        problem = Problem(*ctx.saved_tensors, *numbers)
+        if torch.is_grad_enabled() or under_transform() or is_legacy_batchedtensor(upstream):
+            return *differentiable_gradient(problem, upstream, reduction), None, None, None
+        # Handed over, not kept: a caller may write into it, and a second backward recomputes.
+        made_for_one, ctx.gradient = ctx.gradient, None
+        needs_logits, needs_log_prior, *_ = ctx.needs_input_grad
+        grads = run.backward(
+            problem, reduction, state, upstream.resolve_neg(), needs_logits, needs_log_prior, made_for_one, memo
+        )
+        return *grads, None, None, None
 
 
 def in_memory(problem: Problem) -> Problem:
@@ -80,39 +92,33 @@ def in_memory(problem: Problem) -> Problem:
     return Problem._make(field.resolve_neg() if isinstance(field, Tensor) else field for field in problem)
 
 
-def _save(ctx: Any, fields: tuple, state: Tensor, normalizer: Tensor, impl: str, reduction: str) -> None:
-    tensors = [field if isinstance(field, Tensor) else None for field in fields]
-    ctx.scalars = [None if isinstance(field, Tensor) else field for field in fields]
-    ctx.save_for_backward(*tensors, state, normalizer)
-    ctx.impl, ctx.reduction = impl, reduction
-
-
-def _saved(ctx: Any) -> tuple[Problem, Tensor, Tensor | None]:
-    """What `_save` kept; the denominator of the mean only where it divides."""
-    *tensors, state, normalizer = ctx.saved_tensors
-    fields = [tensor if tensor is not None else value for tensor, value in zip(tensors, ctx.scalars, strict=True)]
-    return Problem(*fields), state, normalizer if ctx.reduction == "mean" else None
-
-
-def differentiable_gradient(
-    problem: Problem, grad_rows: Tensor, normalizer: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    grad_rows = grad_rows if normalizer is None else grad_rows / normalizer
+def differentiable_gradient(problem: Problem, upstream: Tensor, reduction: str) -> tuple[Tensor, Tensor | None]:
+    """The gradients of logits and log_prior as operations that autograd and torch.func differentiate in turn."""
+    shape, problem = problem.logits.shape, problem.with_inner()
+    n_outer, n_inner, _ = problem.logits.shape
+    grad_rows = upstream.reshape(n_outer, n_inner) if reduction == "none" else upstream.expand(n_outer, n_inner)
+    if reduction == "mean":
+        row_weight = torch.ones_like(grad_rows) if problem.has_probabilities else read_labels(problem).row_weight
+        grad_rows = grad_rows / row_weight.sum()
     if problem.target_offset is not None:
 
         def losses(logits: Tensor) -> Tensor:
             return reference.loss_rows(problem._replace(logits=logits))[0]
 
-        (grad_logits,) = torch.func.vjp(losses, problem.logits)[1](grad_rows.expand(problem.logits.shape[:2]))
-        return grad_logits, None
+        (grad_logits,) = torch.func.vjp(losses, problem.logits)[1](grad_rows)
+        return grad_logits.reshape(shape), None
     grad_z = reference.gradient(problem, grad_rows)
-    grad_logits = (grad_z if problem.scale is None else grad_z * problem.scale).to(problem.logits.dtype)
+    grad_logits = (grad_z if problem.scale is None else grad_z * problem.scale).to(problem.logits.dtype).reshape(shape)
     if problem.log_prior is None:
         return grad_logits, None
     return grad_logits, (grad_z.sum((0, 1)) * problem.tau).to(problem.log_prior.dtype)
 
 
 # torch.compile --------------------------------------------------------------------------------------------------------
+
+
+def _state_size(logits: Tensor, reduction: str) -> int:
+    return 3 * math.prod(logits.shape[:-1]) + (reduction == "mean")
 
 
 @torch.library.custom_op("fused_la::loss_forward", mutates_args=())
@@ -131,7 +137,7 @@ def _forward_op(
     ignore_index: int,
     reduction: str,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     problem = Problem(
         logits,
         log_prior,
@@ -146,7 +152,8 @@ def _forward_op(
         label_smoothing,
         ignore_index,
     )
-    return implementation(impl).forward(in_memory(problem), reduction, False)[:3]
+    loss, state, *_ = implementation(impl).forward(in_memory(problem), reduction, False)
+    return loss, state[: _state_size(logits, reduction)]
 
 
 @_forward_op.register_fake
@@ -154,10 +161,9 @@ def _(logits, log_prior, target, target_weight, weight, mean_weight, smoothing_d
       label_smoothing, ignore_index,
       reduction, impl):  # fmt: skip
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    rows = logits.shape[:2]
+    rows = logits.shape[:-1]
     loss = logits.new_empty(rows if reduction == "none" else (), dtype=dtype)
-    normalizer = logits.new_empty(0 if reduction == "none" else (), dtype=dtype)
-    return loss, logits.new_empty((3, *rows), dtype=dtype), normalizer
+    return loss, logits.new_empty(_state_size(logits, reduction), dtype=dtype)
 
 
 @torch.library.custom_op("fused_la::loss_backward", mutates_args=())
@@ -174,10 +180,10 @@ def _backward_op(
     tau: float,
     label_smoothing: float,
     ignore_index: int,
+    reduction: str,
     impl: str,
     state: Tensor,
-    grad_loss: Tensor,
-    normalizer: Tensor | None,
+    upstream: Tensor,
     needs_log_prior: bool,
 ) -> tuple[Tensor, Tensor]:
     problem = Problem(
@@ -194,33 +200,33 @@ def _backward_op(
         label_smoothing,
         ignore_index,
     )
-    run = implementation(impl).backward
-    grad_loss = grad_loss.resolve_neg()
-    grad_logits, grad_prior = run(in_memory(problem), state, grad_loss, normalizer, True, needs_log_prior)
+    grad_logits, grad_prior = implementation(impl).backward(
+        in_memory(problem), reduction, state, upstream.resolve_neg(), True, needs_log_prior
+    )
     return grad_logits, logits.new_empty(0) if grad_prior is None else grad_prior
 
 
 @_backward_op.register_fake
 def _(logits, log_prior, target, target_weight, weight, mean_weight, smoothing_distribution, target_offset, scale, tau,
       label_smoothing, ignore_index,
-      impl, state, grad_loss, normalizer, needs_log_prior):  # fmt: skip
+      reduction, impl, state, upstream, needs_log_prior):  # fmt: skip
     return torch.empty_like(logits), torch.empty_like(log_prior) if needs_log_prior else logits.new_empty(0)
 
 
 def _setup_op_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     *fields, reduction, impl = inputs
     ctx.set_materialize_grads(False)
-    _save(ctx, tuple(fields), output[1], output[2], impl, reduction)
+    ctx.save_for_backward(*fields[:_N_TENSORS], output[1])
+    ctx.call = *fields[_N_TENSORS:], reduction, impl
 
 
 def _op_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple:
     grads: list[Tensor | None] = [None] * (_N_FIELDS + 2)
     if grad_loss is None:
         return tuple(grads)
-    problem, state, normalizer = _saved(ctx)
-    grad_rows = grad_loss if ctx.reduction == "none" else grad_loss.expand(state.shape[1:])
+    *tensors, state = ctx.saved_tensors
     needs_log_prior = ctx.needs_input_grad[1]
-    grads[0], grad_prior = _backward_op(*problem, ctx.impl, state, grad_rows, normalizer, needs_log_prior)
+    grads[0], grad_prior = _backward_op(*tensors, *ctx.call, state, grad_loss, needs_log_prior)
     grads[1] = grad_prior if needs_log_prior else None
     return tuple(grads)
 

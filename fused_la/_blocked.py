@@ -38,79 +38,86 @@ from fused_la._rows import (
 )
 
 
-def forward_gradient(problem: Problem, reduction: str) -> bool:
-    """Whether the forward pass makes the gradient as well, from exponentials that it has at hand.
+def forward(problem: Problem, reduction: str, wants_gradient: bool) -> tuple[Tensor, Tensor, Tensor | None, None]:
+    """Loss, state (m, rest and A of each row, the mean's denominator), the gradient for an upstream of 1.
 
-    Not for float16: a gradient written before a GradScaler's factor reaches it underflows.
+    The gradient is made in this pass, from exponentials that are at hand, for a mean or sum. Not for float16: a
+    gradient written before a GradScaler's factor reaches it underflows.
     """
-    return reduction != "none" and problem.logits.dtype != torch.float16
-
-
-def forward(problem: Problem, reduction: str, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, row state (3, N, P), the mean's denominator (empty for "none"), the gradient for an upstream of 1."""
+    shape, problem = problem.logits.shape, problem.with_inner()
     rows = prepare(problem)
     n_outer, n_inner, _ = problem.logits.shape
-    stacked = torch.empty(3, n_outer, n_inner, dtype=problem.compute_dtype)
+    n_rows = n_outer * n_inner
+    flat = torch.empty(3 * n_rows + 1, dtype=problem.compute_dtype)
+    stacked = flat[:-1].view(3, n_outer, n_inner)
     state = State(stacked[0], stacked[1], label_total(rows, out=stacked[2]))
     gap = torch.zeros_like(state.m)
     row_weight = torch.ones_like(state.m) if rows.labels is None else rows.labels.row_weight
     normalizer = row_weight.sum()
-    scale = normalizer.reciprocal() if reduction == "mean" else torch.ones_like(normalizer)
-    grad_rows = scale.expand(n_outer, n_inner)
-    grad_logits = torch.empty_like(problem.logits) if with_gradient else problem.logits.new_empty(0)
+    flat[-1] = normalizer
+    grad_logits, grad_rows = None, state.m
+    if wants_gradient and reduction != "none" and problem.logits.dtype != torch.float16:
+        grad_logits = torch.empty_like(problem.logits)
+        scale = normalizer.reciprocal() if reduction == "mean" else torch.ones_like(normalizer)
+        grad_rows = scale.expand(n_outer, n_inner)
 
     blocking = choose_blocking(problem, forward=True)
-    scratch = Scratch(min(blocking.height, n_outer * n_inner) * blocking.width, problem.compute_dtype)
+    scratch = Scratch(min(blocking.height, n_rows) * blocking.width, problem.compute_dtype)
     for block in row_blocks(n_outer, n_inner, blocking.height):
-        out = grad_logits[block] if with_gradient else None
+        out = None if grad_logits is None else grad_logits[block]
         part, candidates = state.of(block), rows.candidates.of(block)
         e = _reduce_block(rows, block, blocking.width, scratch, part, candidates, gap[block], out)
         if rows.as_label is not None:
             part.total.copy_(margin_total(rows, part, block))
-        if with_gradient:
+        if grad_logits is not None:
             _spread_gradient(rows, block, blocking.width, scratch, part, candidates, grad_rows[block], out, None, e)
-    if with_gradient:
+    if grad_logits is not None:
         _finish_gradient(rows, state, grad_rows, grad_logits, None)
+        grad_logits = grad_logits.view(shape)
     loss = reduce_rows(row_losses(rows, state, gap), normalizer, reduction)
-    if reduction == "none":
-        normalizer = normalizer.new_empty(0)
-    return loss, stacked, normalizer, grad_logits
+    if len(shape) == 2 and reduction == "none":
+        loss = loss.squeeze_(1)  # not as a view, which the caller could not change
+    return loss, flat, grad_logits, None
 
 
 def backward(
     problem: Problem,
-    stacked: Tensor,
-    grad_loss: Tensor,
-    normalizer: Tensor | None,
+    reduction: str,
+    state: Tensor,
+    upstream: Tensor,
     needs_logits: bool,
     needs_log_prior: bool,
     made_for_one: Tensor | None = None,
+    memo: None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of logits (N, P, C) and log_prior (C,), None where not needed; grad_loss (N, P) over normalizer.
+    """Gradients of logits and log_prior (C,), None where not needed, for one upstream number or with "none" one a row.
 
-    `made_for_one` is what forward made of the logits', for a grad_loss of 1: scaled where it stands unless 1 came.
+    `made_for_one` is what forward made of the logits', for an upstream of 1: scaled where it stands unless 1 came.
     """
     if made_for_one is not None:
-        upstream = grad_loss[:1, :1]  # a scalar expanded, or of no rows
-        is_one = upstream.numel() == 0 or upstream.item() == 1.0
+        is_one = made_for_one.numel() == 0 or upstream.item() == 1.0
         return made_for_one if is_one else made_for_one.mul_(upstream), None
-    grad_rows = grad_loss.to(problem.compute_dtype)
-    grad_rows = grad_rows if normalizer is None else grad_rows / normalizer
-    rows = prepare(problem)
-    state = State(stacked[0], stacked[1], stacked[2])
+    shape, problem = problem.logits.shape, problem.with_inner()
+    n_outer, n_inner, _ = problem.logits.shape
+    stacked = state[: 3 * n_outer * n_inner].view(3, n_outer, n_inner)
+    grad_rows = upstream.to(problem.compute_dtype)
+    grad_rows = grad_rows.reshape(n_outer, n_inner) if reduction == "none" else grad_rows.expand(n_outer, n_inner)
+    grad_rows = grad_rows / state[3 * n_outer * n_inner] if reduction == "mean" else grad_rows
+    rows, parts = prepare(problem), State(stacked[0], stacked[1], stacked[2])
     grad_logits = torch.empty_like(problem.logits) if needs_logits else None
     # Summed in float64: over many rows a float32 sum would lose what the rows' gradients hold.
     grad_offset = torch.zeros(problem.logits.shape[-1], dtype=torch.float64) if needs_log_prior else None
-    n_outer, n_inner = state.m.shape
     blocking = choose_blocking(problem, forward=False, sums_gradient=needs_log_prior)
     scratch = Scratch(min(blocking.height, n_outer * n_inner) * blocking.width, problem.compute_dtype)
     for block in row_blocks(n_outer, n_inner, blocking.height):
         out = None if grad_logits is None else grad_logits[block]
-        part, candidates = state.of(block), rows.candidates.of(block)
+        part, candidates = parts.of(block), rows.candidates.of(block)
         _spread_gradient(
             rows, block, blocking.width, scratch, part, candidates, grad_rows[block], out, grad_offset, None
         )
-    _finish_gradient(rows, state, grad_rows, grad_logits, grad_offset)
+    _finish_gradient(rows, parts, grad_rows, grad_logits, grad_offset)
+    if grad_logits is not None:
+        grad_logits = grad_logits.view(shape)
     if grad_offset is None or problem.log_prior is None:
         return grad_logits, None
     return grad_logits, (grad_offset * problem.tau).to(problem.log_prior.dtype)

@@ -18,7 +18,7 @@ class Call(NamedTuple):
     problem: Problem
     reduction: str
     of_target: tuple[Tensor | None, ...]
-    of_margin: list[Tensor]
+    of_margin: tuple[Tensor, ...]
 
 
 def read_prior(log_prior: Any, tau: Any, logits: Tensor, whole: bool = True) -> tuple[Tensor | None, float]:
@@ -30,7 +30,7 @@ def read_prior(log_prior: Any, tau: Any, logits: Tensor, whole: bool = True) -> 
     _checks.check_log_prior(log_prior, logits, tau, whole=whole)
     if tau > 0.0:
         kept = torch.compiler.is_compiling() or not log_prior.is_inference()  # autograd keeps no inference tensor
-        return log_prior.contiguous() if kept else log_prior.clone(), tau
+        return in_order(log_prior) if kept else log_prior.clone(), tau
     return log_prior.masked_fill(log_prior == -torch.inf, 0.0) if log_prior.requires_grad else None, tau
 
 
@@ -41,14 +41,14 @@ def read_margin(margin: Any, logits: Tensor) -> Tensor | None:
     for name, vector in margin.named_vectors():
         _checks.check_class_vector(f"margin.{name}", vector, logits.shape[_checks.class_dim(logits)])
         _checks.check_device(f"margin.{name}", vector, logits)
-    return None if margin.negative_offset is None else margin.negative_offset.contiguous()
+    return None if margin.negative_offset is None else in_order(margin.negative_offset)
 
 
 def read_call(
     logits: Tensor,
     offset: Tensor | None,
     tau: float,
-    margin: PairwiseMargin,
+    margin: PairwiseMargin | None,
     target: Any,
     target_weight: Any,
     weight: Any,
@@ -59,10 +59,11 @@ def read_call(
     weight_name: str = "weight",
     whole: bool = True,
 ) -> Call:
-    """A call with checked logits and tau * offset as the margin's negative offset; `weight_name` is the caller's.
+    """A call with checked logits and tau * offset as the margin's negative offset, None if it is all there is of a
+    margin; `weight_name` is the caller's.
 
     Where the logits are not of the `whole` of the classes, what it takes all of them to know is not checked: whether
-    labels are in range, and whether smoothing_distribution adds up to 1.
+    labels are in range, and whether smoothing_distribution adds up to 1. Rows are (N, P, C) then.
     """
     label_smoothing = _checks.check_label_smoothing(label_smoothing)
     ignore_index = _checks.check_ignore_index(ignore_index)
@@ -80,32 +81,46 @@ def read_call(
         _checks.check_device("smoothing_distribution", smoothing_distribution, logits)
 
     of_target = (target, target_weight, weight, smoothing_distribution)
-    mass = weight = None if weight is None else weight.contiguous()
-    if margin.alpha is not None:
+    mass = weight = None if weight is None else in_order(weight)
+    if margin is not None and margin.alpha is not None:
         wide = torch.promote_types(logits.dtype, torch.float32)
         mass = margin.alpha if weight is None else margin.alpha.to(wide) * weight
         if target.is_floating_point() or target_weight is not None or smoothing_distribution is not None:
             # A class without examples has alpha = inf, and a target may ask for 0 of it: nothing, not 0 * inf.
             mass = mass.clamp_max(min(torch.finfo(mass.dtype).max, torch.finfo(torch.float32).max))
     problem = Problem(
-        rows_by_classes(logits),
+        _rows(logits),
         offset,
-        rows_by_classes(target) if target.is_floating_point() else _label_rows(target, logits),
+        _rows(target) if target.is_floating_point() else _label_rows(target, logits),
         None if target_weight is None else _label_rows(target_weight, logits),
         None if mass is None else mass.contiguous(),
         weight,
-        None if smoothing_distribution is None else smoothing_distribution.contiguous(),
-        margin.label_offset(logits),
-        margin.scale_of(logits),
+        None if smoothing_distribution is None else in_order(smoothing_distribution),
+        None if margin is None else margin.label_offset(logits),
+        None if margin is None else margin.scale_of(logits),
         tau,
         label_smoothing,
         ignore_index,
     )
-    return Call(problem, reduction, of_target, margin.only_of_reference())
+    problem = problem if whole else problem.with_inner()
+    return Call(problem, reduction, of_target, () if margin is None else tuple(margin.only_of_reference()))
+
+
+def _rows(values: Tensor) -> Tensor:
+    values = values.resolve_neg()
+    return values if values.dim() == 2 else rows_by_classes(values)
 
 
 def _label_rows(labels: Tensor, logits: Tensor) -> Tensor:
-    """Labels or their weights as contiguous (N, P, K), K = 1 for one label a row."""
+    """Labels or their weights as contiguous (N,) or (N, K) for logits (N, C), and else (N, P, K)."""
+    labels = labels.resolve_neg()
+    if logits.dim() == 2:
+        return labels.contiguous()
     if labels.dim() < logits.dim():
         labels = labels.unsqueeze(_checks.class_dim(logits))
     return rows_by_classes(labels).contiguous()
+
+
+def in_order(vector: Tensor) -> Tensor:
+    """A vector as it is read from memory: without gaps, and a lazy negation (`x.conj().imag`) carried out."""
+    return vector.resolve_neg().contiguous()

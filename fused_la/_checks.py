@@ -8,6 +8,8 @@ loss and the gradient NaN. The values of weights and of class probabilities are 
 from __future__ import annotations
 
 import math
+import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
@@ -27,7 +29,7 @@ IMPLEMENTATIONS = ("auto", "triton", "blocked", "reference")
 def check_tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    if value.layout != torch.strided or value.is_nested:
+    if value.layout is not torch.strided or value.is_nested:
         layout = "nested" if value.is_nested else value.layout
         raise TypeError(f"{name} must be a dense tensor, got layout {layout}")
 
@@ -77,7 +79,20 @@ def check_log_prior(log_prior: Any, logits: Tensor, tau: float, name: str = "log
 
 
 def check_prior_values(log_prior: Tensor, tau: float = 1.0, name: str = "log_prior") -> None:
-    check_largest_prior(read_value(log_prior.detach().amax()), tau, name)
+    """On a CPU. A prior that was right in the last call is not read again until it has been changed in place."""
+    global _right_prior
+    if torch.compiler.is_compiling() or not log_prior.is_cpu:
+        return
+    of_last_call, version = _right_prior
+    if of_last_call() is log_prior and version == log_prior._version:
+        return
+    largest = read_value(log_prior.detach().amax())
+    check_largest_prior(largest, tau, name)
+    if largest is not None and math.isfinite(largest) and not log_prior.is_inference():
+        _right_prior = weakref.ref(log_prior), log_prior._version
+
+
+_right_prior: tuple[Callable[[], Tensor | None], int] = (lambda: None), 0
 
 
 def check_largest_prior(largest: float | None, tau: float, name: str) -> None:
@@ -117,10 +132,10 @@ def check_target(target: Any, target_weight: Any, logits: Tensor, ignore_index: 
     """
     check_tensor("target", target)
     check_device("target", target, logits)
-    if target.dtype not in (torch.int64, *FLOATING):
+    dtype, shape, dim = target.dtype, tuple(logits.shape), class_dim(logits)
+    if dtype is not torch.int64 and dtype not in FLOATING:
         raise TypeError(f"target must be int64 class indices, or probabilities in {FLOATING_NAMES}, got {target.dtype}")
-    shape, dim = tuple(logits.shape), class_dim(logits)
-    if target.is_floating_point():
+    if dtype is not torch.int64:
         if target_weight is not None:
             raise ValueError("target_weight must be None with class probabilities as target, got a tensor")
         if tuple(target.shape) != shape:
@@ -156,14 +171,21 @@ def check_target(target: Any, target_weight: Any, logits: Tensor, ignore_index: 
 
 
 def _check_labels_in_range(target: Tensor, n_classes: int, ignore_index: int) -> None:
-    if target.numel() == 0:
+    if torch.compiler.is_compiling() or not target.is_cpu or target.numel() == 0:
         return
-    lowest, highest = (read_value(end) for end in target.aminmax())
+    if target.dim() == 1 and len(target) <= _FEW_LABELS:
+        labels = read_value(target)
+        lowest, highest = (None, None) if labels is None else (min(labels), max(labels))
+    else:
+        lowest, highest = map(read_value, target.aminmax())
     if lowest is None or highest is None or (lowest >= 0 and highest < n_classes):
         return
     outside = target[((target < 0) | (target >= n_classes)) & (target != ignore_index)]
     if outside.numel() > 0:
         check_label(int(outside[0]), n_classes, ignore_index)
+
+
+_FEW_LABELS = 32  # that Python compares as fast as PyTorch's reduction does
 
 
 def check_label(label: int, n_classes: int, ignore_index: int) -> None:
@@ -174,18 +196,21 @@ def check_label(label: int, n_classes: int, ignore_index: int) -> None:
         )
 
 
-def read_value(value: Tensor) -> float | None:
-    """A number from a CPU; None where reading it would synchronise, or a transform or a tracer hides it."""
-    if torch.compiler.is_compiling() or value.device.type != "cpu":
+def read_value(value: Tensor) -> Any:
+    """A number from a CPU, or a list of them; None where reading would synchronise, or a transform or a tracer hides
+    them."""
+    if torch.compiler.is_compiling() or not value.is_cpu:
         return None
     try:
-        return value.item()
+        return value.tolist()
     except RuntimeError:  # under vmap, or a fake tensor
         return None
 
 
 def check_number(name: str, value: Any, low: float, high: float, expected: str) -> float:
     """A Python or NumPy real number in [low, high], as a float."""
+    if type(value) is float and low <= value <= high:
+        return value
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not low <= value <= high:
@@ -199,8 +224,11 @@ def check_flag(name: str, value: Any) -> bool:
     return value
 
 
+_MOST = torch.finfo(torch.float32).max
+
+
 def check_tau(tau: Any) -> float:
-    return check_number("tau", tau, 0.0, torch.finfo(torch.float32).max, "finite and not negative")
+    return check_number("tau", tau, 0.0, _MOST, "finite and not negative")
 
 
 def check_label_smoothing(value: Any) -> float:
@@ -208,6 +236,8 @@ def check_label_smoothing(value: Any) -> float:
 
 
 def check_ignore_index(value: Any) -> int:
+    if type(value) is int and -(2**63) <= value < 2**63:
+        return value
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"ignore_index must be an int, got {type(value).__name__}")
     if not -(2**63) <= value < 2**63:

@@ -22,13 +22,13 @@ def choose_implementation(impl: str, call: Call, differentiable: Sequence[Tensor
     own under transforms, and while torch.compile traces a CPU graph it stays one operator, whose memory is bounded.
     """
     _checks.check_choice("impl", impl, _checks.IMPLEMENTATIONS)
-    device = call.problem.logits.device
-    on_cpu, on_gpu = device.type == "cpu", device.type == "cuda"  # ROCm's too
+    logits = call.problem.logits
+    device, on_cpu, on_gpu = logits.device, logits.is_cpu, logits.is_cuda  # ROCm's too
     transformed = under_transform()
     if transformed:
         needs_formula = torch.compiler.is_compiling() or of_head or not folds()
     else:
-        needs_formula = any(
+        needs_formula = forward_ad._current_level >= 0 and any(
             t is not None and _has_tangent(t) for t in (*differentiable, *call.of_target, *call.of_margin)
         )
     only_reference = "" if needs_formula else why_only_reference(call, transformed)
@@ -65,7 +65,7 @@ def why_only_reference(call: Call, transformed: bool) -> str:
         return "class probabilities or label smoothing under a margin whose two offsets differ"
     if transformed or not torch.is_grad_enabled():
         return ""
-    if any(t is not None and t.requires_grad for t in call.of_margin):
+    if call.of_margin and any(t.requires_grad for t in call.of_margin):
         return "a gradient of alpha, an offset or the scale of a margin"
     if any(t is not None and t.requires_grad for t in call.of_target):
         return "a gradient of target, target_weight, weight or smoothing_distribution"

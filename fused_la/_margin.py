@@ -123,12 +123,12 @@ class PairwiseMargin:
         if self.target_offset is None:
             n_classes = logits.shape[_checks.class_dim(logits)]
             return logits.new_zeros(n_classes, dtype=torch.promote_types(logits.dtype, torch.float32))
-        return self.target_offset.contiguous()
+        return self.target_offset.resolve_neg().contiguous()
 
     def scale_of(self, logits: Tensor) -> Tensor | None:
         """(C,) scale of each class, None where it is 1."""
         if self.scale is None or isinstance(self.scale, Tensor):
-            return None if self.scale is None else self.scale.contiguous()
+            return None if self.scale is None else self.scale.resolve_neg().contiguous()
         n_classes = logits.shape[_checks.class_dim(logits)]
         return logits.new_full((n_classes,), self.scale, dtype=torch.promote_types(logits.dtype, torch.float32))
 

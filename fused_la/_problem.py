@@ -1,7 +1,8 @@
 """What every implementation is handed: the rows of a checked loss, and how much each class of a row is asked for.
 
 A loss over logits of shape (N, C, d1, ..., dk) is a set of independent rows. The door (`loss.py`) brings every input
-into one form, (N, P, C) with P = d1 * ... * dk, without copying, and each implementation computes, for every row,
+into one form, (N, P, C) with P = d1 * ... * dk, or (N, C) where P is 1, without copying, and each implementation
+computes, for every row,
 
     z_c  = scale_c * logits_c + tau * log_prior_c                (a class at -inf stays out, whatever its logit)
     t_c  = the target mass of class c                            (labels, their weights and smoothing, see below)
@@ -38,7 +39,10 @@ def rows_by_classes(values: Tensor) -> Tensor:
 
 
 class Problem(NamedTuple):
-    """The checked rows of a loss; N and P count rows, C classes, K labels a row."""
+    """The checked rows of a loss; N and P count rows, C classes, K labels a row.
+
+    Where P is 1, logits may lack it, and then target and target_weight do too; one label a row is then (N,).
+    """
 
     logits: Tensor  # (N, P, C) any strides
     log_prior: Tensor | None  # (C,) or None where tau = 0
@@ -61,6 +65,19 @@ class Problem(NamedTuple):
     @property
     def has_probabilities(self) -> bool:
         return self.target.is_floating_point()
+
+    @property
+    def n_labels(self) -> int:
+        """K of an index target."""
+        return 1 if self.target.dim() < self.logits.dim() else self.target.shape[-1]
+
+    def with_inner(self) -> Problem:
+        """The same with P as a dimension."""
+        if self.logits.dim() == 3:
+            return self
+        target = self.target.unsqueeze(-1) if self.target.dim() == 1 else self.target
+        weight = None if self.target_weight is None else self.target_weight.unsqueeze(1)
+        return self._replace(logits=self.logits.unsqueeze(1), target=target.unsqueeze(1), target_weight=weight)
 
     def offset(self) -> Tensor | None:
         """tau * log_prior, (C,), rounded once to the compute dtype."""

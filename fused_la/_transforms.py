@@ -40,6 +40,7 @@ def folds() -> bool:
 
 def folded_loss(problem: Problem, reduction: str, impl: str) -> Tensor:
     """The reduced loss, or (N, P) rows, under transforms of torch.func."""
+    problem = problem.with_inner()
     loss, _ = _Rows.apply(impl, *problem)
     weight = torch.ones_like(loss) if problem.has_probabilities else read_labels(problem).row_weight
     return reduce_rows(loss, weight.sum(), reduction)
@@ -50,8 +51,8 @@ class _Rows(torch.autograd.Function):
 
     @staticmethod
     def forward(impl: str, *fields: Any) -> tuple[Tensor, Tensor]:
-        loss, state, _, _ = implementation(impl).forward(in_memory(Problem(*fields)), "none", False)
-        return loss, state
+        loss, state, *_ = implementation(impl).forward(in_memory(Problem(*fields)), "none", False)
+        return loss, state[: 3 * loss.numel()].view(3, *loss.shape)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -100,8 +101,9 @@ class _RowGradients(torch.autograd.Function):
     @staticmethod
     def forward(impl: str, needs_log_prior: bool, state: Tensor, grad_rows: Tensor, *fields: Any) -> tuple:
         problem = in_memory(Problem(*fields))
-        run = implementation(impl).backward
-        grad_logits, grad_log_prior = run(problem, state, grad_rows.resolve_neg(), None, True, needs_log_prior)
+        grad_logits, grad_log_prior = implementation(impl).backward(
+            problem, "none", state.contiguous().view(-1), grad_rows.resolve_neg(), True, needs_log_prior
+        )
         return grad_logits, state.new_empty(0) if grad_log_prior is None else grad_log_prior
 
     @staticmethod
@@ -116,7 +118,7 @@ class _RowGradients(torch.autograd.Function):
         wanted = [i for i in range(_N_FIELDS) if ctx.needs_input_grad[4 + i]]
 
         def gradients(grad_rows: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
-            grad_logits, grad_log_prior = differentiable_gradient(_replaced(fields, wanted, values), grad_rows, None)
+            grad_logits, grad_log_prior = differentiable_gradient(_replaced(fields, wanted, values), grad_rows, "none")
             return (
                 (grad_logits,) if grad_log_prior is None or not ctx.needs_log_prior else (grad_logits, grad_log_prior)
             )
@@ -136,7 +138,7 @@ class _RowGradients(torch.autograd.Function):
         if problem is None:
 
             def gradients(grad_rows: Tensor, *fields: Any) -> tuple[Tensor, Tensor]:
-                grad_logits, grad_log_prior = differentiable_gradient(Problem(*fields), grad_rows, None)
+                grad_logits, grad_log_prior = differentiable_gradient(Problem(*fields), grad_rows, "none")
                 return grad_logits, grad_logits.new_empty(0) if grad_log_prior is None else grad_log_prior
 
             return torch.vmap(gradients, (grad_dim, *field_dims))(grad_rows, *fields), (0, 0)

@@ -96,7 +96,7 @@ def linear_logit_adjusted_cross_entropy(
     logits, target, target_weight = stand_in(features, weight, bias, target, target_weight)
     offset, tau = read_prior(log_prior, tau, logits)
     call = read_call(
-        logits, offset, tau, PairwiseMargin(), target, target_weight, class_weight, ignore_index,
+        logits, offset, tau, None, target, target_weight, class_weight, ignore_index,
         reduction, label_smoothing, smoothing_distribution, "class_weight",
     )  # fmt: skip
     return _loss_of(call, features, weight, bias, impl)
@@ -272,11 +272,11 @@ class LogitAdjustedLinear(LossOptions):
 def _loss_of(call: Call, features: Tensor, weight: Tensor, bias: Tensor | None, impl: str) -> Tensor:
     differentiable = (features, weight, bias, call.problem.log_prior)
     impl = choose_implementation(impl, call, differentiable, of_head=True)
-    rows = feature_rows(features)
+    rows, problem = feature_rows(features), call.problem.with_inner()
     if impl == "reference":
-        loss, row_weight = head_formula(rows, weight, bias, call.problem)
+        loss, row_weight = head_formula(rows, weight, bias, problem)
         loss = reduce_rows(loss, row_weight.sum(), call.reduction)
     else:
         head = Head(rows, weight, bias, product_dtype(rows, weight))
-        loss = fused_head_loss(head, call.problem, call.reduction, impl)
+        loss = fused_head_loss(head, problem, call.reduction, impl)
     return loss.reshape(features.shape[:-1]) if call.reduction == "none" else loss

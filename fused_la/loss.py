@@ -100,7 +100,7 @@ def logit_adjusted_cross_entropy(
     _checks.check_logits(logits)
     offset, tau = read_prior(log_prior, tau, logits)
     call = read_call(
-        logits, offset, tau, PairwiseMargin(), target, target_weight, weight, ignore_index,
+        logits, offset, tau, None, target, target_weight, weight, ignore_index,
         reduction, label_smoothing, smoothing_distribution,
     )  # fmt: skip
     return _loss_of(call, logits, impl)
@@ -171,7 +171,7 @@ def margin_cross_entropy(
 def _loss_of(call: Call, logits: Tensor, impl: str) -> Tensor:
     impl = choose_implementation(impl, call, (logits, call.problem.log_prior))
     if impl == "reference":
-        loss, row_weight = reference.loss_rows(call.problem)
+        loss, row_weight = reference.loss_rows(call.problem.with_inner())
         loss = reduce_rows(loss, row_weight.sum(), call.reduction)
     else:
         loss = (folded_loss if under_transform() else fused_loss)(call.problem, call.reduction, impl)

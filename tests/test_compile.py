@@ -339,12 +339,10 @@ def test_operators_are_what_they_declare(device, log_prior, impl, operands):
         x, p = (t.detach().requires_grad_(flag) for t, flag in zip((logits, log_prior), learned, strict=True))
         arguments = (x, p, target, *[None] * 6, 1.3, 0.0, -100)
         torch.library.opcheck(torch.ops.fused_la.loss_forward.default, (*arguments, reduction, impl))
-    _, state, normalizer = torch.ops.fused_la.loss_forward(*arguments, reduction, impl)
-    normalizer = normalizer.detach() if reduction == "mean" else None
-    grad_loss = torch.ones((), dtype=state.dtype, device=device).expand(logits.shape[:2])
+    loss, state = torch.ops.fused_la.loss_forward(*arguments, reduction, impl)
     torch.library.opcheck(
         torch.ops.fused_la.loss_backward.default,
-        (logits.detach(), log_prior, *arguments[2:], impl, state.detach(), grad_loss, normalizer, True),
+        (logits.detach(), log_prior, *arguments[2:], reduction, impl, state.detach(), torch.ones_like(loss), True),
     )
 
 

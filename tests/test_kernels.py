@@ -25,8 +25,8 @@ from fused_la._problem import Problem
 
 pytest.importorskip("triton")
 # Modules, where the package holds functions of the same names.
-choosing, forward, backward = (
-    importlib.import_module(f"fused_la._triton.{name}") for name in ("launch", "forward", "backward")
+choosing, forward, backward, variants = (
+    importlib.import_module(f"fused_la._triton.{name}") for name in ("launch", "forward", "backward", "variants")
 )
 H100, SMALL = choosing.Device(132, 50 << 20), choosing.Device(1, 50 << 20)
 KINDS = ["label", "weighted labels", "smoothing and weights", "probabilities"]
@@ -38,22 +38,38 @@ def on(monkeypatch, device, chunk=1):
     monkeypatch.setattr(choosing, "CHUNK", chunk)
     for module in (forward, backward):
         monkeypatch.setattr(module, "device_of", lambda _: device)
+    forget_plans()
+
+
+def forget_plans():
+    forward.plan_forward.cache_clear()
+    backward.plan_backward.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def _plans_of_one_test():
+    yield
+    forget_plans()
 
 
 def share(monkeypatch, rows, programs):
-    """Let `rows` rows of more than a tile share a program, and `programs` programs share a row, as far as they can."""
+    """Let `rows` rows of more than a tile share a program, and `programs` programs share a row, as far as they can; a
+    whole row's gradient is made in the forward pass."""
 
     def changed(choose):
         def launch_of(n_rows, n_classes, dtype, layout, *rest, **options):
             launch = choose(n_rows, n_classes, dtype, layout, *rest, **options)
             period = launch.vec // math.gcd(layout.row_step, launch.vec) if rows > 1 else 1
-            return launch._replace(block_rows=rows, period=period, splits=programs)
+            split = programs > 1 and launch.n_chunks(n_classes) > 1  # a row of one chunk is never split
+            return launch._replace(block_rows=rows, period=period, split=split, splits=programs if split else 1)
 
         return launch_of
 
     monkeypatch.setattr(choosing, "CHUNK", 1)
     monkeypatch.setattr(forward, "choose_launch", changed(choosing.choose_launch))
     monkeypatch.setattr(backward, "choose_backward_launch", changed(choosing.choose_backward_launch))
+    monkeypatch.setattr(forward, "makes_gradient_in_forward", lambda *call: programs == 1 and call[-1] != "none")
+    forget_plans()
 
 
 def made_by_forward(loss):
@@ -135,22 +151,15 @@ def same_bits(first, second):
 def launched(run=True):
     """Names of the kernels launched within, in order; without `run` none runs."""
     names: list[str] = []
+    launch = variants.Variant.launch
 
-    class Counter:
-        def __init__(self, name, kernel):
-            self.name, self.kernel = name, kernel
+    def count(variant, grid, *arguments):
+        names.append(variant.kernel.__name__)
+        if run:
+            launch(variant, grid, *arguments)
 
-        def __getitem__(self, grid):
-            names.append(self.name)
-            return self.kernel[grid] if run else lambda *_, **__: None
-
-    kernels = [
-        *((forward, name) for name in ("_prepare_kernel", "_forward_kernel")),
-        *((backward, name) for name in ("_grad_logits_kernel", "_grad_log_prior_kernel")),
-    ]
     with pytest.MonkeyPatch.context() as patch:
-        for module, name in kernels:
-            patch.setattr(module, name, Counter(name, getattr(module, name)))
+        patch.setattr(variants.Variant, "launch", count)
         yield names
 
 
@@ -178,7 +187,8 @@ def test_bits_of_a_row_depend_on_neither_who_computes_it_nor_when(monkeypatch, k
     for rows_a_program, programs_a_row in ((1, 1), (2, 1), (1, 2), (2, 3)):
         share(monkeypatch, rows_a_program, programs_a_row)
         outcomes.append(rows.outcome("none")[:2])
-        loss, state, _, made = forward.launch_forward(problem, "sum", programs_a_row == 1)
+        loss, state, made, _ = forward.launch_forward(problem, "sum", programs_a_row == 1)
+        state = state[: 3 * n_rows]
         torch.testing.assert_close(loss, outcomes[-1][0].sum())
         states.append(state)
         if made is not None:
@@ -295,13 +305,11 @@ def test_a_step_is_two_launches_forward_and_one_backward_and_nothing_else(
     rows = make(kind, 3, 1100)
     share(monkeypatch, 1, programs)
     with_gradient = programs == 1 and reduction != "none" and not learned
-    problem, upstream = problem_of(rows), torch.ones((), device=DEVICE).expand(3, 1)
+    problem, upstream = problem_of(rows), torch.ones(() if reduction != "none" else (3, 1), device=DEVICE)
     with launched(run=False) as names, Operators() as operators:
-        _, state, normalizer, gradient = forward.launch_forward(problem, reduction, with_gradient)
+        _, state, gradient, signature = forward.launch_forward(problem, reduction, with_gradient)
         n_forward = len(names)
-        backward.launch_backward(
-            problem, state, upstream, normalizer if reduction == "mean" else None, True, learned, gradient
-        )
+        backward.launch_backward(problem, reduction, state, upstream, True, learned, gradient, signature)
     prepared = ["_prepare_kernel"] * (reduction != "none" or programs > 1)
     assert names[:n_forward] == [*prepared, "_forward_kernel"]
     assert names[n_forward:] == ["_grad_logits_kernel"] + ["_grad_log_prior_kernel"] * learned
@@ -523,7 +531,7 @@ def assert_rows_right(values, labels, prior=None, kind="label", names=None):
         target = F.one_hot(target, N_CLASSES).float()
     prior = torch.zeros(N_CLASSES, device=DEVICE) if prior is None else prior
     rows = Rows(wide[:, 1:1542], target, prior, {})
-    assert choosing.layout_of(rows.logits.unsqueeze(1)) == (True, 1, 1552)
+    assert forward.signature_of(problem_of(rows)).layout() == (True, 1, 1552)
     loss, gradient, _ = rows.outcome("none")
     loss, gradient = loss.cpu().double(), gradient.cpu().double()
     exact = truth(rows.logits, target, prior, reduction="none")

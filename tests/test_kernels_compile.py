@@ -80,7 +80,7 @@ def kernels_of(variant, dtype):
     """Not every step has a forward pass that makes the gradient: of float16 it would underflow, of images miss L2."""
     made = variant != "images" and dtype != "float16"
     step = ["_prepare_kernel", "_forward_kernel"]
-    step += ["_forward_kernel + gradient", "_grad_logits_kernel, made"] * made + ["_grad_logits_kernel"]
+    step += ["_forward_kernel + gradient"] * made + ["_grad_logits_kernel"]
     return [*step, "_grad_log_prior_kernel"] if variant == "learned prior" else step
 
 

@@ -14,9 +14,11 @@ import pytest
 import torch
 from conftest import DEVICE
 
+from fused_la._problem import Problem
+
 pytest.importorskip("triton")
 choosing = importlib.import_module("fused_la._triton.launch")
-grad_buffer = importlib.import_module("fused_la._triton.operands").grad_buffer
+operands = importlib.import_module("fused_la._triton.operands")
 Device, Layout = choosing.Device, choosing.Layout
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -61,6 +63,32 @@ def test_what_sets_the_bits_of_a_row_depends_on_neither_the_rows_nor_the_device(
             block_rows = launch.block_rows if narrow_or_one_tile else None
             of_row.add((launch.vec, launch.block_c, launch.chunk_tiles, launch.num_warps, block_rows))
         assert len(of_row) == 1, (n_classes, dtype, layout)
+
+
+def test_of_what_a_kernel_is_compiled_for_there_are_two_choices_for_all_numbers_of_rows():
+    for n_classes, dtype, layout in grid():
+        for device, choose in itertools.product(DEVICES, ("forward", "gradient", "backward")):
+            compiled = set()
+            for n_rows in N_ROWS:
+                makes = choose == "gradient" and choosing.makes_gradient_in_forward(
+                    n_rows, n_classes, dtype, layout, device, "mean"
+                )
+                if choose == "backward":
+                    launch = choosing.choose_backward_launch(n_rows, n_classes, dtype, layout, device)._replace(split=0)
+                else:
+                    launch = choosing.choose_launch(n_rows, n_classes, dtype, layout, device, makes)
+                chunk_tiles = launch.chunk_tiles if launch.n_chunks(n_classes) > 1 else 0
+                constants = launch.tile_constants(n_classes)
+                compiled.add((makes, constants, chunk_tiles, launch.split, launch.num_warps))
+            assert len(compiled) <= 2, (n_classes, dtype, layout, device, choose)
+
+
+def test_a_body_is_one_masked_tile_or_holds_a_whole_one():
+    for n_classes, dtype, layout in grid():
+        for launch in launches(1000, n_classes, dtype, layout, DEVICES[1]):
+            _, edges, one_tile, _, block_c = launch.tile_constants(n_classes)
+            shortest = (n_classes - 2 * (launch.vec - 1) * edges) // launch.vec * launch.vec
+            assert one_tile or shortest >= block_c, (n_classes, launch)
 
 
 def test_wide_rows_are_summed_alike_wherever_they_lie():
@@ -195,7 +223,20 @@ def test_the_forward_pass_makes_no_gradient(n_rows, dtype, reduction):
             assert not choosing.makes_gradient_in_forward(n_rows, n_classes, dtype, layout, device, reduction)
 
 
+def test_a_problem_holds_the_vectors_of_kernels_in_their_order():
+    vectors = importlib.import_module("fused_la._triton.tiles").Vectors
+    assert Problem._fields[1 : 1 + len(vectors._fields)] == vectors._fields
+
+
 # Tensors --------------------------------------------------------------------------------------------------------------
+
+
+def signature_of(logits):
+    return operands.signature_of(Problem(logits, None, torch.zeros(*logits.shape[:2], 1, dtype=torch.int64)))
+
+
+def gradient_of(logits):
+    return operands.gradient_buffer(signature_of(logits)).make(logits)
 
 
 def flat(n_elements, dtype=torch.float32):
@@ -220,7 +261,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layouts_of_tensors(name):
     make, expected = LAYOUTS[name]
-    assert choosing.layout_of(make()) == expected
+    assert signature_of(make()).layout() == expected
 
 
 def test_memory_that_begins_between_boundaries_has_no_shift():
@@ -230,7 +271,7 @@ def test_memory_that_begins_between_boundaries_has_no_shift():
     outside = torch.frombuffer(memoryview(foreign.numpy())[at:], dtype=torch.float32)[:12].view(3, 1, 4)
     assert outside.storage_offset() == 0
     assert outside.data_ptr() % 16 == 4
-    assert choosing.layout_of(outside).shift is None
+    assert signature_of(outside).layout().shift is None
 
 
 def row_pointers(tensor):
@@ -255,7 +296,7 @@ ROWS_IN_MEMORY = {
 def test_rows_of_the_gradient_lie_as_those_of_the_logits(name, dtype, n_classes):
     vec = 16 // dtype.itemsize
     logits = ROWS_IN_MEMORY[name](n_classes, dtype)
-    gradient = grad_buffer(logits, choosing.layout_of(logits))
+    gradient = gradient_of(logits)
     assert gradient.shape == logits.shape
     assert gradient.dtype == dtype
     apart = [g - x for g, x in zip(row_pointers(gradient), row_pointers(logits), strict=True)]
@@ -271,12 +312,21 @@ def test_rows_of_the_gradient_lie_as_those_of_the_logits(name, dtype, n_classes)
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 def test_the_gradient_of_permuted_dense_logits_is_dense_in_the_same_order(order):
     logits = flat(2 * 3 * 5).view([(2, 3, 5)[dim] for dim in order]).permute(np.argsort(order).tolist())
-    gradient = grad_buffer(logits, choosing.layout_of(logits))
+    gradient = gradient_of(logits)
     assert gradient.stride() == logits.stride()
     assert gradient.untyped_storage().nbytes() == 30 * 4
 
 
+@pytest.mark.parametrize("strides", [(0, 5, 1), (5, 0, 1), (1, 1, 1), (0, 0, 1), (3, 1, 1)], ids=str)
+def test_classes_that_are_neighbours_are_so_in_the_gradient_however_rows_overlap(strides):
+    logits = flat(100).as_strided((2, 3, 5), strides)
+    gradient = gradient_of(logits)
+    assert gradient.stride(2) == 1
+    places = {pointer + 4 * c for pointer in row_pointers(gradient) for c in range(5)}
+    assert len(places) == 30
+
+
 def test_the_gradient_of_strided_classes_has_no_gaps():
     logits = flat(2 * 4 * 20).view(2, 4, 20)[:, :, ::2]
-    gradient = grad_buffer(logits, choosing.layout_of(logits))
+    gradient = gradient_of(logits)
     assert gradient.is_contiguous()

@@ -506,15 +506,13 @@ from fused_la._triton.argmax import _argmax_kernel
 
 def compile(pointer, wide, has_scale, has_offset):
     table = "*fp64" if wide else "*fp32"
-    constants = {"COMPUTE": tl.float64 if wide else tl.float32, "KEY": tl.int64 if wide else tl.int32,
+    constants = {"ADJACENT": True, "COMPUTE": tl.float64 if wide else tl.float32, "KEY": tl.int64 if wide else tl.int32,
                  "HIGHEST": 2**63 - 1 if wide else 2**31 - 1, "TAUS": 16, "BLOCK_C": 128}
     constants |= {name: None for name, given in (("scale", has_scale), ("offset", has_offset)) if not given}
-    types = {"logits": pointer, "scale": table, "offset": table, "predictions": "*i64",
-             "strides_logits": ("i32", "i32", "constexpr")}
+    types = {"logits": pointer, "scale": table, "offset": table, "predictions": "*i64", "n_inner": "i32"}
     constants_at = {(_argmax_kernel.arg_names.index(name),): value for name, value in constants.items()}
-    constants_at[(_argmax_kernel.arg_names.index("strides_logits"), 2)] = 1
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32")
-                 for name in _argmax_kernel.arg_names}
+    signature = {parameter.name: "constexpr" if parameter.name in constants else
+                 types.get(parameter.name, parameter.annotation_type) for parameter in _argmax_kernel.params}
     source = ASTSource(_argmax_kernel, signature=signature, constexprs=constants_at)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32),
                               options={"num_warps": 4, "enable_fp_fusion": False})

@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_la._triton.launch import AS_WRITTEN, on_device_of
-from fused_la._triton.tiles import row_offsets, triton_dtype
+from fused_la._triton.launch import cdiv, is_on_current_device, next_power_of_2
+from fused_la._triton.tiles import NUMBERS, row_offsets, triton_dtype
+from fused_la._triton.variants import variant
 
 MAX_TAUS = 32  # of a program; more read the logits once more
 TILE = 2048  # elements: 32 registers a thread for the state. Not tuned on a GPU yet
@@ -30,18 +31,26 @@ def _ordered(z, KEY: tl.constexpr, HIGHEST: tl.constexpr):
     return tl.where(z != z, HIGHEST, key)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=["logits", "scale", "offset"])
 def _argmax_kernel(
+    # in
     logits, scale, offset,
+    # out
     predictions,
-    strides_logits,
-    n_rows, n_inner, n_classes, n_taus,
-    COMPUTE: tl.constexpr, KEY: tl.constexpr, HIGHEST: tl.constexpr, TAUS: tl.constexpr, BLOCK_C: tl.constexpr,
+    # strides
+    logits_outer: tl.int64, logits_inner: tl.int64, logits_class: tl.int64,
+    # sizes
+    n_rows: tl.int64, n_inner, n_classes: tl.int32, n_taus: tl.int32,
+    # constants
+    ADJACENT: tl.constexpr, COMPUTE: tl.constexpr, KEY: tl.constexpr, HIGHEST: tl.constexpr,
+    TAUS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    if ADJACENT:
+        logits_class = 1
     row = tl.program_id(0).to(tl.int64)
     taus = tl.program_id(1) * TAUS + tl.arange(0, TAUS)
     table_rows = tl.where(taus < n_taus, taus, 0).to(tl.int64)[:, None] * n_classes
-    start = row_offsets(row, n_inner, strides_logits)
+    start = row_offsets(row, n_inner, (logits_outer, logits_inner))
 
     lowest = -HIGHEST - 1  # below the key of -inf
     best = tl.full([TAUS, BLOCK_C], lowest, KEY)
@@ -49,7 +58,7 @@ def _argmax_kernel(
     for first in range(0, n_classes, BLOCK_C):
         cols = first + tl.arange(0, BLOCK_C)
         mask = (cols < n_classes)[None, :]
-        z = tl.load(logits + start + cols.to(tl.int64)[None, :] * strides_logits[2], mask, other=0.0).to(COMPUTE)
+        z = tl.load(logits + start + cols.to(tl.int64)[None, :] * logits_class, mask, other=0.0).to(COMPUTE)
         if scale is not None:
             z = z * tl.load(scale + table_rows + cols[None, :], mask, other=1.0)
         if offset is not None:
@@ -68,6 +77,9 @@ def _argmax_kernel(
 def launch_argmax(logits: Tensor, scale: Tensor | None, offset: Tensor | None) -> Tensor:
     """Classes, (T, N, P) int64, of (N, P, C) logits; scale and offset are contiguous (T, C) in the dtype to compute in,
     not both None."""
+    if not is_on_current_device(logits):
+        with torch.cuda.device(logits.device):
+            return launch_argmax(logits, scale, offset)
     table = scale if scale is not None else offset
     assert table is not None
     n_taus, n_classes = table.shape
@@ -76,17 +88,18 @@ def launch_argmax(logits: Tensor, scale: Tensor | None, offset: Tensor | None) -
     predictions = torch.empty((n_taus, n_outer, n_inner), dtype=torch.int64, device=logits.device)
     if n_rows == 0:
         return predictions
-    taus = min(triton.next_power_of_2(n_taus), MAX_TAUS)
-    block_c = min(triton.next_power_of_2(n_classes), TILE // taus)
+    taus = min(next_power_of_2(n_taus), MAX_TAUS)
+    block_c = min(next_power_of_2(n_classes), TILE // taus)
     wide = table.dtype == torch.float64
-    with on_device_of(logits):
-        _argmax_kernel[(n_rows, triton.cdiv(n_taus, taus))](
-            logits, scale, offset,
-            predictions,
-            logits.stride(),
-            n_rows, n_inner, n_classes, n_taus,
-            COMPUTE=triton_dtype(table.dtype), KEY=tl.int64 if wide else tl.int32,
-            HIGHEST=2**63 - 1 if wide else 2**31 - 1, TAUS=taus, BLOCK_C=block_c,
-            num_warps=4, **AS_WRITTEN,  # as on a CPU
-        )  # fmt: skip
+    constants = (
+        logits.stride(2) == 1 or n_classes == 1, triton_dtype(table.dtype), tl.int64 if wide else tl.int32,
+        2**63 - 1 if wide else 2**31 - 1, taus, block_c,
+    )  # fmt: skip
+    types = logits.get_device(), logits.dtype, scale is None, offset is None, n_inner == 1
+    variant(_argmax_kernel, types, constants).launch(
+        (n_rows, cdiv(n_taus, taus), 1), logits, scale, offset,
+        predictions,
+        *logits.stride(),
+        n_rows, None if n_inner == 1 else n_inner, n_classes, n_taus,
+    )  # fmt: skip
     return predictions

@@ -8,6 +8,9 @@ upstream on the device and returns; otherwise it writes the gradient anew.
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -15,104 +18,150 @@ from torch import Tensor
 
 from fused_la._problem import Problem
 from fused_la._triton.gradient import full_form, read_shares, write_gradient
-from fused_la._triton.launch import AS_WRITTEN, choose_backward_launch, device_of, layout_of, on_device_of
-from fused_la._triton.operands import begin_earlier, grad_buffer, operands
-from fused_la._triton.targets import dense_mass, load_label
-from fused_la._triton.tiles import cut_row, group_rows, load_z, row_offsets, scalar
+from fused_la._triton.launch import cdiv, choose_backward_launch, device_of, is_on_current_device
+from fused_la._triton.operands import (
+    PLANS,
+    Buffer,
+    Signature,
+    begin_earlier,
+    gradient_buffer,
+    signature_of,
+    steps,
+    vectors_of,
+)
+from fused_la._triton.targets import dense_mass, load_label, read_label
+from fused_la._triton.tiles import (
+    NUMBERS,
+    cut_row,
+    float_bits,
+    group_rows,
+    load_z,
+    row_offsets,
+    scalar,
+)
+from fused_la._triton.variants import Variant, variant
+
+PRIOR_TILE = 32  # rows and classes of a tile of what is summed for log_prior
 
 
 @triton.jit
-def _load_rows(state, grad_loss, normalizer, rows, mask_rows, sizes, strides_grad_loss, COMPUTE: tl.constexpr):
+def _load_rows(workspace, upstream, rows, mask_rows, n_rows, n_inner, upstream_strides, MEAN: tl.constexpr):
     """(m, rest, A, g) of each row."""
-    m = tl.load(state + rows, mask_rows, other=0.0)
-    rest = tl.load(state + sizes.n_rows + rows, mask_rows, other=0.0)
-    total = tl.load(state + 2 * sizes.n_rows.to(tl.int64) + rows, mask_rows, other=0.0)
-    g = tl.load(grad_loss + row_offsets(rows, sizes.n_inner, strides_grad_loss), mask_rows, other=0.0).to(COMPUTE)
-    if normalizer is not None:
-        g = g / tl.load(normalizer)
+    m = tl.load(workspace + rows, mask_rows, other=0.0)
+    rest = tl.load(workspace + n_rows + rows, mask_rows, other=0.0)
+    total = tl.load(workspace + 2 * n_rows + rows, mask_rows, other=0.0)
+    g = tl.load(upstream + row_offsets(rows, n_inner, upstream_strides), mask_rows, other=0.0)
+    if MEAN:
+        g = g / tl.load(workspace + 3 * n_rows)
     return m, rest, total, g
 
 
-@triton.jit(do_not_specialize=["tau_bits", "smoothing_bits", "ignore_index"])
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=["upstream"])
 def _grad_logits_kernel(
     # in
-    logits, vectors, state, grad_loss, normalizer,
+    logits, vectors, workspace, upstream,
     # out
     grad_logits,
     # strides
-    strides_logits, strides_target, strides_grad_loss, strides_grad_logits,
+    logits_outer: tl.int64, logits_inner: tl.int64, logits_class: tl.int64,
+    target_outer: tl.int64, target_inner: tl.int64, target_class: tl.int64,
+    grad_outer: tl.int64, grad_inner: tl.int64, grad_class: tl.int64,
+    upstream_outer: tl.int64, upstream_inner: tl.int64,
     # sizes
-    sizes, period, shift,
+    n_rows: tl.int64, n_inner, n_classes: tl.int32, period: tl.int32, splits: tl.int32, shift: tl.int32,
     # scalars
-    tau_bits, smoothing_bits, ignore_index,
+    made_for_one: tl.int32,  # 1: grad_logits is right already if the upstream gradient is 1
+    tau_bits: tl.int64, smoothing_bits: tl.int64, ignore_index: tl.int64,
     # constants
-    MADE_FOR_ONE: tl.constexpr,  # grad_logits is right already if the upstream gradient is 1
-    N_LABELS: tl.constexpr, HAS_SMOOTHING: tl.constexpr, TARGET_ALIKE: tl.constexpr, COMPUTE: tl.constexpr,
-    VEC: tl.constexpr, EDGES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr, SPLITS: tl.constexpr,
+    N_LABELS: tl.constexpr, HAS_SMOOTHING: tl.constexpr, TARGET_ALIKE: tl.constexpr, ADJACENT: tl.constexpr,
+    TARGET_ADJACENT: tl.constexpr, COMPUTE: tl.constexpr, REDUCTION: tl.constexpr,
+    VEC: tl.constexpr, EDGES: tl.constexpr, ONE_TILE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    if MADE_FOR_ONE:
-        if tl.load(grad_loss) == 1.0:
+    if made_for_one != 0:
+        if tl.load(upstream) == 1.0:
             return
-    group, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
-    first_row, to_read, rows, mask_rows = group_rows(group, period, sizes.n_rows, BLOCK_ROWS)
-    head, body = cut_row(shift + row_offsets(first_row, sizes.n_inner, strides_logits), sizes.n_classes, VEC, EDGES)
+    if ADJACENT:
+        logits_class = 1
+        grad_class = 1
+    if TARGET_ADJACENT:
+        target_class = 1
+    strides_logits = (logits_outer, logits_inner)
+    group, split = tl.program_id(0) // splits, tl.program_id(0) % splits
+    first_row, to_read, rows, mask_rows = group_rows(group, period, n_rows, BLOCK_ROWS)
+    head, body = cut_row(shift + row_offsets(first_row, n_inner, strides_logits), n_classes, VEC, EDGES)
     n_tiles = (body - 1) // BLOCK_C + 1
-    tiles_a_split = tl.cdiv((sizes.n_classes - 1) // BLOCK_C + 1, SPLITS)
+    tiles_a_split = tl.cdiv((n_classes - 1) // BLOCK_C + 1, splits)
     m, rest, total, g = _load_rows(
-        state, grad_loss, normalizer, rows, mask_rows, sizes, strides_grad_loss, COMPUTE
+        workspace, upstream, rows, mask_rows, n_rows, n_inner, (upstream_outer, upstream_inner), REDUCTION == "mean"
     )  # fmt: skip
+    starts, lone_label = shift + row_offsets(to_read, n_inner, strides_logits), None
+    if N_LABELS == 1:
+        lone_label = read_label(
+            logits, vectors, starts, rows, 0, mask_rows, logits_class, n_classes, scalar(tau_bits), ignore_index,
+            1, COMPUTE,
+        )  # fmt: skip
+        _, _, share, live, _, _, _ = lone_label
+    else:
+        share, live = read_shares(vectors, rows, mask_rows, n_classes, ignore_index, N_LABELS, COMPUTE)
     write_gradient(
-        logits, vectors, grad_logits, strides_logits, strides_target, strides_grad_logits, sizes,
-        rows, mask_rows,
-        shift + row_offsets(to_read, sizes.n_inner, strides_logits),
-        row_offsets(to_read, sizes.n_inner, strides_target),
-        shift + row_offsets(to_read, sizes.n_inner, strides_grad_logits),
-        head, body, split * tiles_a_split, tl.minimum((split + 1) * tiles_a_split, n_tiles),
-        m, rest, total, g, scalar(tau_bits), scalar(smoothing_bits), ignore_index,
-        N_LABELS, HAS_SMOOTHING, TARGET_ALIKE, COMPUTE, VEC, EDGES, BLOCK_C,
+        logits, vectors, grad_logits, logits_class, target_class, grad_class,
+        rows, mask_rows, live, share, starts,
+        row_offsets(to_read, n_inner, (target_outer, target_inner)),
+        shift + row_offsets(to_read, n_inner, (grad_outer, grad_inner)),
+        head, body, split * tiles_a_split, tl.minimum((split + 1) * tiles_a_split, n_tiles), n_classes,
+        m, rest, total, g, lone_label, scalar(tau_bits), scalar(smoothing_bits), ignore_index,
+        N_LABELS, HAS_SMOOTHING, TARGET_ALIKE, COMPUTE, VEC, EDGES, ONE_TILE, BLOCK_C,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["tau_bits", "smoothing_bits", "ignore_index"])
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=["upstream", "logits"])
 def _grad_log_prior_kernel(
     # in
-    logits, vectors, state, grad_loss, normalizer,
+    logits, vectors, workspace, upstream,
     # out
     grad_log_prior,
     # strides
-    strides_logits, strides_target, strides_grad_loss,
+    logits_outer: tl.int64, logits_inner: tl.int64, logits_class: tl.int64,
+    target_outer: tl.int64, target_inner: tl.int64, target_class: tl.int64,
+    upstream_outer: tl.int64, upstream_inner: tl.int64,
     # sizes
-    sizes,
+    n_rows: tl.int64, n_inner, n_classes: tl.int32,
     # scalars
-    tau_bits, smoothing_bits, ignore_index,
+    tau_bits: tl.int64, smoothing_bits: tl.int64, ignore_index: tl.int64,
     # constants
-    N_LABELS: tl.constexpr, HAS_SMOOTHING: tl.constexpr, COMPUTE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+    N_LABELS: tl.constexpr, HAS_SMOOTHING: tl.constexpr, ADJACENT: tl.constexpr, TARGET_ADJACENT: tl.constexpr,
+    COMPUTE: tl.constexpr, REDUCTION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program sums BLOCK_C classes over all rows, in order: the same inputs give the same bits."""
+    if ADJACENT:
+        logits_class = 1
+    if TARGET_ADJACENT:
+        target_class = 1
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_cols = cols < sizes.n_classes
+    mask_cols = cols < n_classes
     tau, smoothing = scalar(tau_bits), scalar(smoothing_bits)
     grad_sum = tl.zeros((BLOCK_ROWS, BLOCK_C), COMPUTE)
-    for start in range(0, sizes.n_rows.to(tl.int64), BLOCK_ROWS):
+    for start in range(0, n_rows, BLOCK_ROWS):
         rows = start + tl.arange(0, BLOCK_ROWS)
-        mask_rows = rows < sizes.n_rows
-        starts = row_offsets(rows, sizes.n_inner, strides_logits)
-        z = load_z(logits, vectors, starts, 0, cols, mask_rows, mask_cols, strides_logits[2], tau, COMPUTE)
+        mask_rows = rows < n_rows
+        starts = row_offsets(rows, n_inner, (logits_outer, logits_inner))
+        z = load_z(logits, vectors, starts, 0, cols, mask_rows, mask_cols, logits_class, tau, COMPUTE)
         mass = dense_mass(
-            vectors, row_offsets(rows, sizes.n_inner, strides_target), 0, cols, mask_rows, mask_cols,
-            strides_target[2], sizes.n_classes, smoothing, N_LABELS, HAS_SMOOTHING, COMPUTE,
+            vectors, row_offsets(rows, n_inner, (target_outer, target_inner)), 0, cols, mask_rows, mask_cols,
+            target_class, n_classes, smoothing, N_LABELS, HAS_SMOOTHING, COMPUTE,
         )  # fmt: skip
-        share, live = read_shares(vectors, rows, mask_rows, sizes.n_classes, smoothing, ignore_index, N_LABELS, COMPUTE)
+        share, live = read_shares(vectors, rows, mask_rows, n_classes, ignore_index, N_LABELS, COMPUTE)
         mass = mass * share[:, None]
         for k in range(N_LABELS):
             label, label_mass, _, _, counts = load_label(
-                vectors, rows * N_LABELS + k, mask_rows, sizes.n_classes, smoothing, ignore_index, COMPUTE
+                vectors, rows * N_LABELS + k, mask_rows, n_classes, ignore_index, COMPUTE
             )
+            if HAS_SMOOTHING:
+                label_mass = label_mass * (1.0 - smoothing).to(COMPUTE)
             here = (cols[None, :] == label[:, None]) & counts[:, None]
             mass += tl.where(here, label_mass[:, None], 0.0)
         m, rest, total, g = _load_rows(
-            state, grad_loss, normalizer, rows, mask_rows, sizes, strides_grad_loss, COMPUTE
+            workspace, upstream, rows, mask_rows, n_rows, n_inner, (upstream_outer, upstream_inner), REDUCTION == "mean"
         )  # fmt: skip
         grad = full_form(z, m[:, None], rest[:, None], total[:, None], g[:, None], mass, COMPUTE)
         prior = tl.load(vectors.log_prior + cols, mask_cols, other=0.0)
@@ -121,50 +170,100 @@ def _grad_log_prior_kernel(
     tl.store(grad_log_prior + cols, tl.sum(grad_sum, 0) * tau.to(COMPUTE), mask_cols)
 
 
+# Launches -------------------------------------------------------------------------------------------------------------
+
+
+class BackwardPlan(NamedTuple):
+    """How the backward pass of every problem of one `Signature` is launched."""
+
+    grad_logits: Variant
+    grid: tuple[int, int, int]
+    strides: tuple[int, ...]
+    sizes: tuple[int | None, ...]
+    shift: int
+    n_rows: int
+    gradient: Buffer
+    grad_log_prior: Variant
+    prior_grid: tuple[int, int, int]
+    prior_strides: tuple[int, ...]
+    prior_sizes: tuple[int | None, ...]
+
+
+@functools.lru_cache(PLANS)
+def plan_backward(signature: Signature, reduction: str) -> BackwardPlan:
+    n_outer, n_inner, n_classes = signature.rows
+    n_rows, device = n_outer * n_inner, device_of(signature.device)
+    launch = choose_backward_launch(n_rows, n_classes, signature.dtype, signature.layout(), device)
+    shift = signature.shift if launch.vec > 1 and signature.shift is not None else 0
+    buffer, row_constants, types = (
+        gradient_buffer(signature), signature.row_constants(), signature.compiled_for(launch.vec),
+    )  # fmt: skip
+    n_labels, has_smoothing, _, adjacent, target_adjacent, compute = row_constants
+    logits_strides, target_strides = steps(signature.strides), steps(signature.target_strides or (0, 0))
+    return BackwardPlan(
+        variant(
+            _grad_logits_kernel, (types, launch.vec > 1 or buffer.shift == 0),
+            (*row_constants, reduction, *launch.tile_constants(n_classes)), launch.num_warps,
+        ),
+        (launch.n_groups(n_rows) * launch.splits, 1, 1),
+        (*logits_strides, *target_strides, *steps(buffer.strides)),
+        (n_rows, signature.n_inner, n_classes, launch.period, launch.splits, shift),
+        shift,
+        n_rows,
+        buffer,
+        variant(
+            _grad_log_prior_kernel, (types[:3], signature.target_is_aligned, signature.n_inner is None),
+            (n_labels, has_smoothing, adjacent, target_adjacent, compute, reduction, PRIOR_TILE, PRIOR_TILE),
+        ),
+        (cdiv(n_classes, PRIOR_TILE), 1, 1),
+        (*logits_strides, *target_strides),
+        (n_rows, signature.n_inner, n_classes),
+    )  # fmt: skip
+
+
 def launch_backward(
     problem: Problem,
-    state: Tensor,
-    grad_loss: Tensor,
-    normalizer: Tensor | None,
+    reduction: str,
+    workspace: Tensor,
+    upstream: Tensor,
     needs_logits: bool,
     needs_log_prior: bool,
     made_for_one: Tensor | None = None,
+    signature: Signature | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of logits (N, P, C) and log_prior (C,), None where not needed.
+    """Gradients of logits, in their shape, and log_prior (C,), None where not needed.
 
-    grad_loss is (N, P), or a scalar expanded to it; normalizer divides it. `made_for_one` is what the forward pass
-    made of the logits' gradient, for a grad_loss of 1: it is put right where it stands.
+    `upstream` is one number, or with reduction "none" of the shape of the rows. `made_for_one` is what the forward pass
+    made of the logits' gradient: it is put right where it stands. `signature` is the forward pass's, which is not this
+    one's where what autograd saved was elsewhere in between.
     """
     logits, log_prior = problem.logits, problem.log_prior
-    n_outer, n_inner, n_classes = logits.shape
-    n_rows = n_outer * n_inner
-    layout = layout_of(logits)
-    launch = choose_backward_launch(n_rows, n_classes, logits.dtype, layout, device_of(logits))
-    given = operands(problem, launch, layout)
-    grad_logits = grad_log_prior = None
-    with on_device_of(logits):
-        if needs_logits:
-            grad_logits = grad_buffer(logits, layout) if made_for_one is None else made_for_one
-            constants = {name: value for name, value in given.constants.items() if name != "CHUNK_TILES"}
-            if n_rows > 0:
-                _grad_logits_kernel[(launch.n_groups(n_rows) * launch.splits,)](
-                    given.logits, given.vectors, state, grad_loss, normalizer,
-                    begin_earlier(grad_logits, given.shift),
-                    logits.stride(), problem.target.stride(), grad_loss.stride(), grad_logits.stride(),
-                    given.sizes, launch.period, given.shift,
-                    *given.scalars,
-                    MADE_FOR_ONE=made_for_one is not None, **constants, **AS_WRITTEN,
-                )  # fmt: skip
-        if needs_log_prior and log_prior is not None:
-            grad_log_prior = torch.empty_like(log_prior, dtype=problem.compute_dtype)
-            block_c = 32
-            _grad_log_prior_kernel[(triton.cdiv(n_classes, block_c),)](
-                logits, given.vectors, state, grad_loss, normalizer, grad_log_prior,
-                logits.stride(), problem.target.stride(), grad_loss.stride(),
-                given.sizes,
-                *given.scalars,
-                **{name: given.constants[name] for name in ("N_LABELS", "HAS_SMOOTHING", "COMPUTE")},
-                BLOCK_ROWS=32, BLOCK_C=block_c, **AS_WRITTEN,
+    if not is_on_current_device(logits):
+        with torch.cuda.device(logits.device):
+            return launch_backward(
+                problem, reduction, workspace, upstream, needs_logits, needs_log_prior, made_for_one, signature
+            )
+    if signature is None or not signature.lies_as(problem):
+        signature = signature_of(problem)
+    plan = plan_backward(signature, reduction)
+    if upstream.dtype != workspace.dtype:
+        upstream = upstream.to(workspace.dtype)
+    numbers = float_bits(problem.tau), float_bits(problem.label_smoothing), problem.ignore_index
+    upstream_strides = (*upstream.stride(), 0, 0)[:2]  # of one number, of (N,) or of (N, P)
+    vectors, grad_logits, grad_log_prior = vectors_of(problem), None, None
+    if needs_logits:
+        grad_logits = plan.gradient.make(logits) if made_for_one is None else made_for_one
+        if plan.n_rows > 0:
+            plan.grad_logits.launch(
+                plan.grid, begin_earlier(logits, plan.shift), vectors, workspace, upstream,
+                begin_earlier(grad_logits, plan.shift),
+                *plan.strides, *upstream_strides, *plan.sizes, int(made_for_one is not None), *numbers,
             )  # fmt: skip
-            grad_log_prior = grad_log_prior.to(log_prior.dtype)
+    if needs_log_prior and log_prior is not None:
+        grad_log_prior = torch.empty_like(log_prior, dtype=workspace.dtype)
+        plan.grad_log_prior.launch(
+            plan.prior_grid, logits, vectors, workspace, upstream, grad_log_prior,
+            *plan.prior_strides, *upstream_strides, *plan.prior_sizes, *numbers,
+        )  # fmt: skip
+        grad_log_prior = grad_log_prior.to(log_prior.dtype)
     return grad_logits, grad_log_prior

@@ -4,10 +4,10 @@
     loss = sum_c t_c * (m - z_c) + A * log1p(rest),      A = sum_c t_c         (m, rest: see online.py)
 
 A program passes over BLOCK_ROWS rows and joins, in this order, the edges of a row and its chunks of CHUNK_TILES tiles
-each, whose lanes are joined when they are full. SPLITS programs may share the chunks of a row: each leaves the parts it
-made in memory, and the one that comes last joins them in the same order, so no bit depends on it. In the same way the
-last group of rows to be done sums the losses of all. Saved for backward, (3, N, P): m, rest, A. An infinite m or a NaN
-makes the row NaN.
+each, whose lanes are joined when they are full. Several programs may share the chunks of a row (SPLIT): each leaves the
+parts it made in memory, and the one that comes last joins them in the same order, so no bit depends on it. In the same
+way the last group of rows to be done sums the losses of all. Kept for backward: m, rest and A of each row, and the
+mean's denominator. An infinite m or a NaN makes the row NaN.
 
 With grad_logits the kernel reads its rows a second time, from L2, and writes their gradient for an upstream gradient
 of 1 (gradient.py); backward has then nothing to do if that is what comes.
@@ -15,7 +15,9 @@ of 1 (gradient.py); backward has then nothing to do if that is what comes.
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -24,186 +26,238 @@ from torch import Tensor
 
 from fused_la._problem import Problem
 from fused_la._triton.gradient import write_gradient
-from fused_la._triton.launch import (
-    AS_WRITTEN,
-    choose_launch,
-    device_of,
-    layout_of,
-    makes_gradient_in_forward,
-    on_device_of,
+from fused_la._triton.launch import cdiv, choose_launch, device_of, is_on_current_device, makes_gradient_in_forward
+from fused_la._triton.online import absorb, across_lanes, empty, empty_part, join
+from fused_la._triton.operands import (
+    PLANS,
+    Buffer,
+    Signature,
+    begin_earlier,
+    gradient_buffer,
+    signature_of,
+    steps,
+    vectors_of,
 )
-from fused_la._triton.online import absorb, across_lanes, empty, join, others_than
-from fused_la._triton.operands import begin_earlier, grad_buffer, operands
-from fused_la._triton.targets import dense_mass, load_label, row_weights
+from fused_la._triton.row_loss import row_loss
+from fused_la._triton.targets import dense_mass, read_label, row_weights
 from fused_la._triton.tiles import (
+    NUMBERS,
     cut_row,
     edge_classes,
-    exp,
+    float_bits,
     group_rows,
-    load_label_z,
     load_z,
-    log1p,
-    past,
     row_offsets,
     scalar,
-    triton_dtype,
+    tile_start,
     whole_vectors,
 )
+from fused_la._triton.variants import Variant, variant
+from fused_la._triton.workspace import WEIGHT_PARTS, places, workspace_size
 
-MAX_PARTS = 128  # parts in which the weights of the rows are summed, read by every program
 _OF_NO_ROWS = {"mean": math.nan, "sum": 0.0}
 BLOCK_SUM = tl.constexpr(2048)  # numbers that the last program adds up at a time
+BLOCK_PREPARE = 1024
 
 
-@triton.jit(do_not_specialize=["n_counters", "rows_a_part", "smoothing_bits", "ignore_index"])
+@triton.jit(do_not_specialize=NUMBERS)
 def _prepare_kernel(
     # in
     vectors,
     # out
-    counters, row_weight_parts,
+    workspace,
     # sizes
-    sizes, n_counters, rows_a_part,
+    n_rows: tl.int64, n_classes: tl.int32, n_groups: tl.int32, rows_a_part: tl.int64,
     # scalars
-    smoothing_bits, ignore_index,
+    ignore_index: tl.int64,
     # constants
-    N_LABELS: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+    N_LABELS: tl.constexpr, COMPUTE: tl.constexpr, REDUCTION: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Set the counters to 0, and sum the weights of the rows in a mean: a part a program."""
     part = tl.program_id(0).to(tl.int64)
+    counters, _, weight_parts, _ = places(workspace, n_rows, n_groups)
     if part == 0:
+        n_counters = 1 + n_groups if SPLIT else 1
         for first in range(0, n_counters, BLOCK):
             at = first + tl.arange(0, BLOCK)
             tl.store(counters + at, tl.zeros((BLOCK,), tl.int32), at < n_counters)
-    if row_weight_parts is not None:
+    if REDUCTION == "mean":
         weight_sum = tl.zeros((BLOCK,), COMPUTE)
-        end = tl.minimum((part + 1) * rows_a_part, sizes.n_rows)
+        end = tl.minimum((part + 1) * rows_a_part, n_rows)
         for first in range(part * rows_a_part, end, BLOCK):
             rows = first + tl.arange(0, BLOCK)
-            weight_sum += row_weights(
-                vectors, rows, rows < end, sizes.n_classes, scalar(smoothing_bits), ignore_index, N_LABELS, COMPUTE
-            )
-        tl.store(row_weight_parts + part, tl.sum(weight_sum, 0))
+            weight_sum += row_weights(vectors, rows, rows < end, n_classes, ignore_index, N_LABELS, COMPUTE)
+        tl.store(weight_parts + part, tl.sum(weight_sum, 0))
 
 
-@triton.jit(do_not_specialize=["n_groups", "n_row_weight_parts", "tau_bits", "smoothing_bits", "ignore_index"])
+@triton.jit(do_not_specialize=NUMBERS)
 def _forward_kernel(
     # in
-    logits, vectors, row_weight_parts,
+    logits, vectors,
     # out
-    loss, state, loss_parts, reduced, normalizer, grad_logits, parts, counters,
+    loss, workspace, grad_logits,
     # strides
-    strides_logits, strides_target, strides_grad_logits,
+    logits_outer: tl.int64, logits_inner: tl.int64, logits_class: tl.int64,
+    target_outer: tl.int64, target_inner: tl.int64, target_class: tl.int64,
+    grad_outer: tl.int64, grad_inner: tl.int64, grad_class: tl.int64,
     # sizes
-    sizes, period, shift, n_chunks, n_groups, n_row_weight_parts,
+    n_rows: tl.int64, n_inner, n_classes: tl.int32, n_groups: tl.int32, n_chunks: tl.int32, n_parts: tl.int32,
+    period: tl.int32, splits: tl.int32, shift: tl.int32,
     # scalars
-    tau_bits, smoothing_bits, ignore_index,
+    tau_bits: tl.int64, smoothing_bits: tl.int64, ignore_index: tl.int64,
     # constants
     N_LABELS: tl.constexpr,  # 0: class probabilities
-    HAS_SMOOTHING: tl.constexpr, TARGET_ALIKE: tl.constexpr, REDUCTION: tl.constexpr, MAX_PARTS: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    VEC: tl.constexpr, EDGES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
-    CHUNK_TILES: tl.constexpr, SPLITS: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr, TARGET_ALIKE: tl.constexpr, ADJACENT: tl.constexpr, TARGET_ADJACENT: tl.constexpr,
+    COMPUTE: tl.constexpr, REDUCTION: tl.constexpr, CHUNK_TILES: tl.constexpr,  # 0: a row is one chunk
+    SPLIT: tl.constexpr,
+    VEC: tl.constexpr, EDGES: tl.constexpr, ONE_TILE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     HAS_MASS: tl.constexpr = HAS_SMOOTHING or N_LABELS == 0
-    n_classes = sizes.n_classes
+    if ADJACENT:
+        logits_class = 1
+        grad_class = 1
+    if TARGET_ADJACENT:
+        target_class = 1
+    strides_logits = (logits_outer, logits_inner)
     tau, smoothing = scalar(tau_bits), scalar(smoothing_bits)
-    group, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
-    first_row, to_read, rows, mask_rows = group_rows(group, period, sizes.n_rows, BLOCK_ROWS)
-    starts = shift + row_offsets(to_read, sizes.n_inner, strides_logits)
-    target_starts = row_offsets(to_read, sizes.n_inner, strides_target)
-    head, body = cut_row(shift + row_offsets(first_row, sizes.n_inner, strides_logits), n_classes, VEC, EDGES)
-    n_tiles = (body - 1) // BLOCK_C + 1
+    group, split = tl.program_id(0), 0
+    if SPLIT:
+        group, split = tl.program_id(0) // splits, tl.program_id(0) % splits
+    first_row, to_read, rows, mask_rows = group_rows(group, period, n_rows, BLOCK_ROWS)
+    starts = shift + row_offsets(to_read, n_inner, strides_logits)
+    target_starts = row_offsets(to_read, n_inner, (target_outer, target_inner))
+    head, body = cut_row(shift + row_offsets(first_row, n_inner, strides_logits), n_classes, VEC, EDGES)
+    n_tiles = 1 if ONE_TILE else (body - 1) // BLOCK_C + 1
     bases = whole_vectors(starts + head, VEC)
-    target_bases = bases if TARGET_ALIKE else target_starts + head * strides_target[2]
+    target_bases = bases if TARGET_ALIKE else target_starts + head * target_class
 
-    row = across_lanes(empty(BLOCK_ROWS, 1, COMPUTE), HAS_MASS, COMPUTE)
+    row = empty_part(BLOCK_ROWS, COMPUTE)
     if EDGES:
         classes, there = edge_classes(head, body, n_classes, VEC)
         lanes = _absorb_classes(
             empty(BLOCK_ROWS, 2 * VEC, COMPUTE), logits, vectors, starts, target_starts, 0, classes,
-            tl.where(split == 0, there, False), strides_logits[2], strides_target[2], n_classes, tau, smoothing,
+            tl.where(split == 0, there, False), None, logits_class, target_class, n_classes, tau, smoothing,
             N_LABELS, HAS_SMOOTHING, COMPUTE, 1,
         )  # fmt: skip
         row = across_lanes(lanes, HAS_MASS, COMPUTE)
 
-    chunks_a_split = tl.cdiv(n_chunks, SPLITS)
-    for chunk in range(split * chunks_a_split, tl.minimum((split + 1) * chunks_a_split, n_chunks)):
-        lanes_of_chunk = empty(BLOCK_ROWS, BLOCK_C // VEC, COMPUTE)
-        last_tile = tl.minimum((chunk + 1) * CHUNK_TILES, n_tiles)
-        n_full = tl.minimum(last_tile, body // BLOCK_C)
-        for tile in range(chunk * CHUNK_TILES, n_full):
-            cols = tile * BLOCK_C + tl.arange(0, BLOCK_C)
-            lanes_of_chunk = _absorb_classes(
-                lanes_of_chunk, logits, vectors, bases, target_bases, head, cols, None,
-                strides_logits[2], strides_target[2], n_classes, tau, smoothing,
-                N_LABELS, HAS_SMOOTHING, COMPUTE, VEC,
+    if CHUNK_TILES == 0:
+        part = _absorb_tiles(
+            logits, vectors, bases, target_bases, head, body, 0, n_tiles, logits_class, target_class, n_classes,
+            tau, smoothing, N_LABELS, HAS_SMOOTHING, COMPUTE, VEC, ONE_TILE, BLOCK_ROWS, BLOCK_C,
+        )  # fmt: skip
+        row = join(row, part, HAS_MASS, COMPUTE) if EDGES else part
+    else:
+        chunks_a_split = n_chunks
+        if SPLIT:
+            chunks_a_split = tl.cdiv(n_chunks, splits)
+        for chunk in range(split * chunks_a_split, tl.minimum((split + 1) * chunks_a_split, n_chunks)):
+            part = _absorb_tiles(
+                logits, vectors, bases, target_bases, head, body,
+                chunk * CHUNK_TILES, tl.minimum((chunk + 1) * CHUNK_TILES, n_tiles),
+                logits_class, target_class, n_classes,
+                tau, smoothing, N_LABELS, HAS_SMOOTHING, COMPUTE, VEC, ONE_TILE, BLOCK_ROWS, BLOCK_C,
             )  # fmt: skip
-        for tile in range(tl.maximum(chunk * CHUNK_TILES, n_full), last_tile):  # the last, if the body ends in it
-            cols = tile * BLOCK_C + tl.arange(0, BLOCK_C)
-            lanes_of_chunk = _absorb_classes(
-                lanes_of_chunk, logits, vectors, bases, target_bases, head, cols, cols < body,
-                strides_logits[2], strides_target[2], n_classes, tau, smoothing,
-                N_LABELS, HAS_SMOOTHING, COMPUTE, VEC,
-            )  # fmt: skip
-        part = across_lanes(lanes_of_chunk, HAS_MASS, COMPUTE)
-        if SPLITS == 1:
             row = join(row, part, HAS_MASS, COMPUTE)
-        else:
-            # Chunk 0 takes the edges along, as it does where one program passes over the row.
-            _store_part(parts, join(row, part, HAS_MASS, COMPUTE), chunk, rows, mask_rows, sizes.n_rows, n_chunks)
-            row = across_lanes(empty(BLOCK_ROWS, 1, COMPUTE), HAS_MASS, COMPUTE)
+            if SPLIT:
+                # Chunk 0 takes the edges along, as it does where one program passes over the row.
+                _store_part(workspace, row, chunk, rows, mask_rows, n_rows, n_groups, n_chunks)
+                row = empty_part(BLOCK_ROWS, COMPUTE)
 
-    if SPLITS > 1:
-        if _arrive(counters + 1 + group) < SPLITS - 1:
+    counters, loss_parts, weight_parts, _ = places(workspace, n_rows, n_groups)
+    if SPLIT:
+        if _arrive(counters + 1 + group) < splits - 1:
             return
         for chunk in range(0, n_chunks):
-            stored = _load_part(parts, chunk, rows, mask_rows, sizes.n_rows, n_chunks)
+            stored = _load_part(workspace, chunk, rows, mask_rows, n_rows, n_groups, n_chunks)
             row = join(row, stored, HAS_MASS, COMPUTE)
 
     m, rest, gap, total = row
     rest = tl.where((m == float("inf")) | (rest < 0.0), float("nan"), rest)  # no class at all: rest is still -1
-    loss_row, total = _row_loss(
-        logits, vectors, rows, mask_rows, starts, strides_logits[2], n_classes, m, rest, gap, total,
-        tau, smoothing, ignore_index, N_LABELS, COMPUTE,
+    lone_label = None
+    if N_LABELS == 1:
+        lone_label = read_label(
+            logits, vectors, starts, rows, 0, mask_rows, logits_class, n_classes, tau, ignore_index, 1, COMPUTE
+        )
+    loss_row, total, share, live = row_loss(
+        logits, vectors, rows, mask_rows, starts, logits_class, n_classes, m, rest, gap, total, lone_label,
+        tau, smoothing, ignore_index, N_LABELS, HAS_SMOOTHING, COMPUTE,
     )  # fmt: skip
-    tl.store(loss + rows, loss_row, mask_rows)
-    _store_state(state, rows, mask_rows, sizes.n_rows, m, rest, total)
+    tl.store(workspace + rows, m, mask_rows)
+    tl.store(workspace + n_rows + rows, rest, mask_rows)
+    tl.store(workspace + 2 * n_rows + rows, total, mask_rows)
 
     g = tl.full((BLOCK_ROWS,), 1.0, COMPUTE)
     if REDUCTION == "mean":
-        at = tl.arange(0, MAX_PARTS)
-        denominator = tl.sum(tl.load(row_weight_parts + at, at < n_row_weight_parts, other=0.0), 0)
+        at = tl.arange(0, WEIGHT_PARTS)
+        denominator = tl.sum(tl.load(weight_parts + at, at < n_parts, other=0.0), 0)
         g = g / denominator
     if grad_logits is not None:
         write_gradient(
-            logits, vectors, grad_logits, strides_logits, strides_target, strides_grad_logits, sizes,
-            rows, mask_rows, starts, target_starts, shift + row_offsets(to_read, sizes.n_inner, strides_grad_logits),
-            head, body, 0, n_tiles, m, rest, total, g, tau, smoothing, ignore_index,
-            N_LABELS, HAS_SMOOTHING, TARGET_ALIKE, COMPUTE, VEC, EDGES, BLOCK_C,
+            logits, vectors, grad_logits, logits_class, target_class, grad_class,
+            rows, mask_rows, live, share, starts, target_starts,
+            shift + row_offsets(to_read, n_inner, (grad_outer, grad_inner)), head, body, 0, n_tiles, n_classes,
+            m, rest, total, g, lone_label, tau, smoothing, ignore_index,
+            N_LABELS, HAS_SMOOTHING, TARGET_ALIKE, COMPUTE, VEC, EDGES, ONE_TILE, BLOCK_C,
         )  # fmt: skip
 
-    if REDUCTION != "none":
+    if REDUCTION == "none":
+        tl.store(loss + rows, loss_row, mask_rows)
+    else:
         tl.store(loss_parts + group, tl.sum(tl.where(mask_rows, loss_row, 0.0), 0))
         if _arrive(counters) == n_groups - 1:
             total_loss = _sum(loss_parts, n_groups, COMPUTE)
             if REDUCTION == "mean":
-                tl.store(normalizer, denominator)
+                tl.store(workspace + 3 * n_rows, denominator)
                 total_loss = total_loss / denominator
-            tl.store(reduced, total_loss)
+            tl.store(loss, total_loss)
+
+
+@triton.jit
+def _absorb_tiles(
+    logits, vectors, bases, target_bases, head, body, first_tile, last_tile, stride_class, target_class, n_classes,
+    tau, smoothing,
+    N_LABELS: tl.constexpr, HAS_SMOOTHING: tl.constexpr, COMPUTE: tl.constexpr,
+    VEC: tl.constexpr, ONE_TILE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The part of each row that the tiles [first_tile, last_tile) of its body make."""
+    HAS_MASS: tl.constexpr = HAS_SMOOTHING or N_LABELS == 0
+    lanes = empty(BLOCK_ROWS, BLOCK_C // VEC, COMPUTE)
+    if ONE_TILE:
+        cols = tl.arange(0, BLOCK_C)
+        lanes = _absorb_classes(
+            lanes, logits, vectors, bases, target_bases, head, cols, cols < body, None,
+            stride_class, target_class, n_classes, tau, smoothing, N_LABELS, HAS_SMOOTHING, COMPUTE, VEC,
+        )  # fmt: skip
+    else:
+        for tile in range(first_tile, last_tile):
+            start = tile_start(tile, body, VEC, BLOCK_C)
+            # Of the vectors of the last tile, those that the tile before has taken already are left out.
+            is_new = start + VEC * tl.arange(0, BLOCK_C // VEC) >= tile * BLOCK_C
+            lanes = _absorb_classes(
+                lanes, logits, vectors, bases, target_bases, head, start + tl.arange(0, BLOCK_C), None, is_new,
+                stride_class, target_class, n_classes, tau, smoothing, N_LABELS, HAS_SMOOTHING, COMPUTE, VEC,
+            )  # fmt: skip
+    return across_lanes(lanes, HAS_MASS, COMPUTE)
 
 
 @triton.jit
 def _absorb_classes(
-    lanes, logits, vectors, bases, target_bases, first, cols, mask_cols,
-    stride_class, stride_target_class, n_classes, tau, smoothing,
+    lanes, logits, vectors, bases, target_bases, first, cols, mask_cols, is_new,
+    stride_class, target_class, n_classes, tau, smoothing,
     N_LABELS: tl.constexpr, HAS_SMOOTHING: tl.constexpr, COMPUTE: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """Take the classes first + cols of some rows, whose class `first` stands at `bases`, into their lanes."""
     z = load_z(logits, vectors, bases, first, cols, None, mask_cols, stride_class, tau, COMPUTE)
     mass = dense_mass(
-        vectors, target_bases, first, cols, None, mask_cols, stride_target_class, n_classes, smoothing,
+        vectors, target_bases, first, cols, None, mask_cols, target_class, n_classes, smoothing,
         N_LABELS, HAS_SMOOTHING, COMPUTE,
     )  # fmt: skip
+    if is_new is not None:
+        each = tl.reshape(tl.broadcast_to(is_new[:, None], (is_new.shape[0], VEC)), (1, is_new.shape[0] * VEC))
+        z = tl.where(each, z, float("-inf"))
+        if HAS_SMOOTHING or N_LABELS == 0:
+            mass = tl.where(each, mass, 0.0)
     return absorb(lanes, z, mass, VEC, HAS_SMOOTHING or N_LABELS == 0, COMPUTE)
 
 
@@ -225,10 +279,11 @@ def _sum(numbers, n_numbers, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def _store_part(parts, part, chunk, rows, mask_rows, n_rows, n_chunks):
-    """Keep what a chunk of some rows makes; parts is (4, n_chunks, N * P)."""
-    step = n_chunks * n_rows.to(tl.int64)
-    at = parts + (chunk * n_rows.to(tl.int64) + rows)
+def _store_part(workspace, part, chunk, rows, mask_rows, n_rows, n_groups, n_chunks):
+    """Keep what a chunk of some rows makes."""
+    _, _, _, parts = places(workspace, n_rows, n_groups)
+    step = n_chunks * n_rows
+    at = parts + (chunk * n_rows + rows)
     m, rest, gap, total = part
     tl.store(at, m, mask_rows)
     tl.store(at + step, rest, mask_rows)
@@ -237,118 +292,101 @@ def _store_part(parts, part, chunk, rows, mask_rows, n_rows, n_chunks):
 
 
 @triton.jit
-def _load_part(parts, chunk, rows, mask_rows, n_rows, n_chunks):
+def _load_part(workspace, chunk, rows, mask_rows, n_rows, n_groups, n_chunks):
     """What another program kept, from L2 (.cg), where its stores are."""
-    step = n_chunks * n_rows.to(tl.int64)
-    at = parts + (chunk * n_rows.to(tl.int64) + rows)
+    _, _, _, parts = places(workspace, n_rows, n_groups)
+    step = n_chunks * n_rows
+    at = parts + (chunk * n_rows + rows)
     m = tl.load(at, mask_rows, other=0.0, cache_modifier=".cg")
     rest = tl.load(at + step, mask_rows, other=0.0, cache_modifier=".cg")
     gap = tl.load(at + 2 * step, mask_rows, other=0.0, cache_modifier=".cg")
     return m, rest, gap, tl.load(at + 3 * step, mask_rows, other=0.0, cache_modifier=".cg")
 
 
-@triton.jit
-def _store_state(state, rows, mask_rows, n_rows, m, rest, total):
-    tl.store(state + rows, m, mask_rows)
-    tl.store(state + n_rows + rows, rest, mask_rows)
-    tl.store(state + 2 * n_rows.to(tl.int64) + rows, total, mask_rows)
+# Launches -------------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
-def _row_loss(
-    logits, vectors, rows, mask_rows, starts, stride_class, n_classes, m, rest, gap, total,
-    tau, smoothing, ignore_index,
-    N_LABELS: tl.constexpr, COMPUTE: tl.constexpr,
-):  # fmt: skip
-    """The loss and A of each row, with its labels; gap and total are those of its dense target mass.
+class ForwardPlan(NamedTuple):
+    """How the forward pass of every problem of one `Signature` is launched."""
 
-    Of labels with a target_offset A is (1 + rest) * sum_k t_k / d_k, d_k the denominator of label k's own softmax.
-    """
-    if N_LABELS == 0:
-        return gap + total * log1p(rest), total
-    else:
-        label_gap = tl.zeros(rows.shape, COMPUTE)
-        label_total = tl.zeros(rows.shape, COMPUTE)
-        share_row = tl.zeros(rows.shape, COMPUTE)
-        live = tl.zeros(rows.shape, tl.int1)
-        for k in range(N_LABELS):
-            label, mass, _, share, counts = load_label(
-                vectors, rows * N_LABELS + k, mask_rows, n_classes, smoothing, ignore_index, COMPUTE
-            )
-            z, as_label = load_label_z(logits, vectors, starts, label, mask_rows, stride_class, tau, COMPUTE)
-            above = m - as_label
-            if vectors.target_offset is None:
-                free = (mass == 0.0) & (above == float("inf"))
-                label_gap += mass * tl.where(free, 0.0, above)
-                label_total += mass
-            else:
-                others = others_than(z, m, rest, COMPUTE)
-                label_gap += tl.where(mass == 0.0, 0.0, mass * past(above, others, COMPUTE))
-                label_total += mass * ((1.0 + rest) / (others + exp(-above, COMPUTE)))
-            share_row += share
-            live = live | counts
-        if vectors.target_offset is None:
-            total = label_total + share_row * total
-            label_gap += share_row * gap + total * log1p(rest)
-            return tl.where(live, label_gap, 0.0), total
-        else:
-            return tl.where(live, label_gap, 0.0), label_total
+    prepare: Variant | None
+    prepare_grid: tuple[int, int, int]
+    prepare_sizes: tuple[int, ...]
+    forward: Variant
+    grid: tuple[int, int, int]
+    strides_and_sizes: tuple[int | None, ...]
+    shift: int
+    n_rows: int
+    workspace_size: int
+    gradient: Buffer | None  # where the pass makes it
 
 
-def forward_gradient(problem: Problem, reduction: str) -> bool:
-    """Whether the forward pass makes the gradient as well, or backward recomputes."""
-    logits = problem.logits
-    n_outer, n_inner, n_classes = logits.shape
-    return makes_gradient_in_forward(
-        n_outer * n_inner, n_classes, logits.dtype, layout_of(logits), device_of(logits), reduction
+@functools.lru_cache(PLANS)
+def plan_forward(signature: Signature, reduction: str, wants_gradient: bool) -> ForwardPlan:
+    n_outer, n_inner, n_classes = signature.rows
+    n_rows, layout, device = n_outer * n_inner, signature.layout(), device_of(signature.device)
+    makes_gradient = wants_gradient and makes_gradient_in_forward(
+        n_rows, n_classes, signature.dtype, layout, device, reduction
     )
+    buffer = gradient_buffer(signature) if makes_gradient else None
+    launch = choose_launch(n_rows, n_classes, signature.dtype, layout, device, read_twice=makes_gradient)
+    n_groups, n_chunks = launch.n_groups(n_rows), launch.n_chunks(n_classes)
+    shift = signature.shift if launch.vec > 1 and signature.shift is not None else 0
+
+    row_constants, types = signature.row_constants(), signature.compiled_for(launch.vec)
+    prepare, rows_a_part = None, cdiv(n_rows, WEIGHT_PARTS.value * BLOCK_PREPARE) * BLOCK_PREPARE
+    n_parts = cdiv(n_rows, max(1, rows_a_part)) if reduction == "mean" else 1
+    if reduction != "none" or launch.split:
+        constants = (signature.n_labels, row_constants[-1], reduction, launch.split, BLOCK_PREPARE)
+        prepare = variant(_prepare_kernel, (signature.device, signature.types, signature.target_is_aligned), constants)
+    constants = (
+        *row_constants, reduction, launch.chunk_tiles if n_chunks > 1 else 0, launch.split,
+        *launch.tile_constants(n_classes),
+    )  # fmt: skip
+    grad_types = None if buffer is None else launch.vec > 1 or buffer.shift == 0
+    return ForwardPlan(
+        prepare,
+        (n_parts, 1, 1),
+        (n_rows, n_classes, n_groups, rows_a_part),
+        variant(_forward_kernel, (types, grad_types), constants, launch.num_warps),
+        (n_groups * launch.splits, 1, 1),
+        (
+            *steps(signature.strides), *steps(signature.target_strides or (0, 0)),
+            *((0, 0, 1) if buffer is None else steps(buffer.strides)),
+            n_rows, signature.n_inner, n_classes, n_groups, n_chunks, n_parts, launch.period, launch.splits, shift,
+        ),
+        shift,
+        n_rows,
+        workspace_size(n_rows, n_groups, n_chunks if launch.split else 0),
+        buffer,
+    )  # fmt: skip
 
 
 def launch_forward(
-    problem: Problem, reduction: str, with_gradient: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Loss, row state (3, N, P), the mean's denominator, and the gradient for an upstream of 1 if asked for."""
+    problem: Problem, reduction: str, wants_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Signature]:
+    """The loss, the workspace, of which backward needs the first numbers, the gradient for an upstream of 1, where it
+    is wanted and this pass is the one to make it, and the problem's signature."""
     logits = problem.logits
-    n_outer, n_inner, n_classes = logits.shape
-    n_rows = n_outer * n_inner
+    if not is_on_current_device(logits):
+        with torch.cuda.device(logits.device):
+            return launch_forward(problem, reduction, wants_gradient)
+    signature = signature_of(problem)
+    plan = plan_forward(signature, reduction, wants_gradient)
     dtype = problem.compute_dtype
-    # Apart, for the loss is the caller's: an in-place change of it must not look like one of what backward saved.
-    loss = logits.new_empty((n_outer, n_inner), dtype=dtype)
-    state = logits.new_empty((3, n_outer, n_inner), dtype=dtype)
-    reduced, normalizer = loss.new_empty(()), loss.new_empty(0 if reduction == "none" else ())
-    layout = layout_of(logits)
-    gradient = grad_buffer(logits, layout) if with_gradient else None
-    if n_rows == 0:
-        return loss if reduction == "none" else reduced.fill_(_OF_NO_ROWS[reduction]), state, normalizer, gradient
-
-    launch = choose_launch(n_rows, n_classes, logits.dtype, layout, device_of(logits), read_twice=with_gradient)
-    n_groups, n_chunks = launch.n_groups(n_rows), launch.n_chunks(n_classes)
-    rows_a_part = triton.cdiv(n_rows, MAX_PARTS * 1024) * 1024
-    n_parts = triton.cdiv(n_rows, rows_a_part)
-    split_parts = counters = loss_parts = weight_parts = None
-    n_counters = 1 + n_groups * (launch.splits > 1)
-    given = operands(problem, launch, layout)
-    with on_device_of(logits):
-        if launch.splits > 1:
-            split_parts = loss.new_empty(4 * n_chunks * n_rows)
-        if reduction != "none":
-            loss_parts = loss.new_empty(n_groups)
-        if reduction == "mean":
-            weight_parts = loss.new_empty(n_parts)
-        if reduction != "none" or launch.splits > 1:
-            counters = logits.new_empty(n_counters, dtype=torch.int32)
-            _prepare_kernel[(n_parts if reduction == "mean" else 1,)](
-                given.vectors, counters, weight_parts, given.sizes, n_counters, rows_a_part,
-                *given.scalars[1:],
-                N_LABELS=given.constants["N_LABELS"], COMPUTE=triton_dtype(dtype), BLOCK=1024, **AS_WRITTEN,
-            )  # fmt: skip
-        _forward_kernel[(n_groups * launch.splits,)](
-            given.logits, given.vectors, weight_parts,
-            loss, state, loss_parts, reduced, normalizer,
-            None if gradient is None else begin_earlier(gradient, given.shift), split_parts, counters,
-            logits.stride(), problem.target.stride(), (0, 0, 1) if gradient is None else gradient.stride(),
-            given.sizes, launch.period, given.shift, n_chunks, n_groups, n_parts,
-            *given.scalars,
-            REDUCTION=reduction, MAX_PARTS=MAX_PARTS, **given.constants, **AS_WRITTEN,
-        )  # fmt: skip
-    return loss if reduction == "none" else reduced, state, normalizer, gradient
+    # Apart, for the loss is the caller's: an in-place change of it must not look like one of what backward needs.
+    loss = logits.new_empty(logits.shape[:-1] if reduction == "none" else (), dtype=dtype)
+    workspace = logits.new_empty(plan.workspace_size, dtype=dtype)
+    gradient = None if plan.gradient is None else plan.gradient.make(logits)
+    if plan.n_rows == 0:
+        return loss if reduction == "none" else loss.fill_(_OF_NO_ROWS[reduction]), workspace, gradient, signature
+    vectors = vectors_of(problem)
+    if plan.prepare is not None:
+        plan.prepare.launch(plan.prepare_grid, vectors, workspace, *plan.prepare_sizes, problem.ignore_index)
+    plan.forward.launch(
+        plan.grid, begin_earlier(logits, plan.shift), vectors,
+        loss, workspace, None if gradient is None else begin_earlier(gradient, plan.shift),
+        *plan.strides_and_sizes,
+        float_bits(problem.tau), float_bits(problem.label_smoothing), problem.ignore_index,
+    )  # fmt: skip
+    return loss, workspace, gradient, signature

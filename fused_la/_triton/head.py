@@ -9,7 +9,6 @@ before any tile is. Both compute z by the same operations, so that both find the
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import triton
@@ -19,15 +18,30 @@ from torch import Tensor
 from fused_la._blocks import Block
 from fused_la._rows import Part, Rows, State
 from fused_la._triton.gradient import full_form
-from fused_la._triton.launch import AS_WRITTEN, VECTOR_BYTES, device_of, on_device_of
+from fused_la._triton.launch import VECTOR_BYTES, cdiv, device_of, is_on_current_device
 from fused_la._triton.online import absorb, across_lanes, empty, join
+from fused_la._triton.operands import vectors_of
 from fused_la._triton.targets import dense_mass
-from fused_la._triton.tiles import Vectors, adjust, exp, float_bits, load_classes, load_tile, scalar, triton_dtype
+from fused_la._triton.tiles import (
+    NUMBERS,
+    adjust,
+    exp,
+    float_bits,
+    load_classes,
+    load_tile,
+    scalar,
+    triton_dtype,
+    whole_vectors,
+)
+from fused_la._triton.variants import variant
 
 CHUNK = 4096  # classes of a program
 BLOCK_C = 1024
+WIDE = tl.constexpr(8)  # classes in the widest vector
 THREADS = 128  # of a program that takes a chunk: 8 classes each, so that half precision is written 16 bytes at a time
 JOINED_ROWS = 32  # of a program that joins parts
+# Pointers that may stand anywhere: of rows, a part of a larger tensor, and of the caller's bias.
+OF_ROWS = ["bias", "m", "rest", "gap", "total", "upstream", "share", "of_labels", "label_z", "as_label"]
 
 
 @triton.jit
@@ -50,35 +64,39 @@ def _load_z(logits, bias, vectors, base, first, cols, mask_rows, mask_cols, tau,
     return z
 
 
-@triton.jit(do_not_specialize=["first", "tau_bits", "smoothing_bits"])
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=OF_ROWS)
 def _parts_kernel(
     # in
     logits, bias, vectors,
     # out
     parts,
     # strides
-    row_step, strides_target,
+    logits_step: tl.int64, target_outer: tl.int64, target_class: tl.int64,
     # sizes
-    first_row, first, width, n_classes, n_rows,
+    first_row: tl.int64, first: tl.int32, width: tl.int32, n_classes: tl.int32, n_rows: tl.int64,
     # scalars
-    tau_bits, smoothing_bits,
+    tau_bits: tl.int64, smoothing_bits: tl.int64,
     # constants
     N_LABELS: tl.constexpr, HAS_SMOOTHING: tl.constexpr, COMPUTE: tl.constexpr,
+    ALIGNED: tl.constexpr,  # rows of the tile are whole vectors, as far apart as they are wide
     VEC: tl.constexpr, BLOCK_C: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The part of each row and chunk of a tile, (4, n_chunks, n)."""
     HAS_MASS: tl.constexpr = HAS_SMOOTHING or N_LABELS == 0
     row, chunk = tl.program_id(0), tl.program_id(1)
     rows = row.to(tl.int64) + tl.arange(0, 1)
+    bases = rows * logits_step
+    if ALIGNED:
+        bases, width = whole_vectors(bases, WIDE), whole_vectors(width, WIDE)
     tau, smoothing = scalar(tau_bits), scalar(smoothing_bits)
-    target_base = (first_row + rows) * strides_target[0] + first.to(tl.int64) * strides_target[2]
+    target_base = (first_row + rows) * target_outer + first * target_class
     lanes = empty(1, BLOCK_C // VEC, COMPUTE)
     for start in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, width), BLOCK_C):
         cols = start + tl.arange(0, BLOCK_C)
         mask_cols = cols < width
-        z = _load_z(logits, bias, vectors, rows * row_step, first, cols, None, mask_cols, tau, COMPUTE)
+        z = _load_z(logits, bias, vectors, bases, first, cols, None, mask_cols, tau, COMPUTE)
         mass = dense_mass(
-            vectors, target_base, first, cols, None, mask_cols, strides_target[2], n_classes, smoothing,
+            vectors, target_base, first, cols, None, mask_cols, target_class, n_classes, smoothing,
             N_LABELS, HAS_SMOOTHING, COMPUTE,
         )  # fmt: skip
         lanes = absorb(lanes, z, mass, VEC, HAS_MASS, COMPUTE)
@@ -91,7 +109,7 @@ def _parts_kernel(
     tl.store(at + 3 * step, total)
 
 
-@triton.jit(do_not_specialize=["first", "width", "tau_bits", "ignore_index"])
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=OF_ROWS)
 def _join_kernel(
     # in
     parts, logits, bias, vectors,
@@ -100,18 +118,18 @@ def _join_kernel(
     # out
     label_z, as_label,
     # strides
-    row_step,
+    logits_step: tl.int64,
     # sizes
-    first_row, first, width, n_rows, n_chunks,
+    first_row: tl.int64, first: tl.int32, width: tl.int32, n_rows: tl.int64, n_chunks: tl.int32,
     # scalars
-    tau_bits, ignore_index,
+    tau_bits: tl.int64, ignore_index: tl.int64,
     # constants
     N_LABELS: tl.constexpr, HAS_MASS: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Join a tile's parts to those of the rows, and note what the labels in the tile stand at."""
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     there = rows < n_rows
-    at = first_row.to(tl.int64) + rows
+    at = first_row + rows
     row = (
         tl.load(m + at, there, other=0.0),
         tl.load(rest + at, there, other=0.0),
@@ -138,7 +156,7 @@ def _join_kernel(
             label = tl.load(vectors.target + at * N_LABELS + k, there, other=ignore_index)
             here = there & (label != ignore_index) & (label >= first) & (label < first + width)
             label = tl.where(here, label, first)
-            value = tl.load(logits + rows.to(tl.int64) * row_step + (label - first), here, other=0.0).to(COMPUTE)
+            value = tl.load(logits + rows.to(tl.int64) * logits_step + (label - first), here, other=0.0).to(COMPUTE)
             if bias is not None:
                 value += tl.load(bias + label).to(COMPUTE)
             prior = None
@@ -153,26 +171,29 @@ def _join_kernel(
                 tl.store(as_label + at * N_LABELS + k, own, here)
 
 
-@triton.jit(do_not_specialize=["first", "tau_bits", "smoothing_bits", "ignore_index"])
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=OF_ROWS)
 def _gradient_kernel(
     # in
     logits, bias, vectors, m, rest, total, upstream, share, of_labels,
     # out
     grad,
     # strides
-    row_step, strides_target,
+    logits_step: tl.int64, target_outer: tl.int64, target_class: tl.int64,
     # sizes
-    first_row, first, width, n_classes,
+    first_row: tl.int64, first: tl.int32, width: tl.int32, n_classes: tl.int32,
     # scalars
-    tau_bits, smoothing_bits, ignore_index,
+    tau_bits: tl.int64, smoothing_bits: tl.int64, ignore_index: tl.int64,
     # constants
     N_LABELS: tl.constexpr, HAS_SMOOTHING: tl.constexpr, COMPUTE: tl.constexpr,
-    BLOCK_C: tl.constexpr, CHUNK: tl.constexpr,
+    ALIGNED: tl.constexpr, BLOCK_C: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The gradient of z of each row and chunk of a tile; g = 0 marks a row that does not count."""
     row, chunk = tl.program_id(0), tl.program_id(1)
     rows = row.to(tl.int64) + tl.arange(0, 1)
     at = first_row + rows
+    bases = rows * logits_step
+    if ALIGNED:
+        bases, width = whole_vectors(bases, WIDE), whole_vectors(width, WIDE)
     tau, smoothing = scalar(tau_bits), scalar(smoothing_bits)
     m_row, rest_row, total_row = tl.load(m + at), tl.load(rest + at), tl.load(total + at)
     g = tl.load(upstream + at)
@@ -183,14 +204,14 @@ def _gradient_kernel(
         share_row = tl.where(live, share_row, 0.0)
         m_row, rest_row = tl.where(live, m_row, 0.0), tl.where(live, rest_row, 0.0)
         total_row, g = tl.where(live, total_row, 0.0), tl.where(live, g, 0.0)
-    target_base = at * strides_target[0] + first.to(tl.int64) * strides_target[2]
+    target_base = at * target_outer + first * target_class
     last = tl.minimum((chunk + 1) * CHUNK, width)
     for start in range(chunk * CHUNK, last, BLOCK_C):
         cols = start + tl.arange(0, BLOCK_C)
         mask_cols = cols < width
-        z = _load_z(logits, bias, vectors, rows * row_step, first, cols, live, mask_cols, tau, COMPUTE)
+        z = _load_z(logits, bias, vectors, bases, first, cols, live, mask_cols, tau, COMPUTE)
         mass = dense_mass(
-            vectors, target_base, first, cols, None, mask_cols, strides_target[2], n_classes, smoothing,
+            vectors, target_base, first, cols, None, mask_cols, target_class, n_classes, smoothing,
             N_LABELS, HAS_SMOOTHING, COMPUTE,
         )  # fmt: skip
         if N_LABELS == 0:
@@ -204,11 +225,7 @@ def _gradient_kernel(
         if vectors.log_prior is not None and (N_LABELS == 0 or HAS_SMOOTHING):
             prior = load_classes(vectors.log_prior, first, cols, mask_cols)
             of_z = tl.where(prior[None, :] == float("-inf"), (rest_row - rest_row)[:, None], of_z)
-        tl.store(
-            grad + (rows * row_step)[:, None] + cols[None, :],
-            of_z.to(grad.dtype.element_ty),
-            mask_cols[None, :],
-        )
+        tl.store(grad + (bases[:, None] + cols[None, :]), of_z.to(grad.dtype.element_ty), mask_cols[None, :])
     if N_LABELS > 0:
         tl.debug_barrier()  # the labels' columns are written after, and over, what other threads wrote there
         for k in range(N_LABELS):
@@ -216,44 +233,52 @@ def _gradient_kernel(
             col = label - first
             here = (label != ignore_index) & (col >= chunk * CHUNK) & (col < last)
             value = tl.load(of_labels + at * N_LABELS + k)
-            tl.store(grad + rows * row_step + col, value.to(grad.dtype.element_ty), here)
+            tl.store(grad + (bases + col), value.to(grad.dtype.element_ty), here)
 
 
 class Epilogue:
     def __init__(self, rows: Rows, n_elements: int, bias: Tensor | None, product_dtype: torch.dtype):
         problem = rows.problem
         self._rows, self._bias, self._product_dtype = rows, bias, product_dtype
-        self._vectors = Vectors(**{name: getattr(problem, name) for name in Vectors._fields})
-        self._n_elements = n_elements
-        self._constants: dict[str, Any] = {
-            "N_LABELS": 0 if problem.has_probabilities else problem.target.shape[2],
-            "COMPUTE": triton_dtype(problem.compute_dtype),
-        }
-        self._of_tiles = {"BLOCK_C": BLOCK_C, "CHUNK": CHUNK, "HAS_SMOOTHING": problem.label_smoothing > 0.0}
+        self._vectors, self._n_elements = vectors_of(problem), n_elements
+        self._n_labels = 0 if problem.has_probabilities else problem.n_labels
+        self._has_smoothing, self._compute = problem.label_smoothing > 0.0, triton_dtype(problem.compute_dtype)
+        self._target_strides = problem.target.stride(0), problem.target.stride(-1)
         self._tau, self._smoothing = float_bits(problem.tau), float_bits(problem.label_smoothing)
+        device = problem.logits.get_device()
+        self._num_warps = THREADS // device_of(device).warp_size
+        types = tuple([None if vector is None else vector.dtype for vector in self._vectors])
+        target_is_aligned = problem.target.data_ptr() % VECTOR_BYTES == 0
+        self._types = device, types, None if bias is None else bias.dtype, product_dtype, target_is_aligned
 
     def absorb(self, block: Block, chunk: slice, logits: Tensor, part: Part) -> None:
         """Join what a tile leaves to the rows' part, and note what labels stand at."""
+        if not is_on_current_device(logits):
+            with torch.cuda.device(logits.device):
+                return self.absorb(block, chunk, logits, part)
         rows, problem = self._rows, self._rows.problem
         n_rows, width = logits.shape
-        n_chunks, num_warps = triton.cdiv(width, CHUNK), THREADS // device_of(logits).warp_size
+        n_chunks, step = cdiv(width, CHUNK), logits.stride(0)
         parts = logits.new_empty(4 * n_chunks * n_rows)
-        with on_device_of(logits):
-            _parts_kernel[(n_rows, n_chunks)](
-                logits, self._bias, self._vectors, parts,
-                logits.stride(0), problem.target.stride(),
-                block[0].start, chunk.start, width, problem.logits.shape[-1], n_rows,
-                self._tau, self._smoothing,
-                VEC=VECTOR_BYTES // logits.element_size(), num_warps=num_warps,
-                **self._of_tiles, **self._constants, **AS_WRITTEN,
-            )  # fmt: skip
-            _join_kernel[(triton.cdiv(n_rows, JOINED_ROWS),)](
-                parts, logits, self._bias, self._vectors, *part, rows.candidates.z, rows.as_label,
-                logits.stride(0), block[0].start, chunk.start, width, n_rows, n_chunks,
-                self._tau, problem.ignore_index,
-                HAS_MASS=problem.label_smoothing > 0.0 or problem.has_probabilities,
-                BLOCK_ROWS=JOINED_ROWS, **self._constants, **AS_WRITTEN,
-            )  # fmt: skip
+        vec = VECTOR_BYTES // logits.element_size()
+        constants = (
+            self._n_labels, self._has_smoothing, self._compute, _is_aligned(step, width), vec, BLOCK_C, CHUNK,
+        )  # fmt: skip
+        variant(_parts_kernel, self._types, constants, self._num_warps).launch(
+            (n_rows, n_chunks, 1), logits, self._bias, self._vectors, parts,
+            step, *self._target_strides,
+            block[0].start, chunk.start, width, problem.logits.shape[-1], n_rows,
+            self._tau, self._smoothing,
+        )  # fmt: skip
+        has_mass = self._has_smoothing or self._n_labels == 0
+        types = self._types, rows.as_label is None
+        variant(_join_kernel, types, (self._n_labels, has_mass, self._compute, JOINED_ROWS)).launch(
+            (cdiv(n_rows, JOINED_ROWS), 1, 1), parts, logits, self._bias, self._vectors,
+            *part, rows.candidates.z, rows.as_label,
+            step,
+            block[0].start, chunk.start, width, n_rows, n_chunks,
+            self._tau, problem.ignore_index,
+        )  # fmt: skip
 
     def gradient_of(
         self, state: State, upstream: Tensor, of_candidates: Tensor
@@ -267,16 +292,25 @@ class Epilogue:
         buffer = upstream.new_empty(self._n_elements, dtype=self._product_dtype)
 
         def gradient(block: Block, chunk: slice, logits: Tensor) -> Tensor:
+            if not is_on_current_device(logits):
+                with torch.cuda.device(logits.device):
+                    return gradient(block, chunk, logits)
             n_rows, width = logits.shape
-            grad, num_warps = buffer.as_strided(logits.shape, logits.stride()), THREADS // device_of(logits).warp_size
-            with on_device_of(logits):
-                _gradient_kernel[(n_rows, triton.cdiv(width, CHUNK))](
-                    logits, self._bias, self._vectors, *state, upstream, share, of_candidates, grad,
-                    logits.stride(0), problem.target.stride(),
-                    block[0].start, chunk.start, width, problem.logits.shape[-1],
-                    self._tau, self._smoothing, problem.ignore_index,
-                    num_warps=num_warps, **self._of_tiles, **self._constants, **AS_WRITTEN,
-                )  # fmt: skip
+            step, grad = logits.stride(0), buffer.as_strided(logits.shape, logits.stride())
+            constants = (
+                self._n_labels, self._has_smoothing, self._compute, _is_aligned(step, width), BLOCK_C, CHUNK,
+            )  # fmt: skip
+            variant(_gradient_kernel, self._types, constants, self._num_warps).launch(
+                (n_rows, cdiv(width, CHUNK), 1),
+                logits, self._bias, self._vectors, *state, upstream, share, of_candidates, grad,
+                step, *self._target_strides,
+                block[0].start, chunk.start, width, problem.logits.shape[-1],
+                self._tau, self._smoothing, problem.ignore_index,
+            )  # fmt: skip
             return grad
 
         return gradient
+
+
+def _is_aligned(step: int, width: int) -> bool:
+    return step % WIDE.value == 0 and width % WIDE.value == 0

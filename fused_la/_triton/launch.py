@@ -1,13 +1,14 @@
 """Which tile a kernel runs: pure functions of the shape and the device, so that no result depends on a timing.
 
 The order in which a row is summed follows from the fields VEC, BLOCK_C, CHUNK_TILES and the number of threads, and
-those are functions of the number of classes, the dtype and the layout in memory. Who sums it (BLOCK_ROWS, SPLITS,
-PERIOD) may also depend on the number of rows and on the device: it changes no bit of a row.
+those are functions of the number of classes, the dtype and the layout in memory. Who sums it (BLOCK_ROWS, SPLIT,
+splits, period) may also depend on the number of rows and on the device: it changes no bit of a row. Of what a kernel is
+compiled for, only BLOCK_ROWS and SPLIT do, and there are two choices of them: for few rows, and for many.
 """
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -43,37 +44,38 @@ class Device(NamedTuple):
     warp_size: int = 32  # 64 on some AMD GPUs, where as many threads are half as many warps
 
 
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
 class Launch(NamedTuple):
-    """A program passes over BLOCK_ROWS rows, BLOCK_C classes at a time; its fields are the kernels' constants."""
+    """A program passes over BLOCK_ROWS rows, BLOCK_C classes at a time."""
 
     vec: int  # classes in one load of a thread, and in the group that shares a running maximum
     edges: bool  # rows may begin or end between the boundaries of vectors
     block_rows: int
     block_c: int
     chunk_tiles: int  # tiles after which a row's partial sum is closed
-    splits: int  # programs that share a row, chunk by chunk
-    period: int  # the rows of a program are so many apart: they lie alike towards the boundaries
     num_warps: int
+    period: int = 1  # the rows of a program are so many apart: they lie alike towards the boundaries
+    split: bool = False  # several programs may share a row, chunk by chunk
+    splits: int = 1  # how many do
 
     def n_chunks(self, n_classes: int) -> int:
-        return triton.cdiv(triton.cdiv(n_classes, self.block_c), self.chunk_tiles)
+        return cdiv(cdiv(n_classes, self.block_c), self.chunk_tiles)
 
     def n_groups(self, n_rows: int) -> int:
         """Groups of rows, each one program's (or `splits` programs'); every group has a row."""
         blocks, rest = divmod(n_rows, self.block_rows * self.period)
         return blocks * self.period + min(rest, self.period)
 
-    def constants(self) -> dict[str, Any]:
-        """As the kernels name them."""
-        return {
-            "VEC": self.vec,
-            "EDGES": self.edges,
-            "BLOCK_ROWS": self.block_rows,
-            "BLOCK_C": self.block_c,
-            "CHUNK_TILES": self.chunk_tiles,
-            "SPLITS": self.splits,
-            "num_warps": self.num_warps,
-        }
+    def tile_constants(self, n_classes: int) -> tuple[int, bool, bool, int, int]:
+        """VEC, EDGES, ONE_TILE, BLOCK_ROWS and BLOCK_C of the kernels that pass over rows."""
+        return self.vec, self.edges, n_classes <= self.block_c, self.block_rows, self.block_c
 
 
 # None of the numbers below is tuned on a GPU yet.
@@ -102,29 +104,40 @@ def choose_launch(
         wide = layout.is_aligned(n_classes, vec) or n_classes >= 32 * vec
     if not wide:
         # Where classes are not adjacent (images, (N, C, d1, ...)) neighbouring rows are: the tile is tall.
-        block_c = min(triton.next_power_of_2(n_classes), NARROW_TILE if layout.adjacent else 16)
-        block_rows = NARROW_TILE // block_c
+        block_c = min(next_power_of_2(n_classes), NARROW_TILE if layout.adjacent else 16)
         tiles = _chunk_tiles(n_classes, block_c)
-        launch = Launch(1, False, block_rows, block_c, tiles, 1, 1, FEW_THREADS // device.warp_size)
-        return launch._replace(splits=_splits(launch, n_rows, n_classes, device))
+        rows = NARROW_TILE // block_c
+        launch = Launch(1, False, rows, block_c, tiles, FEW_THREADS // device.warp_size)
+        return _of_few_or_many(launch, launch, n_rows, n_classes, device)
 
     assert layout.row_step is not None
     edges = not layout.is_aligned(n_classes, vec)
     row_bytes = n_classes * dtype.itemsize
     n_threads = FEW_THREADS * (1 if row_bytes <= 1 << 15 else 2 if row_bytes <= 1 << 16 else 4)
     full_tile = vec * n_threads
-    block_c = min(triton.next_power_of_2(n_classes), full_tile)
-    tiles = _chunk_tiles(n_classes, block_c)
-    launch = Launch(vec, edges, 1, block_c, tiles, 1, 1, n_threads // device.warp_size)
+    # The body of a row, without its edges, is one tile under a mask, or at least a full tile long.
+    one_tile = n_classes < full_tile + 2 * vec - 1
+    block_c = next_power_of_2(n_classes) if one_tile else full_tile
     period = vec // math.gcd(layout.row_step, vec)
-    if n_classes <= full_tile:
+    tiles = _chunk_tiles(n_classes, block_c)
+    launch = Launch(vec, edges, 1, block_c, tiles, n_threads // device.warp_size)
+    if one_tile:
         # Several short rows fill the threads; how many must not depend on the number of rows.
-        return launch._replace(block_rows=ROWS * full_tile // block_c, period=period)
+        return launch._replace(block_rows=max(1, ROWS * full_tile // block_c), period=period)
     taller = launch._replace(block_rows=ROWS, period=period)
-    enough = taller.n_groups(n_rows) * taller.n_chunks(n_classes) >= _n_programs(device)
-    if enough and (not read_twice or fits_l2(taller, n_classes, dtype, device)):
-        launch = taller
-    return launch._replace(splits=_splits(launch, n_rows, n_classes, device))
+    many = taller if not read_twice or fits_l2(taller, n_classes, dtype, device) else launch
+    return _of_few_or_many(launch, many, n_rows, n_classes, device)
+
+
+def _of_few_or_many(few: Launch, many: Launch, n_rows: int, n_classes: int, device: Device) -> Launch:
+    """`many` where its programs fill the device; else programs share a row of `few`, if that has several chunks."""
+    n_chunks = few.n_chunks(n_classes)
+    if many.n_groups(n_rows) >= _n_programs(device):
+        return many
+    if n_chunks == 1:
+        return few
+    splits = min(n_chunks, cdiv(_n_programs(device), max(1, few.n_groups(n_rows))))
+    return few._replace(split=True, splits=splits)
 
 
 def fits_l2(launch: Launch, n_classes: int, dtype: torch.dtype, device: Device) -> bool:
@@ -146,11 +159,11 @@ def makes_gradient_in_forward(
     if dtype == torch.float16 or reduction == "none" or n_rows == 0:
         return False
     launch = choose_launch(n_rows, n_classes, dtype, layout, device, read_twice=True)
-    return launch.splits == 1 and fits_l2(launch, n_classes, dtype, device)
+    return not launch.split and fits_l2(launch, n_classes, dtype, device)
 
 
 def _chunk_tiles(n_classes: int, block_c: int) -> int:
-    widest = triton.next_power_of_2(triton.cdiv(n_classes, MAX_CHUNKS))
+    widest = next_power_of_2(cdiv(n_classes, MAX_CHUNKS))
     return max(1, max(CHUNK, widest) // block_c)
 
 
@@ -158,45 +171,36 @@ def _n_programs(device: Device) -> int:
     return PROGRAMS_A_MULTIPROCESSOR * device.n_multiprocessors
 
 
-def _splits(launch: Launch, n_rows: int, n_classes: int, device: Device) -> int:
-    """Programs a row, so that all multiprocessors have work."""
-    groups = max(1, launch.n_groups(n_rows))
-    return max(1, min(launch.n_chunks(n_classes), triton.cdiv(_n_programs(device), groups)))
-
-
 def choose_backward_launch(n_rows: int, n_classes: int, dtype: torch.dtype, layout: Layout, device: Device) -> Launch:
     """The launch of a backward pass, where classes need nothing of one another: a tile in any program will do."""
     launch = choose_launch(n_rows, n_classes, dtype, layout, device)
     if launch.num_warps * device.warp_size > FEW_THREADS:
         launch = launch._replace(num_warps=FEW_THREADS // device.warp_size, block_c=launch.vec * FEW_THREADS)
-    n_tiles = triton.cdiv(n_classes, launch.block_c)
-    wanted = triton.cdiv(_n_programs(device), max(1, launch.n_groups(n_rows)))
-    return launch._replace(splits=min(n_tiles, max(wanted, triton.cdiv(n_tiles, GRAD_TILES))))
+    n_tiles = cdiv(n_classes, launch.block_c)
+    wanted = cdiv(_n_programs(device), max(1, launch.n_groups(n_rows)))
+    return launch._replace(splits=min(n_tiles, max(wanted, cdiv(n_tiles, GRAD_TILES))))
 
 
 # Tensors and devices --------------------------------------------------------------------------------------------------
 
 
-def layout_of(logits: Tensor) -> Layout:
+def layout_of(shape: tuple[int, int, int], strides: tuple[int, int, int], shift: int | None) -> Layout:
     """The layout of (N, P, C) logits."""
-    n_outer, n_inner, n_classes = logits.shape
-    outer, inner, of_class = logits.stride()
-    adjacent = of_class == 1 or n_classes == 1
+    n_outer, n_inner, n_classes = shape
+    outer, inner, of_class = strides
     row_step = outer if n_inner == 1 else inner if n_outer == 1 or outer == n_inner * inner else None
-    past = logits.data_ptr() % VECTOR_BYTES // logits.element_size()
-    shift = past if past <= logits.storage_offset() and logits.data_ptr() % logits.element_size() == 0 else None
-    return Layout(adjacent, shift, row_step)
+    return Layout(of_class == 1 or n_classes == 1, shift, row_step)
 
 
-def device_of(tensor: Tensor) -> Device:
-    if not tensor.is_cuda:
-        return Device(132, 50 << 20)  # an H100's, for the interpreter
-    properties = torch.cuda.get_device_properties(tensor.device)
+@functools.lru_cache
+def device_of(index: int) -> Device:
+    """The GPU with this index; -1, a CPU, stands for an H100, for the interpreter."""
+    if index < 0:
+        return Device(132, 50 << 20)
+    properties = torch.cuda.get_device_properties(index)
     return Device(properties.multi_processor_count, properties.L2_cache_size, properties.warp_size)
 
 
-def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device; make it the tensor's."""
-    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
-        return torch.cuda.device(tensor.device)
-    return contextlib.nullcontext()
+def is_on_current_device(tensor: Tensor) -> bool:
+    """Whether Triton, which launches on the current device, launches where the tensor is."""
+    return not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device()

@@ -34,6 +34,13 @@ def empty(ROWS: tl.constexpr, LANES: tl.constexpr, COMPUTE: tl.constexpr):
 
 
 @triton.jit
+def empty_part(ROWS: tl.constexpr, COMPUTE: tl.constexpr):
+    """The part of no class of each row: (m, rest, gap, total), (ROWS,) each."""
+    zeros = tl.zeros((ROWS,), COMPUTE)
+    return tl.full((ROWS,), lowest(COMPUTE), COMPUTE), zeros - 1.0, zeros, zeros
+
+
+@triton.jit
 def smaller(a, b):
     """The minimum, NaN if either is: maxima pass over a NaN, so what joins the rest has to keep it."""
     return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)

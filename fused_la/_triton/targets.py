@@ -11,12 +11,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fused_la._triton.tiles import load_classes, load_tile
+from fused_la._triton.tiles import load_classes, load_label_z, load_tile
 
 
 @triton.jit
-def load_label(vectors, at, mask, n_classes, smoothing, ignore_index, COMPUTE: tl.constexpr):
-    """One label of each row: (class, mass, mass of a mean's denominator, share of the smoothing, whether it counts).
+def load_label(vectors, at, mask, n_classes, ignore_index, COMPUTE: tl.constexpr):
+    """One label of each row: (class, mass but for smoothing, mass of a mean's denominator, share of the smoothing,
+    whether it counts).
 
     A label that does not count has mass 0; one outside [0, n_classes) has mass NaN. Both come as class 0.
     """
@@ -34,13 +35,25 @@ def load_label(vectors, at, mask, n_classes, smoothing, ignore_index, COMPUTE: t
         mass = share * tl.load(vectors.weight + label, mask, other=0.0).to(COMPUTE)
     if vectors.mean_weight is not None:
         row_weight = share * tl.load(vectors.mean_weight + label, mask, other=0.0).to(COMPUTE)
-    return label, mass * (1.0 - smoothing).to(COMPUTE), row_weight, share, counts
+    return label, mass, row_weight, share, counts
 
 
 @triton.jit
-def row_weights(
-    vectors, rows, mask_rows, n_classes, smoothing, ignore_index, N_LABELS: tl.constexpr, COMPUTE: tl.constexpr
-):
+def read_label(
+    logits, vectors, starts, rows, k, mask_rows, stride_class, n_classes, tau, ignore_index,
+    N_LABELS: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """Label k of each row: (class, mass but for smoothing, share of the smoothing, whether it counts), and of its class
+    (z, what it stands at as the label, whether it is out)."""
+    label, mass, _, share, counts = load_label(
+        vectors, rows * N_LABELS + k, mask_rows, n_classes, ignore_index, COMPUTE
+    )
+    z, as_label, is_out = load_label_z(logits, vectors, starts, label, mask_rows, stride_class, tau, COMPUTE)
+    return label, mass, share, counts, z, as_label, is_out
+
+
+@triton.jit
+def row_weights(vectors, rows, mask_rows, n_classes, ignore_index, N_LABELS: tl.constexpr, COMPUTE: tl.constexpr):
     """What each row counts for in the denominator of a mean: the mean class weight of its labels."""
     if N_LABELS == 0:
         return tl.where(mask_rows, 1.0, 0.0).to(COMPUTE)
@@ -49,7 +62,7 @@ def row_weights(
         shares = tl.zeros(rows.shape, COMPUTE)
         for k in range(N_LABELS):
             _, _, row_weight, share, _ = load_label(
-                vectors, rows * N_LABELS + k, mask_rows, n_classes, smoothing, ignore_index, COMPUTE
+                vectors, rows * N_LABELS + k, mask_rows, n_classes, ignore_index, COMPUTE
             )
             total += row_weight
             shares += share

@@ -11,6 +11,7 @@ program lie alike towards the boundaries, so that they share one head.
 
 from __future__ import annotations
 
+import functools
 import struct
 from typing import Any, NamedTuple
 
@@ -34,12 +35,18 @@ class Vectors(NamedTuple):
     scale: Any  # (C,)
 
 
-class Sizes(NamedTuple):
-    n_rows: Any  # N * P
-    n_inner: Any  # P
-    n_classes: Any
+# Arguments of kernels that are numbers. None is specialised, and all but n_inner say their type: one compiled kernel
+# then serves every value. (Triton would make a constant of each 1, and mark multiples of 16.)
+NUMBERS = [
+    "logits_outer", "logits_inner", "logits_class", "target_outer", "target_inner", "target_class",
+    "grad_outer", "grad_inner", "grad_class", "upstream_outer", "upstream_inner", "logits_step",
+    "n_rows", "n_inner", "n_classes", "n_groups", "n_chunks", "n_parts", "rows_a_part", "n_taus",
+    "period", "splits", "shift", "made_for_one", "first_row", "first", "width",
+    "tau_bits", "smoothing_bits", "ignore_index",
+]  # fmt: skip
 
 
+@functools.lru_cache(maxsize=1024)
 def float_bits(value: float) -> int:
     """A Python float as an int64, for `scalar` to undo on the device."""
     return struct.unpack("<q", struct.pack("<d", value))[0]
@@ -63,7 +70,10 @@ def group_rows(group, period, n_rows, BLOCK_ROWS: tl.constexpr):
 
     What stands in for a row that is not there is the first: its result is never stored, and reading needs no mask.
     """
-    first_row = (group // period).to(tl.int64) * (BLOCK_ROWS * period) + group % period
+    if BLOCK_ROWS == 1:
+        first_row = group.to(tl.int64)
+    else:
+        first_row = (group // period).to(tl.int64) * (BLOCK_ROWS * period) + group % period
     rows = first_row + period * tl.arange(0, BLOCK_ROWS)
     there = rows < n_rows
     return first_row, tl.where(there, rows, first_row), rows, there
@@ -71,10 +81,13 @@ def group_rows(group, period, n_rows, BLOCK_ROWS: tl.constexpr):
 
 @triton.jit
 def row_offsets(rows, n_inner, strides):
-    """Where each of the (N, P) rows begins, in 64 bits: N * C may pass 2^31."""
+    """Where each of the (N, P) rows begins, in 64 bits: N * C may pass 2^31. n_inner is P, None where that is 1."""
     rows = rows.to(tl.int64)
-    outer = rows // n_inner
-    return outer * strides[0] + (rows - outer * n_inner) * strides[1]
+    if n_inner is None:
+        return rows * strides[0]
+    else:
+        outer = rows // n_inner
+        return outer * strides[0] + (rows - outer * n_inner) * strides[1]
 
 
 @triton.jit
@@ -91,6 +104,13 @@ def cut_row(start, n_classes, VEC: tl.constexpr, EDGES: tl.constexpr):
         return head, whole_vectors(n_classes - head, VEC)
     else:
         return 0, whole_vectors(n_classes, VEC)
+
+
+@triton.jit
+def tile_start(tile, body, VEC: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Where a tile of a body of at least BLOCK_C classes begins. The last tile ends with the body: it takes classes of
+    the tile before once more, so that no tile needs a mask."""
+    return whole_vectors(tl.minimum(tile * BLOCK_C, body - BLOCK_C), VEC).to(tl.int64)
 
 
 @triton.jit
@@ -174,7 +194,7 @@ def load_z(logits, vectors, bases, first, cols, mask_rows, mask_cols, stride_cla
 
 @triton.jit
 def load_label_z(logits, vectors, starts, label, mask_rows, stride_class, tau, COMPUTE: tl.constexpr):
-    """(z of one class of each row, the same bits as in a tile; what that class stands at as the label)."""
+    """Of one class of each row: (z, the same bits as in a tile; what it stands at as the label; whether it is out)."""
     values = tl.load(logits + (starts + label * stride_class), mask_rows, other=0.0)
     prior = None
     scale = None
@@ -187,7 +207,10 @@ def load_label_z(logits, vectors, starts, label, mask_rows, stride_class, tau, C
     if vectors.target_offset is not None:
         as_label = adjust(values, None, scale, tau, COMPUTE)
         as_label += tl.load(vectors.target_offset + label, mask_rows, other=0.0).to(COMPUTE)
-    return z, as_label
+    if vectors.log_prior is None:
+        return z, as_label, label < 0
+    else:
+        return z, as_label, prior == float("-inf")
 
 
 @triton.jit
