@@ -37,10 +37,10 @@ PROPERTIES = {"max_shared_mem": 232448, "multiprocessor_count": 132, "max_num_re
 
 
 class Variant(NamedTuple):
-    """A kernel as it was specialised for some calls; `index` is its place among all that were compiled."""
+    """A kernel as it was specialised for some calls; `number` is its place among all that were compiled."""
 
     name: str
-    index: int
+    number: int
 
 
 class CompileOnlyDriver:

@@ -1,8 +1,8 @@
 """Every public call that reaches a kernel compiles as Triton specialises it, and calls share compiled kernels.
 
 The interpreter, in which the other tests run kernels, specialises nothing. It cannot show that a size of 1 is a
-constant without methods, or that another number of rows compiles a kernel anew. Here `every_call.py` makes the calls under
-`benchmarks.compile_only`, Triton with a driver that launches nothing, in processes where TRITON_INTERPRET is not set.
+constant without methods, or that another number of rows compiles a kernel anew. Here `every_call.py` makes the calls
+under `benchmarks.compile_only`, Triton with a driver that launches nothing, in processes without TRITON_INTERPRET.
 
 The calls are those of every entry point over its axes: rows, classes, labels and features from 1 on, in and out of
 multiples of 16; dtypes; layouts; reductions; options; with and without gradient. Any two values meet in some call.
