@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import DEVICE
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parent.parent
@@ -86,6 +87,12 @@ def test_options_that_fit_nothing_are_refused(host, options, tmp_path):
     with pytest.raises(SystemExit) as stopped:
         host.main(options, tmp_path)
     assert stopped.value.code == 2
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="kernels are interpreted on a CPU")
+def test_interpreted_kernels_are_not_taken_for_compiled_ones(host):
+    with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"), host.compile_only("sm_90"):
+        pass
 
 
 def test_a_provider_that_cannot_run_is_listed_with_the_reason(host, monkeypatch):
