@@ -1,4 +1,4 @@
-"""python -m benchmarks [selection]: measure, and write JSON, Markdown and a picture."""
+"""python -m benchmarks [selection]: measure, and write JSON, Markdown and a picture; `host` has a file of its own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine, report
+from benchmarks import host, machine, report
 from benchmarks.cases import DTYPES, MODES, SELECTIONS, Case, Selection, with_axes, with_rows
 from benchmarks.measure import Job
 from benchmarks.providers import PROVIDERS, baseline
@@ -51,7 +51,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description="Time and memory of the logit-adjusted cross entropy: fused_la and what else there is. Every "
         "provider is checked against float64 before it is timed; one that cannot run here is listed with the reason. "
         "Results go to OUT/<device>/<date>.json, .md and .png, the JSON every few seconds: Ctrl-C keeps what is done.",
-        epilog="selections: " + "; ".join(f"{name}: {selection.description}" for name, selection in SELECTIONS.items()),
+        epilog="selections: "
+        + "; ".join(f"{name}: {selection.description}" for name, selection in SELECTIONS.items())
+        + f"; host, which has options of its own (`python -m benchmarks host --help`): {host.DESCRIPTION}",
     )
     a_selection = a_name("selection", list(SELECTIONS))
     which = parser.add_mutually_exclusive_group()
@@ -154,7 +156,7 @@ def listing(options: argparse.Namespace) -> str:
     for name, selection in SELECTIONS.items():
         lines.append(f"  {name}: {selection.description}")
         lines += [f"    {case}" for case in chosen_cases(selection, options)] or ["    nothing on this device"]
-    lines.append("Providers:")
+    lines += [host.listing(), "Providers:"]
     for provider in PROVIDERS.values():
         reason = provider.not_on.get(options.device)
         lines.append(f"  {provider.name}: {provider.description}" + (f" [{reason}]" if reason else ""))
@@ -171,6 +173,9 @@ def line_of(record: report.Record) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["host"]:
+        return host.main(arguments[1:], RESULTS)
     options = parse(arguments)
     if options.list:
         print(listing(options))

@@ -91,15 +91,20 @@ def figure(record: Record, key: str, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def markdown(document: Document) -> str:
-    records = document["results"]
+def heading(document: Document) -> list[str]:
+    """What was measured on what, when, and with what."""
     device = document["device"]
-    parts = [
+    return [
         f"# {device['name']}: {document['selection']}, {document['date']}\n",
         f"{'Interrupted. ' if document['interrupted'] else ''}{document['command']}; commit {document['commit']}.\n",
         "; ".join(f"{key} {value}" for key, value in document["versions"].items() if value) + ".\n",
         "; ".join(f"{key}: {value}" for key, value in device.items() if value is not None) + ".\n",
     ]
+
+
+def markdown(document: Document) -> str:
+    records = document["results"]
+    parts = heading(document)
     timed = [record for record in records if record["status"] == TIMED]
     for group in dict.fromkeys((r["case"], r["mode"], r["timer"], r["memory"]) for r in timed):
         members = [r for r in timed if tuple(r[key] for key in KEYS) == group]

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pathlib
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin take the core of another test process
 
@@ -12,6 +13,7 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is defined
 
 import pytest  # noqa: E402
+import recorded_launches  # noqa: E402
 
 
 def _patch_once_a_launch() -> None:
@@ -35,6 +37,8 @@ def _patch_once_a_launch() -> None:
 if DEVICE == "cpu":
     with contextlib.suppress(ImportError, AttributeError):  # no Triton, or one that has other names
         _patch_once_a_launch()
+    if folder := os.environ.get(recorded_launches.FOLDER):
+        recorded_launches.record(pathlib.Path(folder))
 
 
 @pytest.hookimpl(tryfirst=True)
