@@ -241,7 +241,9 @@ def counts_of_tests(text: str) -> Counter[str]:
     """Of what pytest -q printed, also where it was stopped before its last line."""
     names = {"error": "errors", "test": "collected", "tests": "collected"}
     last = text.rstrip().rpartition("\n")[2]
-    counts: Counter[str] = Counter({names.get(name, name): int(n) for n, name in COUNT.findall(last)})
+    counts: Counter[str] = Counter()
+    for n, name in COUNT.findall(last):
+        counts[names.get(name, str(name))] = int(n)
     if counts:
         return counts
     letters = "".join(re.findall(r"^([.FEsxX]+)(?: +\[ *\d+%\])?$", text, re.MULTILINE))
