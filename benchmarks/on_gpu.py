@@ -83,7 +83,8 @@ class Run:
         self.records.append(record)
         with (self.out / "results.jsonl").open("a") as file:
             file.write(json.dumps(as_json(record), default=str) + "\n")
-        print(line_of(record), flush=True)
+        if record["status"] != "skipped" or len(self.of(stage)) == 1:  # of cases they come by the hundred
+            print(line_of(record), flush=True)
 
     def of(self, stage: str, *statuses: str) -> list[Record]:
         return [r for r in self.records if r["stage"] == stage and (r["status"] in statuses or not statuses)]
@@ -112,6 +113,9 @@ def run_stages(run: Run, stages: Sequence[Stage]) -> None:
             text = "".join(traceback.format_exception(error))
             run.add(stage.name, {"status": "failed", "reason": reason, "traceback": text})
             print(text, file=sys.stderr, flush=True)
+        n_skipped = len(run.of(stage.name, "skipped"))
+        if n_skipped:
+            print(f"         {stage.name}: {n_skipped} not begun, in results.jsonl")
         run.add(stage.name, {"status": "ended", "seconds": round(time.monotonic() - start, 1)})
         write_atomically(run.out / "summary.md", summary(run))
 
@@ -234,7 +238,10 @@ def tests_stage(run: Run, until: float) -> Iterator[Record]:
     if code is None:
         yield {"status": "wrong" if counts["failed"] else "unfinished", "reason": "stopped: no time left", **counts}
     else:
-        yield {"status": "wrong" if code else "passed", "reason": f"pytest ended with {code}" if code else "", **counts}
+        wrong = f"pytest ended with {code}" if code else ""
+        if not counts["collected" if run.dry else "passed"]:
+            wrong = wrong or "no test ran"
+        yield {"status": "wrong" if wrong else "passed", "reason": wrong, **counts}
 
 
 def counts_of_tests(text: str) -> Counter[str]:

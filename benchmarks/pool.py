@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import time
+import traceback
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple, Protocol
 
+from benchmarks.measure import GpuBrokenError
 from benchmarks.run import Worker
 
 Record = dict[str, Any]
@@ -23,7 +25,15 @@ class AnyJob(Protocol):
 
 
 def run_job(job: AnyJob) -> Iterator[Record]:
-    yield from job.run()
+    """Its records; what it raises is one too, unless its process cannot be used any more."""
+    try:
+        yield from job.run()
+    except GpuBrokenError:
+        raise
+    except Exception as error:
+        last = str(error).strip().splitlines()
+        reason = f"{type(error).__name__}: {last[0] if last else ''}"
+        yield job.record("failed", reason, traceback="".join(traceback.format_exception(error)))
 
 
 class Running(NamedTuple):

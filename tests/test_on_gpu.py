@@ -131,6 +131,8 @@ class Job:
         yield self.record("begun", pid=os.getpid())
         if self.what == "crashes":
             os._exit(7)
+        if self.what == "raises":
+            raise RuntimeError("out of order")
         if self.what == "hangs":
             time.sleep(1000)
         yield self.record("right")
@@ -141,15 +143,17 @@ def outcome(records):
 
 
 def test_a_case_that_crashes_keeps_what_it_had_and_the_next_has_a_process_of_its_own(benchmarks):
-    jobs = [Job("first"), Job("crashes"), Job("last")]
+    jobs = [Job("first"), Job("raises"), Job("crashes"), Job("last")]
     records = list(benchmarks.pool.in_processes(jobs, 1, time.monotonic() + 200, timeout=100))
     assert outcome(records) == [
         ("first", "right", ""),
+        ("raises", "failed", "RuntimeError: out of order"),
         ("crashes", "crashed", "its process ended with exit code 7"),
         ("last", "right", ""),
     ]
-    first, second, third = (record["pid"] for record in records if record["status"] == "begun")
-    assert first == second != third  # a process is kept as long as it lives
+    first, second, third, last = (record["pid"] for record in records if record["status"] == "begun")
+    assert first == second == third != last  # a process is kept as long as it lives
+    assert "Traceback" in next(record["traceback"] for record in records if record["status"] == "failed")
 
 
 def test_a_case_that_hangs_is_stopped_while_others_go_on(benchmarks):
@@ -367,16 +371,6 @@ def test_margins_heads_and_counts_are_judged_too(benchmarks, monkeypatch, option
     assert record["status"] == "wrong"
 
 
-def test_a_case_that_raises_is_a_record(benchmarks, monkeypatch):
-    def option(x):
-        raise RuntimeError("out of order")
-
-    monkeypatch.setitem(benchmarks.accuracy.OPTIONS, "one label", option)
-    (record,) = benchmarks.accuracy.AccuracyJob("one label", "float32", "cpu").run()
-    assert (record["status"], record["reason"]) == ("failed", "RuntimeError: out of order")
-    assert "Traceback" in record["traceback"]
-
-
 def test_every_option_is_tried_in_every_dtype_the_most_valuable_first(benchmarks):
     jobs = benchmarks.accuracy.jobs("cuda")
     assert (jobs[0].option, jobs[0].dtype) == ("one label", "bfloat16")
@@ -457,6 +451,16 @@ def test_a_provider_that_is_wrong_is_not_timed(benchmarks, monkeypatch):
 )  # fmt: skip
 def test_tests_are_counted_also_where_pytest_was_stopped(benchmarks, text, counts):
     assert benchmarks.on_gpu.counts_of_tests(text) == counts
+
+
+def test_tests_that_are_all_skipped_are_not_passed(benchmarks, new_run):
+    """As those marked gpu are without one."""
+    (record,) = benchmarks.on_gpu.tests_stage(new_run(), time.monotonic() + 300)
+    if torch.cuda.is_available():
+        assert record["status"] == "passed"
+    else:
+        assert (record["status"], record["reason"]) == ("wrong", "no test ran")
+        assert record["skipped"] > 10
 
 
 def test_the_summary_of_a_whole_run_is_short_and_has_what_matters(benchmarks, new_run):
