@@ -7,7 +7,7 @@ import multiprocessing
 import signal
 import statistics
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
@@ -21,7 +21,7 @@ Record = dict[str, Any]
 CONTEXT = multiprocessing.get_context("spawn")
 
 
-def work(connection: Connection) -> None:
+def work(connection: Connection, measure: Callable[[Any], Iterator[Record]] = measure) -> None:
     """Jobs from the connection, their records back to it and after each job whether this process can do another."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process ends this one
     usable = True
@@ -37,8 +37,9 @@ def work(connection: Connection) -> None:
 class Worker:
     """A process that measures, started when it is needed and again after it has died."""
 
-    def __init__(self, timeout: float) -> None:
+    def __init__(self, timeout: float, function: Callable[[Any], Iterator[Record]] = measure) -> None:
         self.timeout = timeout  # seconds between two records
+        self.function = function  # of a job: its records
         self.process: SpawnProcess | None = None
         self.connection: Connection | None = None
 
@@ -67,7 +68,7 @@ class Worker:
     def started(self) -> tuple[Connection, SpawnProcess]:
         if self.connection is None or self.process is None:
             self.connection, other = CONTEXT.Pipe()
-            self.process = CONTEXT.Process(target=work, args=(other,))
+            self.process = CONTEXT.Process(target=work, args=(other, self.function))
             self.process.start()
             other.close()
         return self.connection, self.process

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# All that only a GPU can tell, in a few minutes of one, the most valuable first:
+#
+#   bash benchmarks/on_gpu.sh [seconds] [--dry-run]
+#
+# Needs a Python with PyTorch and Triton, and nothing else: no network, nothing installed. What of it is measured beside
+# this package is installed, for this run alone, from the wheels in benchmarks/wheels, if there are any. --dry-run goes
+# through every stage without a GPU. See benchmarks/on_gpu.py.
+set -euo pipefail
+checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+if [[ -n ${OUT:-} && $OUT != /* ]]; then export OUT="$PWD/$OUT"; fi
+cd "$checkout"
+export PYTHONPATH="$checkout${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+
+for python in ${PYTHON:-} python3 python; do
+  if "$python" -c 'import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ("torch", "triton"))))' 2>/dev/null; then
+    exec "$python" -m benchmarks.on_gpu "$@"
+  fi
+done
+echo "on_gpu.sh: no python3 here has torch and triton; set PYTHON to one that has" >&2
+exit 2
