@@ -7,6 +7,8 @@
 # this package is installed, for this run alone, from the wheels in benchmarks/wheels, if there are any. --dry-run goes
 # through every stage without a GPU. See benchmarks/on_gpu.py.
 set -euo pipefail
+ON_GPU_BEGAN=$(date +%s.%N) # the seconds that importing PyTorch takes count too
+export ON_GPU_BEGAN
 checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 if [[ -n ${OUT:-} && $OUT != /* ]]; then export OUT="$PWD/$OUT"; fi

@@ -508,6 +508,7 @@ def test_a_dry_run_without_time_begins_no_stage_and_fails(tmp_path):
     done = run_command(["6", "--dry-run"], tmp_path / "out")
     assert done.returncode == 1, done.stderr
     records = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert records[0]["at"] > 0.2  # what it takes to import PyTorch counts
     skipped = {record["stage"] for record in records if record["status"] == "skipped"}
     assert skipped == {"accuracy", "speed", "profile", "tests"}
 
