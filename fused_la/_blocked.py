@@ -19,7 +19,9 @@ import math
 import torch
 from torch import Tensor
 
+from fused_la import _one_label
 from fused_la._blocks import Block, Scratch, choose_blocking, class_chunks, row_blocks, row_sum
+from fused_la._one_label import is_one_label
 from fused_la._problem import Problem, reduce_rows
 from fused_la._rows import (
     Candidates,
@@ -38,12 +40,17 @@ from fused_la._rows import (
 )
 
 
-def forward(problem: Problem, reduction: str, wants_gradient: bool) -> tuple[Tensor, Tensor, Tensor | None, None]:
+def forward(
+    problem: Problem, reduction: str, wants_gradient: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
     """Loss, state (m, rest and A of each row, the mean's denominator), the gradient for an upstream of 1.
 
     The gradient is made in this pass, from exponentials that are at hand, for a mean or sum. Not for float16: a
     gradient written before a GradScaler's factor reaches it underflows.
     """
+    wants_gradient = wants_gradient and reduction != "none" and problem.logits.dtype != torch.float16
+    if is_one_label(problem):
+        return *_one_label.forward(problem, reduction, wants_gradient), None
     shape, problem = problem.logits.shape, problem.with_inner()
     rows = prepare(problem)
     n_outer, n_inner, _ = problem.logits.shape
@@ -56,7 +63,7 @@ def forward(problem: Problem, reduction: str, wants_gradient: bool) -> tuple[Ten
     normalizer = row_weight.sum()
     flat[-1] = normalizer
     grad_logits, grad_rows = None, state.m
-    if wants_gradient and reduction != "none" and problem.logits.dtype != torch.float16:
+    if wants_gradient:
         grad_logits = torch.empty_like(problem.logits)
         scale = normalizer.reciprocal() if reduction == "mean" else torch.ones_like(normalizer)
         grad_rows = scale.expand(n_outer, n_inner)
@@ -83,7 +90,7 @@ def forward(problem: Problem, reduction: str, wants_gradient: bool) -> tuple[Ten
 def backward(
     problem: Problem,
     reduction: str,
-    state: Tensor,
+    state: Tensor | None,
     upstream: Tensor,
     needs_logits: bool,
     needs_log_prior: bool,
@@ -97,12 +104,16 @@ def backward(
     if made_for_one is not None:
         is_one = made_for_one.numel() == 0 or upstream.item() == 1.0
         return made_for_one if is_one else made_for_one.mul_(upstream), None
-    shape, problem = problem.logits.shape, problem.with_inner()
+    shape, grad_rows = problem.logits.shape, upstream.to(problem.compute_dtype)
+    if needs_logits and not needs_log_prior and is_one_label(problem):
+        return _one_label.backward(problem, reduction, state, grad_rows), None
+    assert state is not None
+    if reduction == "mean":
+        grad_rows = grad_rows / state[3 * shape[:-1].numel()]
+    problem = problem.with_inner()
     n_outer, n_inner, _ = problem.logits.shape
     stacked = state[: 3 * n_outer * n_inner].view(3, n_outer, n_inner)
-    grad_rows = upstream.to(problem.compute_dtype)
     grad_rows = grad_rows.reshape(n_outer, n_inner) if reduction == "none" else grad_rows.expand(n_outer, n_inner)
-    grad_rows = grad_rows / state[3 * n_outer * n_inner] if reduction == "mean" else grad_rows
     rows, parts = prepare(problem), State(stacked[0], stacked[1], stacked[2])
     grad_logits = torch.empty_like(problem.logits) if needs_logits else None
     # Summed in float64: over many rows a float32 sum would lose what the rows' gradients hold.

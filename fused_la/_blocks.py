@@ -47,12 +47,12 @@ class Scratch:
     """Buffers of one block, allocated when first used and reused by every block."""
 
     def __init__(self, n_elements: int, dtype: torch.dtype):
-        self._n_elements, self._dtype = n_elements, dtype
+        self._n_elements, self.dtype = n_elements, dtype
         self._buffers: dict[int, Tensor] = {}
 
     def view(self, which: int, shape: torch.Size) -> Tensor:
         if which not in self._buffers:
-            self._buffers[which] = torch.empty(self._n_elements, dtype=self._dtype)
+            self._buffers[which] = torch.empty(self._n_elements, dtype=self.dtype)
         return self._buffers[which][: shape.numel()].view(shape)
 
 

@@ -8,13 +8,13 @@ loss and the gradient NaN. The values of weights and of class probabilities are 
 from __future__ import annotations
 
 import math
-import weakref
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from fused_la._values import of_labels, of_priors, read_value
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -79,20 +79,9 @@ def check_log_prior(log_prior: Any, logits: Tensor, tau: float, name: str = "log
 
 
 def check_prior_values(log_prior: Tensor, tau: float = 1.0, name: str = "log_prior") -> None:
-    """On a CPU. A prior that was right in the last call is not read again until it has been changed in place."""
-    global _right_prior
-    if torch.compiler.is_compiling() or not log_prior.is_cpu:
-        return
-    of_last_call, version = _right_prior
-    if of_last_call() is log_prior and version == log_prior._version:
-        return
-    largest = read_value(log_prior.detach().amax())
-    check_largest_prior(largest, tau, name)
-    if largest is not None and math.isfinite(largest) and not log_prior.is_inference():
-        _right_prior = weakref.ref(log_prior), log_prior._version
-
-
-_right_prior: tuple[Callable[[], Tensor | None], int] = (lambda: None), 0
+    """On a CPU."""
+    if not torch.compiler.is_compiling() and log_prior.is_cpu:
+        check_largest_prior(of_priors.ends(log_prior)[1], tau, name)
 
 
 def check_largest_prior(largest: float | None, tau: float, name: str) -> None:
@@ -173,19 +162,12 @@ def check_target(target: Any, target_weight: Any, logits: Tensor, ignore_index: 
 def _check_labels_in_range(target: Tensor, n_classes: int, ignore_index: int) -> None:
     if torch.compiler.is_compiling() or not target.is_cpu or target.numel() == 0:
         return
-    if target.dim() == 1 and len(target) <= _FEW_LABELS:
-        labels = read_value(target)
-        lowest, highest = (None, None) if labels is None else (min(labels), max(labels))
-    else:
-        lowest, highest = map(read_value, target.aminmax())
+    lowest, highest = of_labels.ends(target)
     if lowest is None or highest is None or (lowest >= 0 and highest < n_classes):
         return
     outside = target[((target < 0) | (target >= n_classes)) & (target != ignore_index)]
     if outside.numel() > 0:
         check_label(int(outside[0]), n_classes, ignore_index)
-
-
-_FEW_LABELS = 32  # that Python compares as fast as PyTorch's reduction does
 
 
 def check_label(label: int, n_classes: int, ignore_index: int) -> None:
@@ -194,17 +176,6 @@ def check_label(label: int, n_classes: int, ignore_index: int) -> None:
             f"Target {label} is out of bounds: target must hold class indices in [0, {n_classes}) "
             f"or ignore_index ({ignore_index})"
         )
-
-
-def read_value(value: Tensor) -> Any:
-    """A number from a CPU, or a list of them; None where reading would synchronise, or a transform or a tracer hides
-    them."""
-    if torch.compiler.is_compiling() or not value.is_cpu:
-        return None
-    try:
-        return value.tolist()
-    except RuntimeError:  # under vmap, or a fake tensor
-        return None
 
 
 def check_number(name: str, value: Any, low: float, high: float, expected: str) -> float:

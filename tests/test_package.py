@@ -195,13 +195,15 @@ MAY_IMPORT = {
     "prior": {"_ranks"},
     "_sweep": {"_checks", "_problem", "_argmax", "_triton", "_per_class", "prior"},
     "_per_class": {"prior"},
-    "_checks": set(),
+    "_checks": {"_values"},
+    "_values": set(),
     "_autograd": {"reference", "_problem"},  # and implementations by name, see below
     "_head_autograd": {"_autograd", "_head", "reference", "_problem"},
     "_head": {"_blocks", "_problem", "_rows"},  # and epilogues of implementations by name
     "_transforms": {"_autograd", "reference", "_problem"},
     "reference": {"_problem"},
-    "_blocked": {"_problem", "_blocks", "_rows"},
+    "_blocked": {"_one_label", "_problem", "_blocks", "_rows"},
+    "_one_label": {"_blocks", "_problem", "_values"},
     "_blocked_head": {"_blocked", "_blocks", "_rows"},
     "_rows": {"_problem", "_blocks"},
     "_argmax": {"_blocks"},

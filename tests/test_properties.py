@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 import fused_la._blocked
 import fused_la._blocks
+import fused_la._one_label
 from fused_la import logit_adjusted_cross_entropy
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -379,20 +380,30 @@ def test_row_bits_of_blocked_do_not_depend_on_its_block(cpu, threads, monkeypatc
     threads(4)
     problem = wide_problem(cpu, dtype, 7, n_classes, options)
     outcomes, n_blocks = [], []
-    reduce_block, blocks = fused_la._blocked._reduce_block, fused_la._blocked.row_blocks
+    blocks = fused_la._blocked.row_blocks
+    for module, name in ((fused_la._blocked, "_reduce_block"), (fused_la._one_label, "_sums")):
+        original = getattr(module, name)
 
-    def counted(*arguments):
-        n_blocks[-1] += 1
-        return reduce_block(*arguments)
+        def counted(*arguments, of_block=original):
+            n_blocks[-1] += 1
+            return of_block(*arguments)
 
-    monkeypatch.setattr(fused_la._blocked, "_reduce_block", counted)
+        monkeypatch.setattr(module, name, counted)
     for height in (4, 6, 7):
-        monkeypatch.setattr(
-            fused_la._blocked, "row_blocks", lambda n_outer, n_inner, _, height=height: blocks(n_outer, n_inner, height)
-        )
+        for module in (fused_la._blocked, fused_la._one_label):
+            monkeypatch.setattr(
+                module, "row_blocks", lambda n_outer, n_inner, _, height=height: blocks(n_outer, n_inner, height)
+            )
+            choose = fused_la._blocks.choose_blocking
+            monkeypatch.setattr(
+                module,
+                "choose_blocking",
+                lambda *call, height=height, choose=choose, **how: choose(*call, **how)._replace(height=height),
+            )
         n_blocks.append(0)
         outcomes.append(problem.outcome("blocked"))
-    assert n_blocks == [2, 2, 1]
+    passes = n_blocks[-1]  # one, or two where the backward pass goes over the blocks again
+    assert n_blocks == [2 * passes, 2 * passes, passes]
     for loss, gradient in outcomes[1:]:
         assert same_bits(loss, outcomes[0][0])
         assert same_bits(gradient, outcomes[0][1])
