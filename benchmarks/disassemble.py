@@ -73,6 +73,7 @@ def innermost_loops(lines: list[str]) -> list[list[str]]:
     return [lines[first : last + 1] for first, last in inner]
 
 
+HEAD_KERNELS = ("_parts_kernel", "_join_kernel", "_gradient_kernel")
 WIDTHS = {"128": 16, "64": 8, "U16": 2, "U8": 1}
 
 
@@ -156,10 +157,11 @@ def figures(call: Call, target_name: str) -> dict[str, Any]:
         return row
     usage, lines = cuda_figures(asm["cubin"])
     row |= usage
-    if call.name in ("_parts_kernel", "_gradient_kernel"):  # the whole kernel's: its loop is all that is wide
+    row["one_tile"] = bool(call.arguments.get("ONE_TILE"))
+    if row["one_tile"] or call.name in ("_parts_kernel", "_gradient_kernel"):  # the whole kernel's: all that is wide
         row["wide_loads"] = sum(1 for line in lines if re.search(r"\bLDG\.\S*\.?128", line))
         row["wide_stores"] = sum(1 for line in lines if re.search(r"\bSTG\.\S*\.?128", line))
-    elif call.name != "_join_kernel" and "BLOCK_ROWS" in call.arguments:
+    if call.name not in HEAD_KERNELS and "BLOCK_ROWS" in call.arguments:
         row["block_rows"] = call.arguments["BLOCK_ROWS"]
         row["bodies"] = bodies_of(lines, call)
     return row
