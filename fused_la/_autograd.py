@@ -118,7 +118,7 @@ def differentiable_gradient(problem: Problem, upstream: Tensor, reduction: str) 
 
 
 def _state_size(logits: Tensor, reduction: str) -> int:
-    return 3 * math.prod(logits.shape[:-1]) + (reduction == "mean")
+    return 3 * math.prod(logits.shape[:-1]) + int(reduction == "mean")
 
 
 @torch.library.custom_op("fused_la::loss_forward", mutates_args=())

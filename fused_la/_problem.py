@@ -81,8 +81,10 @@ class Problem(NamedTuple):
 
     def offset(self) -> Tensor | None:
         """tau * log_prior, (C,), rounded once to the compute dtype."""
-        if self.log_prior is None or (self.tau == 1.0 and self.log_prior.dtype == self.compute_dtype):
-            return self.log_prior
+        if self.log_prior is None:
+            return None
+        if not torch.compiler.is_compiling() and self.tau == 1.0 and self.log_prior.dtype == self.compute_dtype:
+            return self.log_prior  # a compiled graph serves every tau
         wide = torch.promote_types(self.log_prior.dtype, self.compute_dtype)
         offset = (self.log_prior.to(wide) * self.tau).to(self.compute_dtype)
         return offset.masked_fill(self.log_prior == -math.inf, -math.inf)  # a tau that rounds to 0 makes it NaN
