@@ -596,3 +596,20 @@ def test_special_rows(programs):
     labels = [3, 1540, 0, 700, 2, 1326, 3, 0, 1540]
     loss, _ = assert_rows_right(values, labels, names=list(SPECIAL))
     assert loss.isfinite().all()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_what_autograd_saved_may_lie_elsewhere_in_the_backward_pass(monkeypatch, reduction):
+    """As activations that were offloaded in between: other strides, and another distance to 16-byte boundaries."""
+    on(monkeypatch, SMALL)
+    rows = make("label", 3, 600, place="odd")
+    exact = truth(rows.logits, rows.target, rows.log_prior, reduction=reduction).grad_logits
+
+    def elsewhere(saved):
+        return lay(saved, "cut") if saved.shape == (3, 600) else saved
+
+    x = rows.logits.detach().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.detach(), elsewhere):
+        _, loss = rows.loss(reduction, logits=x)
+    (gradient,) = torch.autograd.grad(loss, x, torch.full_like(loss, 2.0))
+    assert_right(gradient, 2 * exact)

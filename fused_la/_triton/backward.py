@@ -244,7 +244,7 @@ def launch_backward(
                 problem, reduction, workspace, upstream, needs_logits, needs_log_prior, made_for_one, signature
             )
     if signature is None or not signature.lies_as(problem):
-        signature = signature_of(problem)
+        signature, made_for_one = signature_of(problem), None  # which lies as the logits did
     plan = plan_backward(signature, reduction)
     if upstream.dtype != workspace.dtype:
         upstream = upstream.to(workspace.dtype)
