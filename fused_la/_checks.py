@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fused_la._values import of_labels, of_priors, read_value
+from fused_la._values import of_priors, read_value
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -162,7 +162,7 @@ def check_target(target: Any, target_weight: Any, logits: Tensor, ignore_index: 
 def _check_labels_in_range(target: Tensor, n_classes: int, ignore_index: int) -> None:
     if torch.compiler.is_compiling() or not target.is_cpu or target.numel() == 0:
         return
-    lowest, highest = of_labels.ends(target)
+    lowest, highest = map(read_value, target.aminmax())
     if lowest is None or highest is None or (lowest >= 0 and highest < n_classes):
         return
     outside = target[((target < 0) | (target >= n_classes)) & (target != ignore_index)]

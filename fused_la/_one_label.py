@@ -19,7 +19,6 @@ from torch import Tensor
 from fused_la import _blocks
 from fused_la._blocks import Scratch, choose_blocking, row_blocks, row_sum
 from fused_la._problem import Problem
-from fused_la._values import of_labels, of_priors
 
 
 class _Labels(NamedTuple):
@@ -36,8 +35,8 @@ def is_one_label(problem: Problem) -> bool:
         return False
     if any(option is not None for option in problem[3:9]) or problem.logits.shape[-1] > _blocks.BLOCK_ELEMENTS:
         return False
-    lowest = 0.0 if problem.log_prior is None else of_priors.ends(problem.log_prior)[0]
-    return lowest is not None and lowest > -math.inf
+    # Read in every call: NumPy may have changed it, which no version tells.
+    return problem.log_prior is None or problem.log_prior.amin().item() > -math.inf  # of NaN neither
 
 
 def _read_labels(problem: Problem) -> _Labels:
@@ -46,7 +45,7 @@ def _read_labels(problem: Problem) -> _Labels:
         target = target.unsqueeze(-1)
     if target.numel() == 0:
         return _Labels(target, None, 0.0)
-    lowest, highest = of_labels.ends(problem.target)
+    lowest, highest = (end.item() for end in target.aminmax())
     if lowest >= 0 and highest < n_classes and not lowest <= problem.ignore_index <= highest:
         return _Labels(target, None, float(target.numel()))
     counts = target != problem.ignore_index

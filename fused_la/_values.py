@@ -22,8 +22,8 @@ def read_value(value: Tensor) -> Any:
 
 
 class LastEnds:
-    """The smallest and largest number of CPU tensors. Of the last one they are not read again until it has been changed
-    in place: a prior serves many calls, and labels are looked at more than once in a call."""
+    """The smallest and largest number of CPU tensors, for checks alone. Of the last one they are not read again until
+    PyTorch has changed it in place: a prior serves many calls. What NumPy changes is not seen."""
 
     def __init__(self) -> None:
         self._last: tuple[Callable[[], Tensor | None], int, tuple[Any, Any]] = (lambda: None), 0, (None, None)
@@ -39,4 +39,4 @@ class LastEnds:
         return lowest, highest
 
 
-of_priors, of_labels = LastEnds(), LastEnds()
+of_priors = LastEnds()

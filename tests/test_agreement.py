@@ -279,3 +279,19 @@ def test_a_label_without_mass_may_be_a_dropped_class(impl):
     target = torch.tensor([2, 0], device=DEVICE)
     loss = logit_adjusted_cross_entropy(logits, target, prior, label_smoothing=1.0, smoothing_distribution=q, impl=impl)
     torch.testing.assert_close(loss, F.cross_entropy(logits[:, :2], q[:2].expand(2, 2)))
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="memory that NumPy shares")
+def test_labels_and_a_prior_that_numpy_changes_between_calls_are_read_anew(impl):
+    logits, target, log_prior = torch.randn(4, 5), torch.tensor([1, 2, 3, 4]), torch.zeros(5)
+    logit_adjusted_cross_entropy(logits, target, log_prior, ignore_index=0, impl=impl)
+    target.numpy()[2] = 0  # no version of the tensors tells
+    log_prior.numpy()[1] = -torch.inf
+    x = logits.clone().requires_grad_()
+    loss = logit_adjusted_cross_entropy(x, target, log_prior, ignore_index=0, impl=impl, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, x)
+    assert gradient[2].eq(0).all()
+    assert gradient[:, 1].eq(0).all()
+    kept = logit_adjusted_cross_entropy(logits[[1, 3]], target[[1, 3]], log_prior, impl=impl, reduction="none")
+    rows = logit_adjusted_cross_entropy(logits, target, log_prior, ignore_index=0, impl=impl, reduction="none")
+    assert torch.equal(rows[[1, 3]], kept)
