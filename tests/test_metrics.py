@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import balanced_accuracy_score
 from torchmetrics.classification import MulticlassAccuracy, MulticlassRecall
 
-from fused_la import _values, metrics
+from fused_la import _checks, metrics
 from fused_la.metrics import BalancedError, shot_groups
 from fused_la.posthoc import TauSweep
 
@@ -164,7 +164,7 @@ def test_predictions_at_ignored_labels_may_be_anything():
 
 
 def test_labels_that_only_a_gpu_holds_are_found_by_compute(monkeypatch):
-    monkeypatch.setattr(_values, "read_value", lambda value: None)
+    monkeypatch.setattr(_checks, "read_value", lambda value: None)
     metric = BalancedError(COUNTS)
     metric.update(torch.tensor([0, 1, 1]), torch.tensor([0, 6, -1]))
     with pytest.raises(
