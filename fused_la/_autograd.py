@@ -41,10 +41,9 @@ def fused_loss(problem: Problem, reduction: str, impl: str) -> Tensor:
     if torch.compiler.is_compiling():
         # An operator's float is a constant of the graph: multiplied outside, tau may change without a recompilation.
         return _forward_op(*problem._replace(log_prior=problem.offset(), tau=1.0), reduction, impl)[0]
-    logits, log_prior = problem.logits, problem.log_prior
     if not torch.is_grad_enabled():
         return implementation(impl).forward(problem, reduction, False)[0]
-    return _Loss.apply(logits, log_prior, problem, reduction, impl)
+    return _Loss.apply(problem.logits, problem.log_prior, (problem, reduction, implementation(impl)))
 
 
 def under_transform() -> bool:
@@ -58,33 +57,30 @@ def implementation(impl: str) -> ModuleType:
 
 
 class _Loss(torch.autograd.Function):
-    """Of (logits, log_prior, problem, reduction, impl): no other tensor of the problem has a gradient."""
+    """Of the logits and the log_prior of a call: no other tensor of its problem has a gradient."""
 
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, log_prior: Tensor | None, problem: Problem, reduction: str, impl: str
-    ) -> Tensor:
-        needs_logits, needs_log_prior, *_ = ctx.needs_input_grad
-        run = implementation(impl)
+    def forward(ctx: Any, logits: Tensor, log_prior: Tensor | None, call: tuple[Problem, str, ModuleType]) -> Tensor:
+        problem, reduction, run = call
+        needs_logits, needs_log_prior, _ = ctx.needs_input_grad
         loss, state, ctx.gradient, memo = run.forward(problem, reduction, needs_logits and not needs_log_prior)
         ctx.save_for_backward(*problem[:_N_TENSORS])
-        ctx.call = problem[_N_TENSORS:], reduction, run, state, memo  # a state is nobody else's
+        ctx.rest = problem[_N_TENSORS:], reduction, run, state, memo  # a state is nobody else's
         return loss
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple:
-        upstream = grad_outputs[0]
-        numbers, reduction, run, state, memo = ctx.call
+    def backward(ctx: Any, upstream: Tensor) -> tuple:  # type: ignore[override]
+        numbers, reduction, run, state, memo = ctx.rest
         problem = Problem(*ctx.saved_tensors, *numbers)
         if torch.is_grad_enabled() or under_transform() or is_legacy_batchedtensor(upstream):
-            return *differentiable_gradient(problem, upstream, reduction), None, None, None
+            return *differentiable_gradient(problem, upstream, reduction), None
         # Handed over, not kept: a caller may write into it, and a second backward recomputes.
         made_for_one, ctx.gradient = ctx.gradient, None
-        needs_logits, needs_log_prior, *_ = ctx.needs_input_grad
-        grads = run.backward(
+        needs_logits, needs_log_prior, _ = ctx.needs_input_grad
+        grad_logits, grad_log_prior = run.backward(
             problem, reduction, state, upstream.resolve_neg(), needs_logits, needs_log_prior, made_for_one, memo
         )
-        return *grads, None, None, None
+        return grad_logits, grad_log_prior, None
 
 
 def in_memory(problem: Problem) -> Problem:

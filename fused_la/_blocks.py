@@ -70,11 +70,11 @@ def class_chunks(n_classes: int, width: int) -> Iterator[slice]:
         yield slice(start, min(start + width, n_classes))
 
 
-def row_sum(x: Tensor) -> Tensor:
+def row_sum(x: Tensor, keepdim: bool = False) -> Tensor:
     """Sum over the last dimension in an order that depends on its length alone.
 
     PyTorch splits a sum to a single number over its threads; a sum to two numbers runs along each row.
     """
     if x.numel() == x.shape[-1]:
-        return x.expand(2, *x.shape).sum(-1)[0]
-    return x.sum(-1)
+        return x.expand(2, *x.shape).sum(-1, keepdim)[0]
+    return x.sum(-1, keepdim)

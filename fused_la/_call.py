@@ -113,14 +113,14 @@ def _rows(values: Tensor) -> Tensor:
 
 def _label_rows(labels: Tensor, logits: Tensor) -> Tensor:
     """Labels or their weights as contiguous (N,) or (N, K) for logits (N, C), and else (N, P, K)."""
-    labels = labels.resolve_neg()
     if logits.dim() == 2:
-        return labels.contiguous()
+        return in_order(labels)
+    labels = labels.resolve_neg()
     if labels.dim() < logits.dim():
         labels = labels.unsqueeze(_checks.class_dim(logits))
     return rows_by_classes(labels).contiguous()
 
 
-def in_order(vector: Tensor) -> Tensor:
-    """A vector as it is read from memory: without gaps, and a lazy negation (`x.conj().imag`) carried out."""
-    return vector.resolve_neg().contiguous()
+def in_order(values: Tensor) -> Tensor:
+    """Values as they are read from memory: without gaps, and a lazy negation (`x.conj().imag`) carried out."""
+    return values.resolve_neg().contiguous()

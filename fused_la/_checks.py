@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fused_la._values import of_priors, read_value
+from fused_la._values import label_ends, of_priors, read_value
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -80,7 +80,7 @@ def check_log_prior(log_prior: Any, logits: Tensor, tau: float, name: str = "log
 
 def check_prior_values(log_prior: Tensor, tau: float = 1.0, name: str = "log_prior") -> None:
     """On a CPU."""
-    if not torch.compiler.is_compiling() and log_prior.is_cpu:
+    if log_prior.is_cpu and not torch.compiler.is_compiling():
         check_largest_prior(of_priors.ends(log_prior)[1], tau, name)
 
 
@@ -121,20 +121,24 @@ def check_target(target: Any, target_weight: Any, logits: Tensor, ignore_index: 
     """
     check_tensor("target", target)
     check_device("target", target, logits)
-    dtype, shape, dim = target.dtype, tuple(logits.shape), class_dim(logits)
-    if dtype is not torch.int64 and dtype not in FLOATING:
-        raise TypeError(f"target must be int64 class indices, or probabilities in {FLOATING_NAMES}, got {target.dtype}")
-    if dtype is not torch.int64:
+    shape, dim = logits.shape, class_dim(logits)
+    if target.dtype is not torch.int64:
+        if target.dtype not in FLOATING:
+            raise TypeError(
+                f"target must be int64 class indices, or probabilities in {FLOATING_NAMES}, got {target.dtype}"
+            )
         if target_weight is not None:
             raise ValueError("target_weight must be None with class probabilities as target, got a tensor")
-        if tuple(target.shape) != shape:
-            raise ValueError(f"target must have shape {shape} for class probabilities, got {tuple(target.shape)}")
+        if target.shape != shape:
+            raise ValueError(
+                f"target must have shape {tuple(shape)} for class probabilities, got {tuple(target.shape)}"
+            )
         if ignore_index >= 0:
             raise ValueError(f"ignore_index must be negative with class probabilities as target, got {ignore_index}")
         return
     if target_weight is None:
-        expected = shape[:dim] + shape[dim + 1 :]
-        if tuple(target.shape) != expected:
+        expected = (*shape[:dim], *shape[dim + 1 :])
+        if target.shape != expected:
             hint = ""
             if target.dim() == len(shape):
                 hint = "; several labels a row need target_weight, and class probabilities must be floating"
@@ -160,9 +164,7 @@ def check_target(target: Any, target_weight: Any, logits: Tensor, ignore_index: 
 
 
 def _check_labels_in_range(target: Tensor, n_classes: int, ignore_index: int) -> None:
-    if torch.compiler.is_compiling() or not target.is_cpu or target.numel() == 0:
-        return
-    lowest, highest = map(read_value, target.aminmax())
+    lowest, highest = label_ends(target)
     if lowest is None or highest is None or (lowest >= 0 and highest < n_classes):
         return
     outside = target[((target < 0) | (target >= n_classes)) & (target != ignore_index)]

@@ -23,7 +23,7 @@ def choose_implementation(impl: str, call: Call, differentiable: Sequence[Tensor
     """
     _checks.check_choice("impl", impl, _checks.IMPLEMENTATIONS)
     logits = call.problem.logits
-    device, on_cpu, on_gpu = logits.device, logits.is_cpu, logits.is_cuda  # ROCm's too
+    on_cpu, on_gpu = logits.is_cpu, logits.is_cuda  # ROCm's too
     transformed = under_transform()
     if transformed:
         needs_formula = torch.compiler.is_compiling() or of_head or not folds()
@@ -44,17 +44,18 @@ def choose_implementation(impl: str, call: Call, differentiable: Sequence[Tensor
         raise ValueError(f"impl must be 'reference' or 'auto' for {only_reference}, got {impl!r}")
     of = "features" if of_head else "logits"
     if impl == "blocked" and not on_cpu:
-        raise ValueError(f"impl must not be 'blocked' for {of} on {device}: it runs on a CPU")
+        raise ValueError(f"impl must not be 'blocked' for {of} on {logits.device}: it runs on a CPU")
     if impl == "triton":
         if not _HAS_TRITON:
             raise ModuleNotFoundError("impl='triton' needs the package triton, which is not installed")
-        from fused_la._triton.launch import INTERPRETED
+        if not on_gpu:
+            from fused_la._triton.launch import INTERPRETED  # here, for Triton may not be installed
 
-        if not on_gpu and not (on_cpu and INTERPRETED):
-            raise ValueError(
-                f"impl must not be 'triton' for {of} on {device}: it runs on a GPU, or on a CPU in Triton's "
-                "interpreter if TRITON_INTERPRET=1 is set before the first use"
-            )
+            if not on_cpu or not INTERPRETED:
+                raise ValueError(
+                    f"impl must not be 'triton' for {of} on {logits.device}: it runs on a GPU, or on a CPU in Triton's "
+                    "interpreter if TRITON_INTERPRET=1 is set before the first use"
+                )
     return "reference" if needs_formula else impl
 
 
@@ -67,8 +68,9 @@ def why_only_reference(call: Call, transformed: bool) -> str:
         return ""
     if call.of_margin and any(t.requires_grad for t in call.of_margin):
         return "a gradient of alpha, an offset or the scale of a margin"
-    if any(t is not None and t.requires_grad for t in call.of_target):
-        return "a gradient of target, target_weight, weight or smoothing_distribution"
+    for tensor in call.of_target:
+        if tensor is not None and tensor.requires_grad:
+            return "a gradient of target, target_weight, weight or smoothing_distribution"
     return ""
 
 

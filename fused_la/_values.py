@@ -9,16 +9,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
+FEW = 64  # numbers that are read sooner one by one than by an operator that finds the ends of many
+
 
 def read_value(value: Tensor) -> Any:
     """A number from a CPU, or a list of them; None where reading would synchronise, or a transform or a tracer hides
     them."""
-    if torch.compiler.is_compiling() or not value.is_cpu:
+    if not value.is_cpu or torch.compiler.is_compiling():
         return None
     try:
         return value.tolist()
     except RuntimeError:  # under vmap, or a fake tensor
         return None
+
+
+def label_ends(labels: Tensor) -> tuple[Any, Any]:
+    """The smallest and largest of labels on a CPU; None for both where there are none, or `read_value` is None."""
+    if not labels.is_cpu or torch.compiler.is_compiling():
+        return None, None
+    if labels.numel() > FEW:
+        lowest, highest = labels.aminmax()
+        return read_value(lowest), read_value(highest)
+    values = read_value(labels if labels.dim() == 1 else labels.flatten())
+    return (min(values), max(values)) if values else (None, None)
+
+
+def smallest(values: Tensor) -> float:
+    """The smallest number of a tensor on a CPU that may be read."""
+    return min(values.tolist()) if values.numel() <= FEW else values.amin().item()
 
 
 class LastEnds:

@@ -203,7 +203,7 @@ MAY_IMPORT = {
     "_transforms": {"_autograd", "reference", "_problem"},
     "reference": {"_problem"},
     "_blocked": {"_one_label", "_problem", "_blocks", "_rows"},
-    "_one_label": {"_blocks", "_problem"},
+    "_one_label": {"_blocks", "_problem", "_values"},
     "_blocked_head": {"_blocked", "_blocks", "_rows"},
     "_rows": {"_problem", "_blocks"},
     "_argmax": {"_blocks"},

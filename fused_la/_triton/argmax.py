@@ -95,8 +95,8 @@ def launch_argmax(logits: Tensor, scale: Tensor | None, offset: Tensor | None) -
         logits.stride(2) == 1 or n_classes == 1, triton_dtype(table.dtype), tl.int64 if wide else tl.int32,
         2**63 - 1 if wide else 2**31 - 1, taus, block_c,
     )  # fmt: skip
-    types = logits.get_device(), logits.dtype, scale is None, offset is None, n_inner == 1
-    variant(_argmax_kernel, types, constants).launch(
+    types = logits.dtype, scale is None, offset is None, n_inner == 1
+    variant(_argmax_kernel, logits.get_device(), types, constants).launch(
         (n_rows, cdiv(n_taus, taus), 1), logits, scale, offset,
         predictions,
         *logits.stride(),

@@ -202,7 +202,7 @@ def plan_backward(signature: Signature, reduction: str) -> BackwardPlan:
     logits_strides, target_strides = steps(signature.strides), steps(signature.target_strides or (0, 0))
     return BackwardPlan(
         variant(
-            _grad_logits_kernel, (types, launch.vec > 1 or buffer.shift == 0),
+            _grad_logits_kernel, signature.device, (types, launch.vec > 1 or buffer.shift == 0),
             (*row_constants, reduction, *launch.tile_constants(n_classes)), launch.num_warps,
         ),
         (launch.n_groups(n_rows) * launch.splits, 1, 1),
@@ -212,7 +212,8 @@ def plan_backward(signature: Signature, reduction: str) -> BackwardPlan:
         n_rows,
         buffer,
         variant(
-            _grad_log_prior_kernel, (types[:3], signature.target_is_aligned, signature.n_inner is None),
+            _grad_log_prior_kernel, signature.device,
+            (signature.dtype, signature.types, signature.target_is_aligned, signature.n_inner is None),
             (n_labels, has_smoothing, adjacent, target_adjacent, compute, reduction, PRIOR_TILE, PRIOR_TILE),
         ),
         (cdiv(n_classes, PRIOR_TILE), 1, 1),

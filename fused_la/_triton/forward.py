@@ -338,7 +338,7 @@ def plan_forward(signature: Signature, reduction: str, wants_gradient: bool) -> 
     n_parts = cdiv(n_rows, max(1, rows_a_part)) if reduction == "mean" else 1
     if reduction != "none" or launch.split:
         constants = (signature.n_labels, row_constants[-1], reduction, launch.split, BLOCK_PREPARE)
-        prepare = variant(_prepare_kernel, (signature.device, signature.types, signature.target_is_aligned), constants)
+        prepare = variant(_prepare_kernel, signature.device, (signature.types, signature.target_is_aligned), constants)
     constants = (
         *row_constants, reduction, launch.chunk_tiles if n_chunks > 1 else 0, launch.split,
         *launch.tile_constants(n_classes),
@@ -348,7 +348,7 @@ def plan_forward(signature: Signature, reduction: str, wants_gradient: bool) -> 
         prepare,
         (n_parts, 1, 1),
         (n_rows, n_classes, n_groups, rows_a_part),
-        variant(_forward_kernel, (types, grad_types), constants, launch.num_warps),
+        variant(_forward_kernel, signature.device, (types, grad_types), constants, launch.num_warps),
         (n_groups * launch.splits, 1, 1),
         (
             *steps(signature.strides), *steps(signature.target_strides or (0, 0)),
@@ -371,16 +371,15 @@ def launch_forward(
     if not is_on_current_device(logits):
         with torch.cuda.device(logits.device):
             return launch_forward(problem, reduction, wants_gradient)
-    signature = signature_of(problem)
+    signature, vectors = signature_of(problem), vectors_of(problem)
     plan = plan_forward(signature, reduction, wants_gradient)
-    dtype = problem.compute_dtype
+    dtype, device = problem.compute_dtype, logits.device
     # Apart, for the loss is the caller's: an in-place change of it must not look like one of what backward needs.
-    loss = logits.new_empty(logits.shape[:-1] if reduction == "none" else (), dtype=dtype)
-    workspace = logits.new_empty(plan.workspace_size, dtype=dtype)
+    loss = torch.empty(logits.shape[:-1] if reduction == "none" else (), dtype=dtype, device=device)
+    workspace = torch.empty(plan.workspace_size, dtype=dtype, device=device)
     gradient = None if plan.gradient is None else plan.gradient.make(logits)
     if plan.n_rows == 0:
         return loss if reduction == "none" else loss.fill_(_OF_NO_ROWS[reduction]), workspace, gradient, signature
-    vectors = vectors_of(problem)
     if plan.prepare is not None:
         plan.prepare.launch(plan.prepare_grid, vectors, workspace, *plan.prepare_sizes, problem.ignore_index)
     plan.forward.launch(

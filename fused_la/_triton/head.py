@@ -240,16 +240,17 @@ class Epilogue:
     def __init__(self, rows: Rows, n_elements: int, bias: Tensor | None, product_dtype: torch.dtype):
         problem = rows.problem
         self._rows, self._bias, self._product_dtype = rows, bias, product_dtype
-        self._vectors, self._n_elements = vectors_of(problem), n_elements
+        self._n_elements = n_elements
+        self._vectors = vectors_of(problem)
+        types = tuple([None if vector is None else vector.dtype for vector in self._vectors])
         self._n_labels = 0 if problem.has_probabilities else problem.n_labels
         self._has_smoothing, self._compute = problem.label_smoothing > 0.0, triton_dtype(problem.compute_dtype)
         self._target_strides = problem.target.stride(0), problem.target.stride(-1)
         self._tau, self._smoothing = float_bits(problem.tau), float_bits(problem.label_smoothing)
-        device = problem.logits.get_device()
-        self._num_warps = THREADS // device_of(device).warp_size
-        types = tuple([None if vector is None else vector.dtype for vector in self._vectors])
+        self._device = problem.logits.get_device()
+        self._num_warps = THREADS // device_of(self._device).warp_size
         target_is_aligned = problem.target.data_ptr() % VECTOR_BYTES == 0
-        self._types = device, types, None if bias is None else bias.dtype, product_dtype, target_is_aligned
+        self._types = types, None if bias is None else bias.dtype, product_dtype, target_is_aligned
 
     def absorb(self, block: Block, chunk: slice, logits: Tensor, part: Part) -> None:
         """Join what a tile leaves to the rows' part, and note what labels stand at."""
@@ -264,7 +265,7 @@ class Epilogue:
         constants = (
             self._n_labels, self._has_smoothing, self._compute, _is_aligned(step, width), vec, BLOCK_C, CHUNK,
         )  # fmt: skip
-        variant(_parts_kernel, self._types, constants, self._num_warps).launch(
+        variant(_parts_kernel, self._device, self._types, constants, self._num_warps).launch(
             (n_rows, n_chunks, 1), logits, self._bias, self._vectors, parts,
             step, *self._target_strides,
             block[0].start, chunk.start, width, problem.logits.shape[-1], n_rows,
@@ -272,7 +273,8 @@ class Epilogue:
         )  # fmt: skip
         has_mass = self._has_smoothing or self._n_labels == 0
         types = self._types, rows.as_label is None
-        variant(_join_kernel, types, (self._n_labels, has_mass, self._compute, JOINED_ROWS)).launch(
+        constants = self._n_labels, has_mass, self._compute, JOINED_ROWS
+        variant(_join_kernel, self._device, types, constants).launch(
             (cdiv(n_rows, JOINED_ROWS), 1, 1), parts, logits, self._bias, self._vectors,
             *part, rows.candidates.z, rows.as_label,
             step,
@@ -300,7 +302,7 @@ class Epilogue:
             constants = (
                 self._n_labels, self._has_smoothing, self._compute, _is_aligned(step, width), BLOCK_C, CHUNK,
             )  # fmt: skip
-            variant(_gradient_kernel, self._types, constants, self._num_warps).launch(
+            variant(_gradient_kernel, self._device, self._types, constants, self._num_warps).launch(
                 (n_rows, cdiv(width, CHUNK), 1),
                 logits, self._bias, self._vectors, *state, upstream, share, of_candidates, grad,
                 step, *self._target_strides,

@@ -66,18 +66,18 @@ class Signature(NamedTuple):
     def compiled_for(self, vec: int) -> tuple:
         """What Triton makes of the types of logits, vectors and sizes, and where the pointers stand."""
         aligned = vec > 1 or self.shift == 0  # where vectors are read, the pointer counts from a boundary
-        return self.device, self.dtype, self.types, aligned, self.target_is_aligned, self.n_inner is None
+        return self.dtype, self.types, aligned, self.target_is_aligned, self.n_inner is None
 
 
 def signature_of(problem: Problem) -> Signature:
     logits, target = problem.logits, problem.target
-    shape, types = logits.shape, tuple([None if vector is None else vector.dtype for vector in problem[1:9]])
+    types = tuple([None if vector is None else vector.dtype for vector in problem[1:9]])
     n_labels, target_strides, target_is_aligned = problem.n_labels, (), True
     if types[1] is not torch.int64:
         n_labels, target_strides = 0, target.stride()
         target_is_aligned = target.data_ptr() % VECTOR_BYTES == 0
     return Signature(
-        logits.get_device(), logits.dtype, shape, logits.stride(), shift_of(logits), types,
+        logits.get_device(), logits.dtype, logits.shape, logits.stride(), shift_of(logits), types,
         n_labels, target_strides, target_is_aligned, problem.label_smoothing > 0.0,
     )  # fmt: skip
 
@@ -99,14 +99,16 @@ def steps(strides: tuple[int, ...]) -> tuple[int, int, int]:
 def vectors_of(problem: Problem) -> Vectors:
     """The tensors beside the logits, each on a 16-byte boundary: kernels are compiled for that. Others are copied, but
     for class probabilities, whose place is known to the signature."""
-    vectors, addresses = problem[1:9], 0
+    vectors, addresses = Vectors._make(problem[1:9]), 0
     for vector in vectors:
         if vector is not None:
             addresses |= vector.data_ptr()
-    if addresses % VECTOR_BYTES != 0:
-        keep = problem.target if problem.has_probabilities else None
-        vectors = [v.clone() if v is not None and v is not keep and v.data_ptr() % VECTOR_BYTES else v for v in vectors]
-    return Vectors(*vectors)
+    if addresses % VECTOR_BYTES == 0:
+        return vectors
+    keep = problem.target if problem.has_probabilities else None
+    return Vectors._make(
+        v.clone() if v is not None and v is not keep and v.data_ptr() % VECTOR_BYTES else v for v in vectors
+    )
 
 
 def begin_earlier(tensor: Tensor, shift: int) -> Tensor:

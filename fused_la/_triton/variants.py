@@ -27,34 +27,36 @@ _RUN_IS_KNOWN = (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) <= 
 class Variant:
     """A kernel with its constants, which are its last parameters, for one device and one choice of types."""
 
-    __slots__ = ("_compiled", "constants", "kernel", "num_warps")
+    __slots__ = ("_begin", "_compiled", "constants", "device", "kernel", "num_warps")
 
-    def __init__(self, kernel: Any, constants: tuple[Any, ...], num_warps: int):
-        self.kernel, self.constants, self.num_warps = kernel, constants, num_warps
+    def __init__(self, kernel: Any, device: int, constants: tuple[Any, ...], num_warps: int):
+        self.kernel, self.device, self.constants, self.num_warps = kernel, device, constants, num_warps
         self._compiled: Any = None
+        self._begin: tuple[Any, ...] | None = None  # what a direct launch is handed between the stream and arguments
 
     def launch(self, grid: tuple[int, int, int], *arguments: Any) -> None:
+        """On the device, which is the current one, and its current stream."""
         compiled = self._compiled
         if compiled is None:  # and in the interpreter, which compiles nothing
             options = {"num_warps": self.num_warps, **AS_WRITTEN}
-            self._compiled = self.kernel[grid](*arguments, *self.constants, **options)
-            return
-        if not _RUN_IS_KNOWN or _is_set(knobs.runtime.launch_enter_hook) or _is_set(knobs.runtime.launch_exit_hook):
+            compiled = self.kernel[grid](*arguments, *self.constants, **options)
+            if compiled is not None and _RUN_IS_KNOWN:
+                self._begin = compiled.function, compiled.packed_metadata, None, None, None
+            self._compiled = compiled
+        elif self._begin is None or _listeners(knobs.runtime):
             compiled[grid](*arguments, *self.constants)
-            return
-        active = driver.active
-        stream = active.get_current_stream(active.get_current_device())
-        compiled.run(
-            *grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments, *self.constants
-        )
+        else:
+            stream = driver.active.get_current_stream(self.device)
+            compiled.run(*grid, stream, *self._begin, *arguments, *self.constants)
 
 
-def _is_set(hook: Any) -> bool:
-    """Whether a profiler listens: Triton has chains of hooks, which are empty mostly; any callable may stand there."""
-    return hook is not None and bool(getattr(hook, "calls", True))
+def _listeners(runtime: Any) -> Any:
+    """What a profiler has hung on launches, if anything: in each place a chain of calls, or any callable, or None."""
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return getattr(enter, "calls", enter) or getattr(leave, "calls", leave)
 
 
 @functools.lru_cache(MOST)
-def variant(kernel: Any, types: Hashable, constants: tuple[Any, ...], num_warps: int = 4) -> Variant:
-    """The one variant of a kernel for these `types`: the device and all that is known of its tensors."""
-    return Variant(kernel, constants, num_warps)
+def variant(kernel: Any, device: int, types: Hashable, constants: tuple[Any, ...], num_warps: int = 4) -> Variant:
+    """The one variant of a kernel for a device and these `types`, all that is known of its tensors."""
+    return Variant(kernel, device, constants, num_warps)
