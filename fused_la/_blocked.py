@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fused_la import _one_label
 from fused_la._blocks import Block, Scratch, choose_blocking, class_chunks, row_blocks, row_sum
-from fused_la._one_label import AnyProblem, is_one_label
+from fused_la._one_label import is_one_label
 from fused_la._problem import Problem, reduce_rows
 from fused_la._rows import (
     Candidates,
@@ -50,11 +50,7 @@ def forward(
     """
     wants_gradient = wants_gradient and reduction != "none" and problem.logits.dtype != torch.float16
     if is_one_label(problem):
-        return *_one_label.forward(problem, reduction, wants_gradient, _ANY_PROBLEM), None
-    return _forward(problem, reduction, wants_gradient)
-
-
-def _forward(problem: Problem, reduction: str, wants_gradient: bool) -> tuple[Tensor, Tensor, Tensor | None, None]:
+        return *_one_label.forward(problem, reduction, wants_gradient), None
     shape, problem = problem.logits.shape, problem.with_inner()
     rows = prepare(problem)
     n_outer, n_inner, _ = problem.logits.shape
@@ -108,17 +104,10 @@ def backward(
     if made_for_one is not None:
         is_one = made_for_one.numel() == 0 or upstream.item() == 1.0
         return made_for_one if is_one else made_for_one.mul_(upstream), None
-    grad_rows = upstream.to(problem.compute_dtype)
+    shape, grad_rows = problem.logits.shape, upstream.to(problem.compute_dtype)
     if needs_logits and not needs_log_prior and is_one_label(problem):
-        return _one_label.backward(problem, reduction, grad_rows, _ANY_PROBLEM), None
+        return _one_label.backward(problem, reduction, state, grad_rows), None
     assert state is not None
-    return _backward(problem, reduction, state, grad_rows, needs_logits, needs_log_prior)
-
-
-def _backward(
-    problem: Problem, reduction: str, state: Tensor, grad_rows: Tensor, needs_logits: bool, needs_log_prior: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    shape = problem.logits.shape
     if reduction == "mean":
         grad_rows = grad_rows / state[3 * shape[:-1].numel()]
     problem = problem.with_inner()
@@ -143,9 +132,6 @@ def _backward(
     if grad_offset is None or problem.log_prior is None:
         return grad_logits, None
     return grad_logits, (grad_offset * problem.tau).to(problem.log_prior.dtype)
-
-
-_ANY_PROBLEM = AnyProblem(_forward, _backward)
 
 
 # A block --------------------------------------------------------------------------------------------------------------

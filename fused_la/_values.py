@@ -27,10 +27,13 @@ def label_ends(labels: Tensor) -> tuple[Any, Any]:
     """The smallest and largest of labels on a CPU; None for both where there are none, or `read_value` is None."""
     if not labels.is_cpu or torch.compiler.is_compiling():
         return None, None
-    if labels.numel() > FEW:
-        lowest, highest = labels.aminmax()
-        return read_value(lowest), read_value(highest)
-    values = read_value(labels if labels.dim() == 1 else labels.flatten())
+    try:
+        if labels.numel() > FEW:
+            lowest, highest = labels.aminmax()
+            return lowest.item(), highest.item()
+        values = labels.tolist() if labels.dim() == 1 else labels.flatten().tolist()
+    except RuntimeError:  # as in read_value
+        return None, None
     return (min(values), max(values)) if values else (None, None)
 
 

@@ -366,6 +366,10 @@ def test_an_infinite_or_nan_logit_makes_its_row_nan(impl, value, column):
     assert actual.loss.isnan().tolist() == [False, True, False]
     assert actual.grad_logits[1].isnan().any()
     assert actual.grad_logits[[0, 2]].isfinite().all()
+    total = measure(impl, logits, target, long_tail(1200), reduction="sum", learned=False)
+    assert total.loss.isnan()
+    assert total.grad_logits[1].isnan().any()
+    assert total.grad_logits[[0, 2]].isfinite().all()
 
 
 @pytest.mark.parametrize("content", [math.nan, math.inf, -math.inf])
@@ -398,6 +402,24 @@ def z_bound(logits: Tensor, prior: Tensor) -> Tensor:
     """(N, 1): the relative error that rounding z (and the exponent) to float32 leaves in exp(z_c - z_y), in eps."""
     z = (logits.double() + prior.double()).masked_fill(prior == -math.inf, 0.0)
     return 16 + 4 * z.abs().amax(1, keepdim=True).cpu()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n_classes", [3, 500])
+def test_labels_far_below_other_classes_among_rows_that_are_not(impl, n_classes, dtype):
+    """Where exp(z_c - z_y) still fits float32, where it does not, and where it would not even fit float64."""
+    behind = torch.tensor([0.0, 20.0, 43.0, 46.0, 60.0, 87.0, 90.0, 800.0, 3.0], dtype=torch.float64)
+    logits, target, prior = randn(9, n_classes, dtype=torch.float64), torch.arange(9) % n_classes, long_tail(n_classes)
+    target = target.to(DEVICE)
+    at = target[:, None]
+    top = (logits + prior.double()).scatter(1, at, -math.inf).amax(1, keepdim=True)
+    logits = logits.scatter(1, at, top - prior.double()[at] - behind.to(DEVICE)[:, None]).to(dtype)
+    check(impl, logits, target, prior)
+    exact = truth(logits, target, prior, reduction="sum")
+    actual = measure(impl, logits, target, prior, reduction="sum", learned=False)
+    bound = (z_bound(logits, prior) * torch.finfo(torch.float32).eps + 2 * torch.finfo(dtype).eps).clamp_max(0.05)
+    normal = exact.grad_logits.abs() > 1e-37
+    assert ((actual.grad_logits - exact.grad_logits).abs() <= bound * exact.grad_logits.abs())[normal].all()
 
 
 @pytest.mark.parametrize("lead", [5.0, 12.0, 20.0, 40.0, 80.0])
