@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import itertools
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -18,10 +19,10 @@ from fused_la import LogitAdjustedCrossEntropyLoss, log_prior_from_counts, logit
 def pytorch_samples() -> list[tuple[Tensor, tuple, dict]]:
     """(logits, args, kwargs) of every float64 sample that PyTorch tests its own cross entropy on."""
     try:
-        from torch.testing._internal.common_methods_invocations import op_db
+        with mock.patch("torch.backends.disable_global_flags"):  # later tests of this process may set some
+            from torch.testing._internal.common_methods_invocations import op_db
     except ImportError as error:
         pytest.skip(f"this PyTorch does not ship its operator samples: {error}")
-    torch.backends.__allow_nonbracketed_mutation_flag = True  # that import forbids every later test to set one
     ops = [op for op in op_db if op.name == "nn.functional.cross_entropy"]
     if not ops:
         pytest.skip("this PyTorch has no samples for nn.functional.cross_entropy")
