@@ -65,9 +65,9 @@ SAMPLE = """\
 "Command line profiler metrics","smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio","inst","7.25"
 "0","4242","python3.12","127.0.0.1","_forward_kernel","1","7","(128, 1, 1)","(12879, 1, 1)","0","9.0",\
 "Command line profiler metrics","smsp__average_warps_issue_stalled_wait_per_issue_active.ratio","inst","n/a"
-"1","4242","python3.12","127.0.0.1","_reduce_kernel","1","7","(1024, 1, 1)","(1, 1, 1)","0","9.0",\
+"1","4242","python3.12","127.0.0.1","_prepare_kernel","1","7","(1024, 1, 1)","(1, 1, 1)","0","9.0",\
 "Command line profiler metrics","dram__bytes_read.sum","byte","51,200"
-"1","4242","python3.12","127.0.0.1","_reduce_kernel","1","7","(1024, 1, 1)","(1, 1, 1)","0","9.0",\
+"1","4242","python3.12","127.0.0.1","_prepare_kernel","1","7","(1024, 1, 1)","(1, 1, 1)","0","9.0",\
 "Command line profiler metrics","gpu__time_duration.sum","nsecond","4,000"
 """
 

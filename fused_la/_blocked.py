@@ -105,9 +105,9 @@ def backward(
         is_one = made_for_one.numel() == 0 or upstream.item() == 1.0
         return made_for_one if is_one else made_for_one.mul_(upstream), None
     shape, grad_rows = problem.logits.shape, upstream.to(problem.compute_dtype)
-    if needs_logits and not needs_log_prior and is_one_label(problem):
+    # Without a state it was one label when the gradient was made, whatever has been written into its prior since.
+    if state is None or (needs_logits and not needs_log_prior and is_one_label(problem)):
         return _one_label.backward(problem, reduction, state, grad_rows), None
-    assert state is not None
     if reduction == "mean":
         grad_rows = grad_rows / state[3 * shape[:-1].numel()]
     problem = problem.with_inner()

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fused_la._values import label_ends, of_priors, read_value
+from fused_la._values import label_ends, largest, read_value
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -81,7 +81,7 @@ def check_log_prior(log_prior: Any, logits: Tensor, tau: float, name: str = "log
 def check_prior_values(log_prior: Tensor, tau: float = 1.0, name: str = "log_prior") -> None:
     """On a CPU."""
     if log_prior.is_cpu and not torch.compiler.is_compiling():
-        check_largest_prior(of_priors.ends(log_prior)[1], tau, name)
+        check_largest_prior(largest(log_prior), tau, name)
 
 
 def check_largest_prior(largest: float | None, tau: float, name: str) -> None:

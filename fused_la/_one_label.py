@@ -41,7 +41,8 @@ def is_one_label(problem: Problem) -> bool:
     for option in problem[3:9]:
         if option is not None:
             return False
-    if problem.logits.shape[-1] > _blocks.BLOCK_ELEMENTS:
+    # A mode may trace what is done here, and would keep what is read.
+    if problem.logits.shape[-1] > _blocks.BLOCK_ELEMENTS or torch._C._len_torch_dispatch_stack() > 0:
         return False
     # Read in every call: NumPy may have changed it, which no version tells.
     return problem.log_prior is None or smallest(problem.log_prior) > -math.inf

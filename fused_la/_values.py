@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
+import math
 from typing import Any
 
 import torch
@@ -37,27 +36,15 @@ def label_ends(labels: Tensor) -> tuple[Any, Any]:
     return (min(values), max(values)) if values else (None, None)
 
 
+def largest(values: Tensor) -> float | None:
+    """The largest number of a vector, NaN if there is one; None where `read_value` is None."""
+    if values.numel() <= FEW:
+        numbers = read_value(values)
+        if numbers is None or not math.isnan(sum(numbers)):  # max passes over a NaN
+            return None if numbers is None else max(numbers)
+    return read_value(values.detach().amax())
+
+
 def smallest(values: Tensor) -> float:
     """The smallest number of a tensor on a CPU that may be read."""
     return min(values.tolist()) if values.numel() <= FEW else values.amin().item()
-
-
-class LastEnds:
-    """The smallest and largest number of CPU tensors, for checks alone. Of the last one they are not read again until
-    PyTorch has changed it in place: a prior serves many calls. What NumPy changes is not seen."""
-
-    def __init__(self) -> None:
-        self._last: tuple[Callable[[], Tensor | None], int, tuple[Any, Any]] = (lambda: None), 0, (None, None)
-
-    def ends(self, values: Tensor) -> tuple[Any, Any]:
-        """None for both where a transform or a tracer hides them."""
-        of_last, version, ends = self._last  # as one tuple, of one tensor in every thread
-        if of_last() is values and version == values._version:
-            return ends
-        lowest, highest = (read_value(end) for end in values.detach().aminmax())
-        if lowest is not None and not values.is_inference():
-            self._last = weakref.ref(values), values._version, (lowest, highest)
-        return lowest, highest
-
-
-of_priors = LastEnds()

@@ -284,6 +284,27 @@ def test_a_label_without_mass_may_be_a_dropped_class(impl):
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="memory that NumPy shares")
+@pytest.mark.parametrize("impossible", [torch.nan, torch.inf])
+def test_a_prior_is_checked_in_every_call_whoever_wrote_into_it(impl, impossible):
+    logits, target, log_prior = torch.randn(3, 5), torch.tensor([0, 1, 2]), torch.zeros(5)
+    logit_adjusted_cross_entropy(logits, target, log_prior, impl=impl)
+    log_prior.data[4] = impossible  # no version of the tensor tells
+    with pytest.raises(ValueError, match=f"^log_prior must be finite or -inf, got {impossible} for some class$"):
+        logit_adjusted_cross_entropy(logits, target, log_prior, impl=impl)
+
+
+def test_a_second_backward_pass_does_not_mind_what_was_written_into_the_prior_in_between(impl):
+    logits, target = torch.randn(3, 5, device=DEVICE, requires_grad=True), torch.tensor([0, 1, 2], device=DEVICE)
+    log_prior = torch.zeros(5, device=DEVICE)
+    loss = logit_adjusted_cross_entropy(logits, target, log_prior, impl=impl)
+    loss.backward(retain_graph=True)
+    log_prior.data[4] = -torch.inf  # behind autograd's back
+    logits.grad = None
+    loss.backward()
+    assert logits.grad.isfinite().all()
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="memory that NumPy shares")
 def test_labels_and_a_prior_that_numpy_changes_between_calls_are_read_anew(impl):
     logits, target, log_prior = torch.randn(4, 5), torch.tensor([1, 2, 3, 4]), torch.zeros(5)
     logit_adjusted_cross_entropy(logits, target, log_prior, ignore_index=0, impl=impl)

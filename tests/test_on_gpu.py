@@ -266,7 +266,7 @@ def test_ncu_output_is_read_kernel_by_kernel(benchmarks):
     assert (first["dram_read_bytes"], first["time_ns"], first["registers"]) == (200e6, 150_000.5, 104)
     assert first["stall_long_scoreboard"] == 7.25
     assert "stall_wait" not in first  # n/a
-    assert (second["kernel"], second["time_ns"]) == ("_reduce_kernel", 4000)
+    assert (second["kernel"], second["time_ns"]) == ("_prepare_kernel", 4000)
 
 
 def test_what_ncu_says_of_an_error_is_found(benchmarks):
@@ -303,7 +303,7 @@ def fake_ncu(benchmarks, new_run, monkeypatch):
 def test_counters_are_read_for_each_number_of_classes(fake_ncu):
     run, records = fake_ncu('cat "$(dirname "$0")/sample"')
     assert [(r["classes"], r["kernel"], r["status"]) for r in records] == [
-        (classes, kernel, "profiled") for classes in (8142, 131072) for kernel in ("_forward_kernel", "_reduce_kernel")
+        (classes, kernel, "profiled") for classes in (8142, 131072) for kernel in ("_forward_kernel", "_prepare_kernel")
     ]
     assert "_forward_kernel" in (run.out / "ncu-8142.csv").read_text()
 
@@ -528,7 +528,7 @@ def test_the_dry_run_goes_through_every_stage_and_writes_its_files(benchmarks, t
     timed = {(r["provider"], r["timer"]) for r in of["speed"] if r["status"] == "timed" and r["provider"] != "copy"}
     timers = ("events", "host", "wall", "graph")
     assert timed == {(p, timer) for p in ("fused_la triton", "eager", "torch.compile") for timer in timers}
-    assert [r["kernel"] for r in of["profile"][:-1]] == ["_forward_kernel", "_reduce_kernel"]
+    assert [r["kernel"] for r in of["profile"][:-1]] == ["_forward_kernel", "_prepare_kernel"]
     assert of["tests"][0]["collected"] > 10
     assert (out / "summary.md").read_text() in done.stdout
     assert "nothing here was measured on a GPU" in done.stdout
