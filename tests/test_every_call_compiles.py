@@ -127,3 +127,54 @@ def test_few_variants_of_a_kernel_serve_all_calls(counted, name):
     wrong = [f"launch more than {most} variants of a kernel, {too_many}"] * bool(too_many)
     wrong += [f"do not all compile: {cause}" for cause in found["causes"]]
     assert not wrong, f"calls over {name} {', and '.join(wrong)}"
+
+
+HOOKED = """
+import torch
+from triton import knobs
+
+from benchmarks.compile_only import CompileOnlyDriver, compile_only
+from fused_la import logit_adjusted_cross_entropy
+
+handed = []
+CompileOnlyDriver.launcher_cls = lambda self, source, metadata: lambda *of_launch: handed.append(of_launch)
+logits, target, log_prior = torch.randn(3, 8), torch.tensor([0, 1, 2]), torch.zeros(8)
+
+def hooks_of_a_launch():
+    handed.clear()
+    logit_adjusted_cross_entropy(logits, target, log_prior, reduction="none", impl="triton")
+    (of_launch,) = handed  # grid (3), stream, function, metadata, launch metadata, hooks (2), arguments
+    return of_launch[7:9]
+
+def listen(metadata):
+    pass
+
+with compile_only("sm_90"):
+    hooks_of_a_launch()  # compiles
+    assert hooks_of_a_launch() == (None, None)
+    for i, place in enumerate(("launch_enter_hook", "launch_exit_hook")):
+        chain = getattr(knobs.runtime, place)
+        chain.add(listen)
+        assert hooks_of_a_launch()[i] is chain
+        chain.remove(listen)
+        assert hooks_of_a_launch() == (None, None)
+        setattr(knobs.runtime, place, listen)
+        assert hooks_of_a_launch()[i] is listen
+        setattr(knobs.runtime, place, None)
+        assert hooks_of_a_launch() == (None, None)
+        setattr(knobs.runtime, place, chain)
+"""
+
+
+def test_a_profiler_that_hangs_hooks_on_launches_is_called(environment):
+    """The driver here calls no hook; it is handed them, as a GPU's is."""
+    done = subprocess.run(
+        [sys.executable, "-c", HOOKED],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
