@@ -1,9 +1,9 @@
 """Kernels as they are compiled: each once for its constants and the types of its arguments, then launched directly.
 
-Triton's own launch binds and specialises every argument anew to find what it compiled. Here the caller
-knows what a kernel depends on, for no number is specialised (tiles.NUMBERS): the device, its constants, and of its
-tensors the dtypes and whether they begin on 16-byte boundaries. That is the key of a `Variant`, which keeps what Triton
-compiled at its first launch.
+Triton's own launch binds and specialises every argument anew to find what it compiled. Here the caller knows what a
+kernel depends on, for no number is specialised (tiles.NUMBERS): the device, its constants, and of its tensors the
+dtypes and whether they begin on 16-byte boundaries. That is the key of a `Variant`, which keeps what Triton compiled at
+its first launch.
 """
 
 from __future__ import annotations
