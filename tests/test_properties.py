@@ -372,6 +372,21 @@ def test_bits_of_blocked_do_not_depend_on_the_number_of_threads(cpu, threads, n_
         assert same_bits(other_gradient, gradient), n_classes
 
 
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("ignored", [-100, 2])
+def test_a_label_to_ignore_may_come_in_a_later_block(cpu, monkeypatch, reduction, ignored):
+    monkeypatch.setattr(fused_la._blocks, "BLOCK_ELEMENTS", 20)  # four rows
+    problem = wide_problem(cpu, torch.float64, 11, 5)
+    problem = problem._replace(target=problem.target.index_fill(0, torch.tensor([6, 10]), ignored))
+    problem.options["ignore_index"] = ignored
+    x = problem.logits.detach().requires_grad_()
+    expected = F.cross_entropy(x + problem.log_prior, problem.target, ignore_index=ignored, reduction=reduction)
+    expected.sum().backward()
+    loss, gradient = problem.outcome("blocked", reduction)
+    assert_close(loss, expected.detach(), rounding(problem) * 11)
+    assert_close(gradient, x.grad, rounding(problem))
+
+
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n_classes", [17, 1023, 40009])
