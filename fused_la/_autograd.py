@@ -69,7 +69,8 @@ class _Loss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple:
+        upstream = grad_outputs[0]
         numbers, reduction, run, state, memo = ctx.rest
         problem = Problem(*ctx.saved_tensors, *numbers)
         if torch.is_grad_enabled() or under_transform() or is_legacy_batchedtensor(upstream):
