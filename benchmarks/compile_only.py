@@ -43,6 +43,12 @@ class Variant(NamedTuple):
     number: int
 
 
+def name_of(source: Any) -> str:
+    """The kernel's, and whether it is the one of a loss's two passes that takes an upstream gradient."""
+    of_loss = "loss" in source.signature and source.signature.get("upstream", "constexpr") != "constexpr"
+    return f"{source.fn.__name__}{' backward' * of_loss}"
+
+
 class CompileOnlyDriver:
     """What Triton asks of a driver, and a record of what happened under it."""
 
@@ -84,7 +90,7 @@ class CompileOnlyDriver:
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
         """What launches a compiled kernel; Triton makes one for each variant."""
-        variant, launched = Variant(source.fn.__name__, len(self.compiled)), self.launched
+        variant, launched = Variant(name_of(source), len(self.compiled)), self.launched
         self.compiled.append(variant.name)
 
         def launch(*_: Any) -> None:

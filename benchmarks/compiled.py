@@ -21,8 +21,7 @@ from fused_la._problem import Problem
 from fused_la._rows import State, empty_part, prepare
 
 # Modules, where the package holds functions of the same names.
-forward_module = importlib.import_module("fused_la._triton.forward")
-backward_module = importlib.import_module("fused_la._triton.backward")
+passes_module = importlib.import_module("fused_la._triton.passes")
 launch_module = importlib.import_module("fused_la._triton.launch")
 argmax_module = importlib.import_module("fused_la._triton.argmax")
 head_module = importlib.import_module("fused_la._triton.head")
@@ -36,8 +35,7 @@ TARGETS = {
 }
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 KERNELS = {
-    forward_module: ("_prepare_kernel", "_forward_kernel"),
-    backward_module: ("_grad_logits_kernel", "_grad_log_prior_kernel"),
+    passes_module: ("_prepare_kernel", "_resident_kernel", "_streamed_kernel", "_grad_log_prior_kernel"),
     argmax_module: ("_argmax_kernel",),
     head_module: ("_parts_kernel", "_join_kernel", "_gradient_kernel"),
 }
@@ -114,7 +112,7 @@ def recorded() -> Iterator[list[Call]]:
 def on(target: GPUTarget) -> Iterator[None]:
     """Launches as for a GPU of this architecture, with an H100's multiprocessors and level-2 cache."""
     device = launch_module.Device(132, 50 << 20, target.warp_size)
-    modules = (forward_module, backward_module, head_module)
+    modules = (passes_module, head_module)
     originals = [(module, module.device_of) for module in modules]
     for module, _ in originals:
         setattr(module, "device_of", lambda _: device)  # noqa: B010, of modules whose names no checker knows
@@ -128,8 +126,7 @@ def on(target: GPUTarget) -> Iterator[None]:
 
 
 def forget_plans() -> None:
-    forward_module.plan_forward.cache_clear()
-    backward_module.plan_backward.cache_clear()
+    passes_module.plan.cache_clear()
 
 
 def calls_of(problem: Problem, variant: str, target_name: str) -> list[Call]:
@@ -143,11 +140,11 @@ def calls_of(problem: Problem, variant: str, target_name: str) -> list[Call]:
         if variant == "post hoc":
             argmax_module.launch_argmax(problem.logits, None, torch.empty(32, problem.logits.shape[2]))
             return calls
-        loss, workspace, *_ = forward_module.launch_forward(problem, reduction, False)
+        loss, workspace, *_ = passes_module.forward(problem, reduction, False)
         upstream, learned, n_calls = torch.empty_like(loss), variant == "learned prior", len(calls)
-        _, _, gradient, _ = forward_module.launch_forward(problem, reduction, True)
+        _, _, gradient, _ = passes_module.forward(problem, reduction, True)
         calls[n_calls:] = [] if gradient is None else calls[-1:]  # what prepares is the same
-        backward_module.launch_backward(problem, reduction, workspace, upstream, True, learned)
+        passes_module.backward(problem, reduction, workspace, upstream, True, learned)
     return calls
 
 

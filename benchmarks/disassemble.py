@@ -8,14 +8,17 @@ The last compiles every variant for every target, in two processes; its exit sta
 figure is over its budget (`budgets.py`). What the launchers would launch for real problems is compiled (`compiled.py`)
 and disassembled. One line a kernel:
 
-    regs      registers a thread;  local: bytes of local memory a thread (0: nothing spills anywhere)
-    rows      the loop over the tiles of a row, in a forward pass;  gradient: the loop that writes their gradient
-    16B ld/st wide loads and stores in the body of a loop;  narrow: its other accesses (offsets of odd rows, and rows)
-    inst/el   instructions in a body, for each element that it takes
+    regs      registers a thread;  warps: that are resident a multiprocessor with them
+    local     bytes of local memory a thread (0: nothing spills anywhere)
+    whole     all of a kernel, from its first instruction to its last, where a row is read once
+    rows      the loop over the tiles of a longer row, in a forward pass;  gradient: the loop that writes their gradient
+    16B ld/st wide loads and stores in the kernel or in the body of a loop;  narrow: other accesses of a body
+    inst/el   instructions, for each element of a thread
     exp2/el   evaluations of 2^x by the hardware, likewise (none in float64)
 
-A body's elements a thread are BLOCK_ROWS * BLOCK_C / threads, or more where the compiler unrolls it. Run it without
-TRITON_INTERPRET.
+A thread's elements are BLOCK_ROWS * C / threads of a whole row, BLOCK_ROWS * BLOCK_C / threads in a body, or more where
+the compiler unrolls it. `--peers` adds the kernels of Liger-Kernel and QuACK, which have no offset, where they are
+installed. Run it without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ from triton import knobs
 
 from benchmarks.budgets import violations
 from benchmarks.compiled import COMMON, DTYPES, HEADS, OTHERS, TARGETS, VARIANTS, Call, calls_of, compiled, make_problem
+from benchmarks.peer_kernels import PEERS, figures_of_peer
 
 # Figures --------------------------------------------------------------------------------------------------------------
 
@@ -55,10 +59,12 @@ def cuda_figures(cubin: bytes) -> tuple[dict[str, int], list[str]]:
         usage = subprocess.run([tool("cuobjdump"), "-res-usage", path], capture_output=True, text=True, check=True)
         sass = subprocess.run([tool("cuobjdump"), "-sass", path], capture_output=True, text=True, check=True).stdout
     found = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout + usage.stderr)}
-    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)
-    return {"regs": found["REG"], "local": found["STACK"] + found["LOCAL"]}, [
-        f"{int(address, 16):x} {text}" for address, text in lines
+    lines = [
+        f"{int(address, 16):x} {text}"
+        for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)
+        if not text.startswith("NOP")
     ]
+    return {"regs": found["REG"], "local": found["STACK"] + found["LOCAL"]}, lines[:-1]  # what follows is never reached
 
 
 def innermost_loops(lines: list[str]) -> list[list[str]]:
@@ -140,12 +146,60 @@ def body_figures(loop: list[str], call: Call) -> dict[str, Any]:
     }
 
 
+def wide_loads_before_use(lines: list[str]) -> int:
+    """How many 16-byte loads come before the first instruction that reads what one of them has loaded."""
+    loaded: set[str] = set()
+    n_loads = 0
+    for line in lines:
+        registers = re.findall(r"\bR(\d+)\b", line)
+        if re.search(r"\bLDG\.\S*\.?128", line):
+            first = int(registers[0])
+            if loaded.intersection(registers[1:]):  # an address
+                break
+            loaded |= {str(first + i) for i in range(4)}
+            n_loads += 1
+        elif registers and loaded.intersection(registers[0 if "ST" in line else 1 :]):
+            break
+        elif registers:
+            loaded.discard(registers[0])
+    return n_loads
+
+
+def whole_figures(lines: list[str], n_elements: float) -> dict[str, Any]:
+    """Those of a kernel whose threads have so many elements of a row each."""
+
+    def count(pattern: str) -> int:
+        return sum(1 for line in lines if re.search(pattern, line))
+
+    return {
+        "elements": round(n_elements, 2),
+        "wide_loads": count(r"\bLDG\.\S*\.?128"),
+        "loads_before_use": wide_loads_before_use(lines),
+        "wide_stores": count(r"\bSTG\.\S*\.?128"),
+        "spills": count(r"\b(LDL|STL)\b"),
+        "barriers": count(r"\bBAR\b"),
+        "instructions_per_element": round(len(lines) / n_elements, 2),
+        "exp2_per_element": round(count(r"\bMUFU\.EX2") / n_elements, 2),
+    }
+
+
+def resident_warps(regs: int, num_warps: int) -> int:
+    """How many warps a multiprocessor holds: of 65,536 registers, given out by 8 a thread, at most 64 warps."""
+    of_warp = 32 * (-(-regs // 8) * 8)
+    return min(64, 65536 // of_warp) // num_warps * num_warps
+
+
+def name_of(call: Call) -> str:
+    if call.arguments.get("upstream") is not None and call.name in ("_resident_kernel", "_streamed_kernel"):
+        return f"{call.name} backward"
+    return f"{call.name} + gradient" if call.arguments.get("grad_logits") is not None else call.name
+
+
 def figures(call: Call, target_name: str) -> dict[str, Any]:
     """Compile a call for a target; what its binary holds."""
     asm = compiled(call, target_name).asm
-    row: dict[str, Any] = {"kernel": call.name, "target": target_name, "vec": call.arguments.get("VEC", 1)}
-    if call.name == "_forward_kernel":
-        row["kernel"] += " + gradient" if call.arguments["grad_logits"] is not None else ""
+    row: dict[str, Any] = {"kernel": name_of(call), "target": target_name, "vec": call.arguments.get("VEC", 1)}
+    if call.name == "_streamed_kernel":
         row["splits"] = call.arguments["splits"]
     if TARGETS[target_name].backend != "cuda":
         text = asm["amdgcn"]
@@ -157,11 +211,15 @@ def figures(call: Call, target_name: str) -> dict[str, Any]:
         return row
     usage, lines = cuda_figures(asm["cubin"])
     row |= usage
-    row["one_tile"] = bool(call.arguments.get("ONE_TILE"))
-    if row["one_tile"] or call.name in ("_parts_kernel", "_gradient_kernel"):  # the whole kernel's: all that is wide
-        row["wide_loads"] = sum(1 for line in lines if re.search(r"\bLDG\.\S*\.?128", line))
-        row["wide_stores"] = sum(1 for line in lines if re.search(r"\bSTG\.\S*\.?128", line))
-    if call.name not in HEAD_KERNELS and "BLOCK_ROWS" in call.arguments:
+    row["warps"] = resident_warps(row["regs"], call.options["num_warps"])
+    n_threads = 32 * call.options["num_warps"]
+    if call.name == "_resident_kernel":
+        row["block_rows"] = call.arguments["BLOCK_ROWS"]
+        row["whole"] = whole_figures(lines, row["block_rows"] * call.arguments["n_classes"] / n_threads)
+    elif call.name in ("_parts_kernel", "_gradient_kernel"):
+        n_classes = min(call.arguments["CHUNK"], call.arguments["width"])
+        row["whole"] = whole_figures(lines, n_classes / n_threads)
+    elif call.name not in HEAD_KERNELS and "BLOCK_ROWS" in call.arguments:
         row["block_rows"] = call.arguments["BLOCK_ROWS"]
         row["bodies"] = bodies_of(lines, call)
     return row
@@ -210,11 +268,34 @@ def rows_of(tasks: Iterable[Task], n_jobs: int) -> Iterator[dict[str, Any]]:
         yield from itertools.chain.from_iterable(pool.map(figures_of, tasks))
 
 
+def rows_of_peers(tasks: Iterable[Task]) -> Iterator[dict[str, Any]]:
+    context = multiprocessing.get_context("spawn")
+    with (
+        ProcessPoolExecutor(1, context, max_tasks_per_child=1)
+        if sys.version_info >= (3, 11)
+        else ProcessPoolExecutor(1, context) as pool
+    ):
+        for task, peer in itertools.product(tasks, PEERS):
+            yield pool.submit(figures_of_peer, peer, task.target, task.dtype, task.rows, task.classes).result()
+
+
 def show(row: dict[str, Any]) -> str:
+    if "reason" in row:
+        return (
+            f"{row['target']:7} {row['dtype']:9} {row['classes']:8} {row['variant']:19} not compiled: {row['reason']}"
+        )
     line = (
-        f"{row['target']:7} {row['dtype']:9} {row['classes']:8} {row['variant']:19} {row['kernel']:26} "
+        f"{row['target']:7} {row['dtype']:9} {row['classes']:8} {row['variant']:19} {row['kernel']:27} "
         f"regs {row['regs']:3} local {row['local']}"
     )
+    if "warps" in row:
+        line += f" warps {row['warps']}"
+    if "whole" in row:
+        whole = row["whole"]
+        line += (
+            f" | whole: 16B {whole['wide_loads']} ld {whole['wide_stores']} st, "
+            f"{whole['instructions_per_element']:.2f} inst/el, {whole['exp2_per_element']:.2f} exp2/el"
+        )
     for body in row.get("bodies", []):
         line += (
             f" | {body['name']}: 16B {body['wide_loads']} ld {body['wide_stores']} st, "
@@ -222,7 +303,7 @@ def show(row: dict[str, Any]) -> str:
             f"{body['instructions_per_element']:.2f} inst/el, "
             f"{body['exp2_per_element']:.2f} exp2/el"
         )
-    if "bodies" not in row and "wide_loads" in row:
+    if "wide_loads" in row:
         line += f" | 16B {row['wide_loads']} ld {row['wide_stores']} st (whole kernel)"
     return line
 
@@ -238,6 +319,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=4096, metavar="N", help="rows: few are split over programs")
     parser.add_argument("--row-step", type=int, metavar="S", help="elements from row to row (default: C)")
     parser.add_argument("--all", action="store_true", help="every variant for every target, in place of all the above")
+    parser.add_argument("--peers", action="store_true", help="the kernels of other libraries too")
     parser.add_argument("--json", action="store_true", help="one JSON object a line in place of the table")
     parser.add_argument("--check", action="store_true", help="exit status 1 where a figure passes its budget")
     parser.add_argument("--jobs", type=int, default=1, metavar="J", help="processes (default: 1)")
@@ -247,11 +329,14 @@ def main(arguments: list[str] | None = None) -> int:
     if min(given.rows, given.jobs, *given.classes) < 1 or not max(given.classes) <= (given.row_step or math.inf):
         parser.error("--rows, --jobs and --classes must be at least 1, --row-step at least the number of classes")
     chosen = itertools.product(given.targets, given.dtypes, given.classes, given.variants)
-    tasks = every_task() if given.all else (Task(*task, given.rows, given.row_step) for task in chosen)
+    tasks = list(every_task()) if given.all else [Task(*task, given.rows, given.row_step) for task in chosen]
     n_rows, wrong = 0, []
-    for row in rows_of(tasks, given.jobs):
-        n_rows += 1
+    peers = {task._replace(variant="") for task in tasks if given.peers and TARGETS[task.target].backend == "cuda"}
+    for row in itertools.chain(rows_of(tasks, given.jobs), rows_of_peers(sorted(peers))):
         print(json.dumps(row) if given.json else show(row), flush=True)
+        if row["variant"] in PEERS:
+            continue
+        n_rows += 1
         wrong += [f"{show(row)}\n  {violation}" for violation in violations(row)]
     if given.check:
         print(*wrong, f"{n_rows} kernels compiled, {len(wrong)} figures over their budgets", sep="\n", file=sys.stderr)

@@ -51,19 +51,19 @@ METRICS = {
 
 SAMPLE = """\
 ==PROF== Connected to process 4242 (/usr/bin/python3.12)
-==PROF== Profiling "_forward_kernel": 0%....50%....100% - 8 passes
+==PROF== Profiling "_resident_kernel": 0%....50%....100% - 8 passes
 ==PROF== Disconnected from process 4242
 "ID","Process ID","Process Name","Host Name","Kernel Name","Context","Stream","Block Size","Grid Size","Device","CC",\
 "Section Name","Metric Name","Metric Unit","Metric Value"
-"0","4242","python3.12","127.0.0.1","_forward_kernel","1","7","(128, 1, 1)","(12879, 1, 1)","0","9.0",\
+"0","4242","python3.12","127.0.0.1","_resident_kernel","1","7","(128, 1, 1)","(12879, 1, 1)","0","9.0",\
 "Command line profiler metrics","dram__bytes_read.sum","byte","200,000,000"
-"0","4242","python3.12","127.0.0.1","_forward_kernel","1","7","(128, 1, 1)","(12879, 1, 1)","0","9.0",\
+"0","4242","python3.12","127.0.0.1","_resident_kernel","1","7","(128, 1, 1)","(12879, 1, 1)","0","9.0",\
 "Command line profiler metrics","gpu__time_duration.sum","nsecond","150,000.5"
-"0","4242","python3.12","127.0.0.1","_forward_kernel","1","7","(128, 1, 1)","(12879, 1, 1)","0","9.0",\
+"0","4242","python3.12","127.0.0.1","_resident_kernel","1","7","(128, 1, 1)","(12879, 1, 1)","0","9.0",\
 "Command line profiler metrics","launch__registers_per_thread","register/thread","104"
-"0","4242","python3.12","127.0.0.1","_forward_kernel","1","7","(128, 1, 1)","(12879, 1, 1)","0","9.0",\
+"0","4242","python3.12","127.0.0.1","_resident_kernel","1","7","(128, 1, 1)","(12879, 1, 1)","0","9.0",\
 "Command line profiler metrics","smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio","inst","7.25"
-"0","4242","python3.12","127.0.0.1","_forward_kernel","1","7","(128, 1, 1)","(12879, 1, 1)","0","9.0",\
+"0","4242","python3.12","127.0.0.1","_resident_kernel","1","7","(128, 1, 1)","(12879, 1, 1)","0","9.0",\
 "Command line profiler metrics","smsp__average_warps_issue_stalled_wait_per_issue_active.ratio","inst","n/a"
 "1","4242","python3.12","127.0.0.1","_prepare_kernel","1","7","(1024, 1, 1)","(1, 1, 1)","0","9.0",\
 "Command line profiler metrics","dram__bytes_read.sum","byte","51,200"

@@ -5,12 +5,16 @@ backward as a CUDA graph, by device events; by the clock until the device has fi
 which Python hands a step to the device, without waiting for it. The lower quartile of steps in short batches, with the
 device idle before each batch, so that no step waits for room in its queue.
 
+Rows that the package keeps on the chip are timed a second time as it streams longer ones.
+
 Providers, inputs, the check against float64 and the timers are those of `python -m benchmarks`. On a CPU stand-ins take
 the place of the device's timers: they show that all of this runs, and measure nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,9 +27,10 @@ from benchmarks.timing import Step
 
 Record = dict[str, Any]
 OURS = "fused_la triton"
-FIRST = (OURS, "eager", "torch.compile")
+STREAMED = "fused_la, streaming"
+FIRST = (OURS, STREAMED, "eager", "torch.compile")
 PEERS = ("Liger-Kernel", "QuACK")
-COMPILED = (OURS, "torch.compile", *PEERS)  # worth compiling beforehand
+COMPILED = (OURS, STREAMED, "torch.compile", *PEERS)  # worth compiling beforehand
 CLASSES = ((8142, 8192), (131072, 1000, 32768))  # in order of value
 FEW_ROWS = 256
 STEPS_IN_QUEUE = 8  # a step is a few launches; a queue holds about a thousand
@@ -66,6 +71,27 @@ def host_times(step: Step, batches: int, device: str) -> list[float]:
     return times
 
 
+@contextlib.contextmanager
+def streaming() -> Iterator[None]:
+    """Rows of any length are streamed within."""
+    launch: Any = importlib.import_module("fused_la._triton.launch")
+    passes: Any = importlib.import_module("fused_la._triton.passes")
+    row_bytes = launch.ROW_BYTES
+    launch.ROW_BYTES = 0
+    passes.plan.cache_clear()
+    try:
+        yield
+    finally:
+        launch.ROW_BYTES = row_bytes
+        passes.plan.cache_clear()
+
+
+def is_resident(case: Case) -> bool:
+    """Whether the package keeps its rows on the chip, if they are many."""
+    launch = importlib.import_module("fused_la._triton.launch")
+    return case.n_classes * case.torch_dtype.itemsize <= launch.ROW_BYTES
+
+
 @dataclass(frozen=True)
 class CopyJob:
     """The device's own copy, which all bandwidths are compared with."""
@@ -89,8 +115,12 @@ class SpeedJob(measure.Job):
     few: bool = False
 
     def run(self) -> Iterator[Record]:
-        provider = PROVIDERS[self.provider]
-        if self.device == "cpu" and self.provider == OURS:
+        with streaming() if self.provider == STREAMED else contextlib.nullcontext():
+            yield from self.records()
+
+    def records(self) -> Iterator[Record]:
+        provider = PROVIDERS[OURS if self.provider == STREAMED else self.provider]
+        if self.device == "cpu" and provider.name == OURS:
             provider = replace(provider, not_on={})  # in Triton's interpreter
         reason = provider.reason_against(self.case, self.device)
         if reason:
@@ -163,6 +193,7 @@ def jobs(cache_bytes: int, dtypes: Sequence[str] = ("bfloat16", "float32")) -> l
         for rows in (BIG, FEW_ROWS)
         for c in classes
         for provider in providers
+        if provider != STREAMED or (rows == BIG and is_resident(Case(rows, c, dtype)))
     ]
 
 

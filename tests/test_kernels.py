@@ -1,7 +1,8 @@
 """What the kernels promise beyond right numbers: bits, launches, and which pass makes the gradient.
 
-Rows here are 1 to 4 tiles wide (a tile is 512 classes in float32, 1024 in half precision, 256 in float64), and a chunk
-is one tile: what happens to 50,000 classes on a GPU with 132 multiprocessors happens to 2,000 in the interpreter.
+Rows that stream are 1 to 4 tiles wide here (a tile is 512 classes in float32, 1024 in half precision, 256 in float64),
+and a chunk is one tile: what happens to 50,000 classes on a GPU with 132 multiprocessors happens to 2,000 in the
+interpreter. Resident rows are as they are on a GPU.
 """
 
 from __future__ import annotations
@@ -25,51 +26,41 @@ from fused_la._problem import Problem
 
 pytest.importorskip("triton")
 # Modules, where the package holds functions of the same names.
-choosing, forward, backward, variants = (
-    importlib.import_module(f"fused_la._triton.{name}") for name in ("launch", "forward", "backward", "variants")
+choosing, passes, variants = (
+    importlib.import_module(f"fused_la._triton.{name}") for name in ("launch", "passes", "variants")
 )
 H100, SMALL = choosing.Device(132, 50 << 20), choosing.Device(1, 50 << 20)
 KINDS = ["label", "weighted labels", "smoothing and weights", "probabilities"]
 VEC = {torch.float16: 8, torch.bfloat16: 8, torch.float32: 4, torch.float64: 2}
 
 
-def on(monkeypatch, device, chunk=1):
+def on(monkeypatch, device, chunk=1, streams=True):
     """Launch as on this device, with sums closed after `chunk` classes, or after every tile."""
     monkeypatch.setattr(choosing, "CHUNK", chunk)
-    for module in (forward, backward):
-        monkeypatch.setattr(module, "device_of", lambda _: device)
-    forget_plans()
-
-
-def forget_plans():
-    forward.plan_forward.cache_clear()
-    backward.plan_backward.cache_clear()
+    if streams:
+        monkeypatch.setattr(choosing, "ROW_BYTES", 0)
+        monkeypatch.setattr(choosing, "STREAM_THREADS", 128)
+    monkeypatch.setattr(passes, "device_of", lambda _: device)
+    passes.plan.cache_clear()
 
 
 @pytest.fixture(autouse=True)
 def _plans_of_one_test():
     yield
-    forget_plans()
+    passes.plan.cache_clear()
 
 
 def share(monkeypatch, rows, programs):
-    """Let `rows` rows of more than a tile share a program, and `programs` programs share a row, as far as they can; a
-    whole row's gradient is made in the forward pass."""
+    """Let `rows` rows share a program, and `programs` programs share a row, as far as they can."""
+    on(monkeypatch, SMALL)
 
-    def changed(choose):
-        def launch_of(n_rows, n_classes, dtype, layout, *rest, **options):
-            launch = choose(n_rows, n_classes, dtype, layout, *rest, **options)
-            period = launch.vec // math.gcd(layout.row_step, launch.vec) if rows > 1 else 1
-            split = programs > 1 and launch.n_chunks(n_classes) > 1  # a row of one chunk is never split
-            return launch._replace(block_rows=rows, period=period, split=split, splits=programs if split else 1)
+    def launch_of(n_rows, n_classes, dtype, layout, *rest, **options):
+        launch = choosing.choose_launch(n_rows, n_classes, dtype, layout, *rest, **options)
+        period = launch.vec // math.gcd(layout.row_step, launch.vec) if rows > 1 else 1
+        splits = min(programs, launch.n_chunks(n_classes))  # a row of one chunk is never split
+        return launch._replace(block_rows=rows, period=period, splits=splits)
 
-        return launch_of
-
-    monkeypatch.setattr(choosing, "CHUNK", 1)
-    monkeypatch.setattr(forward, "choose_launch", changed(choosing.choose_launch))
-    monkeypatch.setattr(backward, "choose_backward_launch", changed(choosing.choose_backward_launch))
-    monkeypatch.setattr(forward, "makes_gradient_in_forward", lambda *call: programs == 1 and call[-1] != "none")
-    forget_plans()
+    monkeypatch.setattr(passes, "choose_launch", launch_of)
 
 
 def made_by_forward(loss):
@@ -187,13 +178,13 @@ def test_bits_of_a_row_depend_on_neither_who_computes_it_nor_when(monkeypatch, k
     for rows_a_program, programs_a_row in ((1, 1), (2, 1), (1, 2), (2, 3)):
         share(monkeypatch, rows_a_program, programs_a_row)
         outcomes.append(rows.outcome("none")[:2])
-        loss, state, made, _ = forward.launch_forward(problem, "sum", programs_a_row == 1)
+        loss, state, made, _ = passes.forward(problem, "sum", programs_a_row == 1)
         state = state[: 3 * n_rows]
         torch.testing.assert_close(loss, outcomes[-1][0].sum())
         states.append(state)
         if made is not None:
             outcomes.append((outcomes[-1][0], made.view(n_rows, n_classes)))
-    assert len(outcomes) == 6
+    assert len(outcomes) == (6 if dtype != torch.float16 else 4)
     assert all(same_bits(state, states[0]) for state in states)
     for loss, gradient in outcomes[1:]:
         assert same_bits(loss, outcomes[0][0])
@@ -296,37 +287,42 @@ HARMLESS = {"aten.empty", "aten.new_empty", "aten.new_empty_strided", "aten.empt
 
 
 @pytest.mark.parametrize("learned", [False, True])
-@pytest.mark.parametrize("programs", [1, 3])
+@pytest.mark.parametrize("programs", ["resident", 1, 3])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_a_step_is_two_launches_forward_and_one_backward_and_nothing_else(
     monkeypatch, reduction, kind, programs, learned
 ):
-    rows = make(kind, 3, 1100)
-    share(monkeypatch, 1, programs)
-    with_gradient = programs == 1 and reduction != "none" and not learned
+    rows, kernel = make(kind, 3, 1100), "_streamed_kernel"
+    if programs == "resident":
+        on(monkeypatch, H100, streams=False)
+        kernel = "_resident_kernel"
+    else:
+        share(monkeypatch, 1, programs)
+    with_gradient = programs != 3 and reduction != "none" and not learned
     problem, upstream = problem_of(rows), torch.ones(() if reduction != "none" else (3, 1), device=DEVICE)
     with launched(run=False) as names, Operators() as operators:
-        _, state, gradient, signature = forward.launch_forward(problem, reduction, with_gradient)
+        _, state, gradient, signature = passes.forward(problem, reduction, with_gradient)
         n_forward = len(names)
-        backward.launch_backward(problem, reduction, state, upstream, True, learned, gradient, signature)
-    prepared = ["_prepare_kernel"] * (reduction != "none" or programs > 1)
-    assert names[:n_forward] == [*prepared, "_forward_kernel"]
-    assert names[n_forward:] == ["_grad_logits_kernel"] + ["_grad_log_prior_kernel"] * learned
+        passes.backward(problem, reduction, state, upstream, True, learned, gradient, signature)
+    prepared = ["_prepare_kernel"] * (reduction != "none" or programs == 3)
+    assert names[:n_forward] == [*prepared, kernel]
+    assert names[n_forward:] == [kernel] + ["_grad_log_prior_kernel"] * learned
     assert operators.names <= HARMLESS
 
 
-def test_a_training_step_through_the_door_is_three_launches(monkeypatch):
-    rows = make("label", 3, 1100)
-    on(monkeypatch, SMALL)
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_training_step_through_the_door_is_three_launches(monkeypatch, streams):
+    rows, kernel = make("label", 3, 1100), "_streamed_kernel" if streams else "_resident_kernel"
+    on(monkeypatch, SMALL, streams=streams)
     x = rows.logits.detach().requires_grad_()
     with launched() as names:
         _, loss = rows.loss("mean", logits=x)
         loss.backward()
-    assert names == ["_prepare_kernel", "_forward_kernel", "_grad_logits_kernel"]
+    assert names == ["_prepare_kernel", kernel, kernel]
     with launched() as names, torch.no_grad():
         rows.loss("mean", logits=x)
-    assert names == ["_prepare_kernel", "_forward_kernel"]
+    assert names == ["_prepare_kernel", kernel]
 
 
 # Which pass makes the gradient ----------------------------------------------------------------------------------------
@@ -344,8 +340,9 @@ def gradient_made(rows, reduction="mean", log_prior=None):
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("place", ["aligned", "odd", "cut"])
-def test_the_forward_pass_makes_the_gradient(monkeypatch, place, dtype, reduction):
-    on(monkeypatch, H100, chunk=1 << 14)
+@pytest.mark.parametrize("streams", [False, True])
+def test_the_forward_pass_makes_the_gradient(monkeypatch, streams, place, dtype, reduction):
+    on(monkeypatch, H100, chunk=1 << 14, streams=streams)
     rows = make("label", 3, 300, dtype, place)
     made = gradient_made(rows, reduction)
     exact = truth(rows.logits, rows.target, rows.log_prior, reduction=reduction)
@@ -368,7 +365,7 @@ def test_the_forward_pass_makes_no_gradient_where_it_would_be_wrong_or_slow(monk
 def test_nothing_is_made_where_no_gradient_is_wanted(monkeypatch):
     on(monkeypatch, SMALL)
     asked = []
-    launch = forward.launch_forward
+    launch = passes.forward
     monkeypatch.setattr(
         importlib.import_module("fused_la._triton"),
         "forward",
@@ -389,10 +386,10 @@ def test_nothing_is_made_where_no_gradient_is_wanted(monkeypatch):
 POISON = 7.0
 
 
-@pytest.fixture
-def step(monkeypatch):
+@pytest.fixture(params=["resident", "streamed"])
+def step(monkeypatch, request):
     """Logits that require grad, their loss, the buffer that the forward pass wrote, and the true gradient."""
-    on(monkeypatch, SMALL)
+    on(monkeypatch, SMALL, streams=request.param == "streamed")
     rows = make("label", 3, 600)
     x = rows.logits.detach().requires_grad_()
     _, loss = rows.loss("mean", logits=x)
@@ -487,9 +484,10 @@ def test_logits_changed_after_the_forward_pass_are_an_error(monkeypatch, reducti
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_every_head_and_tail_with_the_label_in_every_part(monkeypatch, dtype):
+@pytest.mark.parametrize("streams", [False, True])
+def test_every_head_and_tail_with_the_label_in_every_part(monkeypatch, streams, dtype):
     """VEC row lengths and VEC starts are all VEC * VEC pairs of head and tail."""
-    on(monkeypatch, SMALL)
+    on(monkeypatch, SMALL, streams=streams)
     vec, cuts = VEC[dtype], set()
     for n_classes in range(32 * vec, 33 * vec):
         step = n_classes + (1 - n_classes) % vec  # of 1 modulo VEC: every row begins one element later
@@ -512,14 +510,62 @@ def test_every_head_and_tail_with_the_label_in_every_part(monkeypatch, dtype):
     assert cuts == {(head, tail) for head in range(vec) for tail in range(vec)}
 
 
+# Both sides of every limit of `choose_launch`, with the label at the top, in the middle of a vector, and in the tail.
+HALF = (
+    *(255, 256, 257, 270, 511, 525, 526),  # narrow and wide; one tile of the body and two
+    *(1024, 1025, 2048, 2049, 4096, 4110, 4111, 8142, 8192, 8206, 16384, 16385),  # threads; the powers of 2
+    *(32767, 32768, 32769),  # resident and streamed
+)
+BORDERS = [
+    *((dtype, "label", n_classes) for dtype in (torch.bfloat16, torch.float16) for n_classes in HALF),
+    *((torch.float32, "label", n) for n in (127, 128, 131, 515, 516, 1025, 4099, 8142, 16383, 16384, 16385)),
+    *((torch.float64, "label", n) for n in (63, 64, 65, 129, 2049, 8191, 8192, 8193)),
+    *((torch.bfloat16, kind, n) for kind in KINDS[2:] for n in (256, 1000, 8142, 8191, 8192, 8193)),
+    *((torch.float32, kind, n) for kind in KINDS[2:] for n in (128, 4095, 4096, 4097)),
+    *((torch.float64, "probabilities", n) for n in (2047, 2048, 2049)),
+    *((torch.bfloat16, "weighted labels", n) for n in (256, 8142, 32768, 32769)),
+]
+
+
+@pytest.mark.parametrize(("dtype", "kind", "n_classes"), BORDERS)
+def test_both_sides_of_every_limit_of_a_launch(dtype, kind, n_classes):
+    rows = make(kind, 3, n_classes, dtype)
+    if kind == "label":
+        rows.target[1] = rows.logits[1].float().argmax()
+        rows.log_prior[rows.target[1]] = -1.0
+        rows.logits[1, rows.target[1]] = 20.0  # a confident row
+    loss, gradient, made = rows.outcome("sum")
+    most = (1 << 16) // dtype.itemsize // (1 if "label" in kind else 4)
+    assert n_classes > most or made == (dtype != torch.float16)
+    exact = truth(rows.logits, rows.target, rows.log_prior, reduction="sum", **rows.options)
+    baseline = measure("reference", rows.logits, rows.target, rows.log_prior, reduction="sum", **rows.options)
+    got = exact._replace(loss=loss.cpu().double(), grad_logits=gradient.cpu().double())
+    assert_as_accurate(got, exact, baseline, dtype)
+    if kind == "label" and dtype != torch.float16:  # and the small gradient beside the large ones
+        mine, true = gradient[1, rows.target[1]].cpu().double(), exact.grad_logits[1, rows.target[1]]
+        torch.testing.assert_close(mine, true, rtol=2 * torch.finfo(dtype).eps + 4e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("n_classes", [63, 64, 65, 200])
+def test_both_sides_of_the_limit_of_images(n_classes):
+    logits = randn(2, n_classes, 40, dtype=torch.bfloat16)
+    target = torch.randint(n_classes, (2, 40), device=DEVICE)
+    prior, x = long_tail(n_classes), logits.detach().requires_grad_()
+    loss = logit_adjusted_cross_entropy(x, target, prior, impl="triton")
+    loss.backward()
+    exact, baseline = truth(logits, target, prior), eager(logits, target, prior)
+    got = exact._replace(loss=loss.detach().cpu().double(), grad_logits=x.grad.cpu().double())
+    assert_as_accurate(got, exact, baseline, torch.bfloat16)
+
+
 N_CLASSES = 1541  # float32: 3 tiles and edges
 PLACES = {"head": 1, "first of the body": 3, "middle": 770, "last of the body": 1538, "tail": 1540}
 COLUMNS = list(PLACES.values())
 
 
-@pytest.fixture(params=["one program a row", "several"])
+@pytest.fixture(params=["resident", "one program a row", "several"])
 def programs(request, monkeypatch):
-    on(monkeypatch, SMALL if request.param == "one program a row" else H100)
+    on(monkeypatch, H100 if request.param == "several" else SMALL, streams=request.param != "resident")
 
 
 def assert_rows_right(values, labels, prior=None, kind="label", names=None):
@@ -531,7 +577,7 @@ def assert_rows_right(values, labels, prior=None, kind="label", names=None):
         target = F.one_hot(target, N_CLASSES).float()
     prior = torch.zeros(N_CLASSES, device=DEVICE) if prior is None else prior
     rows = Rows(wide[:, 1:1542], target, prior, {})
-    assert forward.signature_of(problem_of(rows)).layout() == (True, 1, 1552)
+    assert passes.signature_of(problem_of(rows)).layout() == (True, 1, 1552)
     loss, gradient, _ = rows.outcome("none")
     loss, gradient = loss.cpu().double(), gradient.cpu().double()
     exact = truth(rows.logits, target, prior, reduction="none")

@@ -28,7 +28,8 @@ N_ROWS = [1, 2, 3, 5, 16, 64, 255, 264, 1000, 4096, 100_003, 10**7]
 N_CLASSES = [
     *(1, 2, 3, 7, 8, 9, 63, 64, 127, 128, 248, 255, 256, 257, 512, 513),  # from a vector to the shortest wide rows
     *(1000, 1023, 1024, 1025, 2048, 2049, 4097, 8142, 8192),  # one tile and more
-    *(16384, 16385, 50257, 65537, 99991, 131072, 524289, 999_999, 10**6),  # one chunk and more
+    *(4096, 4110, 8195, 16384, 16385, 32768, 32769),  # resident and more, by dtype and target
+    *(50257, 65537, 99991, 131072, 524289, 999_999, 10**6),  # one chunk and more
 ]  # fmt: skip
 
 
@@ -48,57 +49,85 @@ def grid():
 
 
 def launches(n_rows, n_classes, dtype, layout, device):
-    """Every launch of these rows: a forward pass that reads them once, one that reads them twice, a backward pass."""
-    for read_twice in (False, True):
-        yield choosing.choose_launch(n_rows, n_classes, dtype, layout, device, read_twice)
-    yield choosing.choose_backward_launch(n_rows, n_classes, dtype, layout, device)
+    """Every launch of these rows: of labels, and of class probabilities."""
+    for cost in (1, 2, 4):
+        yield choosing.choose_launch(n_rows, n_classes, dtype, layout, device, cost)
+
+
+def of_row(launch):
+    """What sets the bits of a row."""
+    block_rows = launch.block_rows if launch.vec == 1 else None
+    return (
+        launch.vec, launch.resident, launch.full_c, launch.block_c, launch.chunk_tiles, launch.num_warps, block_rows,
+    )  # fmt: skip
 
 
 def test_what_sets_the_bits_of_a_row_depends_on_neither_the_rows_nor_the_device():
-    for n_classes, dtype, layout in grid():
-        of_row = set()
-        for n_rows, device, read_twice in itertools.product(N_ROWS, DEVICES, (False, True)):
-            launch = choosing.choose_launch(n_rows, n_classes, dtype, layout, device, read_twice)
-            narrow_or_one_tile = launch.vec == 1 or n_classes <= launch.block_c
-            block_rows = launch.block_rows if narrow_or_one_tile else None
-            of_row.add((launch.vec, launch.block_c, launch.chunk_tiles, launch.num_warps, block_rows))
-        assert len(of_row) == 1, (n_classes, dtype, layout)
+    for (n_classes, dtype, layout), cost in itertools.product(grid(), (1, 2, 4)):
+        found = {
+            of_row(choosing.choose_launch(n_rows, n_classes, dtype, layout, device, cost))
+            for n_rows, device in itertools.product(N_ROWS, DEVICES)
+        }
+        assert len(found) == 1, (n_classes, dtype, layout)
 
 
-def test_of_what_a_kernel_is_compiled_for_there_are_two_choices_for_all_numbers_of_rows():
-    for n_classes, dtype, layout in grid():
-        for device, choose in itertools.product(DEVICES, ("forward", "gradient", "backward")):
-            compiled = set()
-            for n_rows in N_ROWS:
-                makes = choose == "gradient" and choosing.makes_gradient_in_forward(
-                    n_rows, n_classes, dtype, layout, device, "mean"
-                )
-                if choose == "backward":
-                    launch = choosing.choose_backward_launch(n_rows, n_classes, dtype, layout, device)._replace(split=0)
-                else:
-                    launch = choosing.choose_launch(n_rows, n_classes, dtype, layout, device, makes)
-                chunk_tiles = launch.chunk_tiles if launch.n_chunks(n_classes) > 1 else 0
-                constants = launch.tile_constants(n_classes)
-                compiled.add((makes, constants, chunk_tiles, launch.split, launch.num_warps))
-            assert len(compiled) <= 2, (n_classes, dtype, layout, device, choose)
+def test_nothing_that_a_kernel_is_compiled_for_depends_on_the_number_of_rows():
+    for (n_classes, dtype, layout), device, cost in itertools.product(grid(), DEVICES, (1, 2, 4)):
+        compiled = set()
+        for n_rows in N_ROWS:
+            launch = choosing.choose_launch(n_rows, n_classes, dtype, layout, device, cost)
+            may = choosing.may_make_gradient(launch, n_classes, dtype, device, "mean")
+            compiled.add((may, launch.resident, launch.tile_constants(), launch.num_warps))
+        assert len(compiled) == 1, (n_classes, dtype, layout, device)
 
 
-def test_a_body_is_one_masked_tile_or_holds_a_whole_one():
+def bodies(n_classes, vec):
+    """Of all rows of so many classes, wherever they begin."""
+    return {(n_classes - head) // vec * vec for head in range(vec)}
+
+
+def test_tiles_of_a_resident_row_are_in_its_body_and_cover_it():
     for n_classes, dtype, layout in grid():
         for launch in launches(1000, n_classes, dtype, layout, DEVICES[1]):
-            _, edges, one_tile, _, block_c = launch.tile_constants(n_classes)
-            shortest = (n_classes - 2 * (launch.vec - 1) * edges) // launch.vec * launch.vec
-            assert one_tile or shortest >= block_c, (n_classes, launch)
+            if not launch.resident:
+                assert launch.full_c == 0
+            elif launch.vec == 1:
+                assert launch.full_c == 0 <= n_classes <= launch.block_c
+            else:
+                for body in bodies(n_classes, launch.vec):
+                    assert max(launch.full_c, launch.block_c) <= body <= launch.full_c + launch.block_c
+                waste = (launch.full_c + launch.block_c) / n_classes
+                assert waste <= 1.5, (n_classes, launch)
+
+
+@pytest.mark.parametrize("cost", [1, 2, 4])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_of_labels_is_resident_up_to_64_kilobytes_with_128_bytes_a_thread(dtype, cost):
+    """32,768 classes in half precision, 16,384 in float32. Others up to half or a quarter, with 64 bytes a thread."""
+    most = (1 << 16) // dtype.itemsize // cost
+    for n_classes in (256, 1000, most // 2, most - 1, most, most + 1, 2 * most):
+        for device, n_rows in itertools.product((*DEVICES, AMD), (1, 4096)):
+            launch = choosing.choose_launch(n_rows, n_classes, dtype, Layout(True, 1, n_classes), device, cost)
+            assert launch.resident == (n_classes <= most)
+            if launch.resident:
+                n_threads, n_bytes = (
+                    launch.num_warps * device.warp_size,
+                    (launch.full_c + launch.block_c) * dtype.itemsize,
+                )
+                assert n_threads <= (256 if cost == 4 else 512)
+                of_thread = 128 // min(cost, 2)
+                assert n_bytes <= n_threads * of_thread * (1 if n_threads > device.warp_size else 2)
+                assert (launch.block_rows, launch.splits, launch.n_chunks(n_classes)) == (1, 1, 1)
 
 
 def test_wide_rows_are_summed_alike_wherever_they_lie():
     """An aligned row of a misaligned matrix has the bits that it has alone."""
-    for n_classes, dtype in itertools.product([n for n in N_CLASSES if n >= 256], DTYPES):
-        of_row = set()
-        for layout in layouts(n_classes)[:-3]:
-            launch = choosing.choose_launch(1000, n_classes, dtype, layout, DEVICES[1])
-            of_row.add((launch.vec, launch.block_c, launch.chunk_tiles, launch.num_warps))
-        assert len(of_row) == 1, (n_classes, dtype)
+    for n_classes, dtype, cost in itertools.product([n for n in N_CLASSES if n >= 256], DTYPES, (1, 2, 4)):
+        found = {
+            of_row(choosing.choose_launch(1000, n_classes, dtype, layout, DEVICES[1], cost))
+            for layout in layouts(n_classes)[:-3]
+        }
+        assert len(found) == 1, (n_classes, dtype)
 
 
 @pytest.mark.parametrize("n_classes", [1000, 8142, 50257, 99991])
@@ -148,20 +177,20 @@ def test_rows_of_a_program_share_their_head_and_bodies_are_aligned():
                 assert n_classes - head - body < (vec if launch.edges else 1), (n_classes, layout, launch)
 
 
-def test_tiles_chunks_and_splits_cover_a_row():
+def test_tiles_chunks_and_splits_cover_a_streamed_row():
     for n_classes, dtype, layout in grid():
         for n_rows, device in itertools.product((1, 64, 4096), (*DEVICES, AMD)):
-            forward, twice, backward = launches(n_rows, n_classes, dtype, layout, device)
-            for launch in (forward, twice):
+            for launch in launches(n_rows, n_classes, dtype, layout, device):
                 n_chunks = launch.n_chunks(n_classes)
+                if launch.resident:
+                    assert launch.splits == n_chunks == 1
+                    continue
                 assert (n_chunks - 1) * launch.chunk_tiles * launch.block_c < n_classes
                 assert n_classes <= n_chunks * launch.chunk_tiles * launch.block_c
                 assert 1 <= launch.splits <= n_chunks <= choosing.MAX_CHUNKS
                 assert launch.splits * -(-n_chunks // launch.splits) >= n_chunks
-                if launch.vec > 1 and n_classes > launch.block_c:
+                if launch.vec > 1:
                     assert launch.block_c == launch.vec * device.warp_size * launch.num_warps  # one vector a thread
-            assert 1 <= backward.splits <= -(-n_classes // backward.block_c)
-            assert backward.num_warps * device.warp_size == 128
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -170,57 +199,54 @@ def test_few_rows_of_many_classes_fill_the_device(dtype, device):
     wanted = 2 * device.n_multiprocessors
     for n_classes, n_rows in itertools.product((8142, 50257, 131072, 10**6), (1, 2, 8, 64, 256, 1000)):
         for layout in layouts(n_classes)[:-3]:
-            launch = choosing.choose_launch(n_rows, n_classes, dtype, layout, device)
-            programs = launch.n_groups(n_rows) * launch.splits
-            assert programs >= min(wanted, n_rows * launch.n_chunks(n_classes)), (n_rows, launch)
-            backward = choosing.choose_backward_launch(n_rows, n_classes, dtype, layout, device)
-            n_tiles = -(-n_classes // backward.block_c)
-            assert backward.n_groups(n_rows) * backward.splits >= min(wanted, n_rows * n_tiles), (n_rows, backward)
+            for launch in launches(n_rows, n_classes, dtype, layout, device):
+                programs = launch.n_groups(n_rows) * launch.splits
+                chunks = launch.n_groups(n_rows) * launch.n_chunks(n_classes)
+                assert programs >= min(wanted, chunks), (n_rows, launch)
 
 
 def test_64_rows_of_a_million_classes_fill_an_h100():
-    launch = choosing.choose_launch(64, 10**6, torch.bfloat16, Layout(True, 0, 10**6), DEVICES[1])
-    assert launch.n_groups(64) * launch.splits >= 2 * 132
+    for launch in launches(64, 10**6, torch.bfloat16, Layout(True, 0, 10**6), DEVICES[1]):
+        assert launch.n_groups(64) * launch.splits >= 2 * 132
 
 
-def test_rows_that_share_an_offset_do_so_where_the_device_stays_full():
-    launch = choosing.choose_launch(4096, 8142, torch.bfloat16, Layout(True, 0, 8142), DEVICES[1], read_twice=True)
-    assert (launch.block_rows, launch.period, launch.splits) == (2, 4, 1)  # every fourth row lies alike
-    assert choosing.choose_launch(64, 8142, torch.bfloat16, Layout(True, 0, 8142), DEVICES[1]).block_rows == 1
-
-
-def test_rows_whose_gradient_the_forward_pass_makes_are_whole_and_in_l2():
-    made = set()
-    for n_classes, dtype, layout in grid():
-        for n_rows, device in itertools.product(N_ROWS, DEVICES):
-            if not choosing.makes_gradient_in_forward(n_rows, n_classes, dtype, layout, device, "mean"):
-                continue
-            launch = choosing.choose_launch(n_rows, n_classes, dtype, layout, device, read_twice=True)
-            assert launch.splits == 1
-            resident = device.n_multiprocessors * max(
-                1, choosing.RESIDENT_THREADS // (device.warp_size * launch.num_warps)
+def test_streamed_rows_share_an_offset_unless_that_costs_their_place_in_l2():
+    for n_classes, block_rows in ((50258, 2), (99_990, 1), (262_142, 2)):  # all leave L2 in the last
+        for n_rows in (1, 64, 4096):
+            launch = choosing.choose_launch(
+                n_rows, n_classes, torch.bfloat16, Layout(True, 0, n_classes), DEVICES[1], 1
             )
-            assert resident * launch.block_rows * n_classes * dtype.itemsize < 0.75 * device.l2_bytes
-            made.add((n_classes, dtype, device.n_multiprocessors))
-    for n_classes in (1000, 8142, 50257, 99991):
+            assert (launch.block_rows, launch.period) == (block_rows, 4 if block_rows == 2 else 1)  # every fourth alike
+
+
+def test_the_forward_pass_may_make_the_gradient_of_every_resident_row_and_of_streamed_rows_in_l2():
+    made = set()
+    for (n_classes, dtype, layout), cost in itertools.product(grid(), (1, 2, 4)):
+        for n_rows, device in itertools.product(N_ROWS, DEVICES):
+            launch = choosing.choose_launch(n_rows, n_classes, dtype, layout, device, cost)
+            makes = choosing.may_make_gradient(launch, n_classes, dtype, device, "mean")
+            assert makes == choosing.may_make_gradient(launch, n_classes, dtype, device, "sum")
+            if launch.resident:
+                assert makes == (dtype != torch.float16), "whatever the number of rows and L2"
+            elif makes:
+                resident = device.n_multiprocessors * max(
+                    1, choosing.RESIDENT_THREADS // (device.warp_size * launch.num_warps)
+                )
+                assert resident * launch.block_rows * n_classes * dtype.itemsize < 0.75 * device.l2_bytes
+                made.add((n_classes, dtype, device.n_multiprocessors))
+    for n_classes in (50257, 99991):
         assert (n_classes, torch.bfloat16, 132) in made
-    assert (8142, torch.float32, 132) in made
     assert (10**6, torch.bfloat16, 132) not in made
 
 
 @pytest.mark.parametrize(
-    ("n_rows", "dtype", "reduction"),
-    [
-        (4096, torch.float16, "mean"),
-        (4096, torch.bfloat16, "none"),
-        (0, torch.bfloat16, "mean"),
-        (0, torch.float32, "sum"),
-    ],
+    ("n_rows", "dtype", "reduction"), [(4096, torch.float16, "mean"), (4096, torch.bfloat16, "none")]
 )
 def test_the_forward_pass_makes_no_gradient(n_rows, dtype, reduction):
     for n_classes in N_CLASSES:
-        for layout, device in itertools.product(layouts(n_classes), DEVICES):
-            assert not choosing.makes_gradient_in_forward(n_rows, n_classes, dtype, layout, device, reduction)
+        for layout, device, cost in itertools.product(layouts(n_classes), DEVICES, (1, 2, 4)):
+            launch = choosing.choose_launch(n_rows, n_classes, dtype, layout, device, cost)
+            assert not choosing.may_make_gradient(launch, n_classes, dtype, device, reduction)
 
 
 def test_a_problem_holds_the_vectors_of_kernels_in_their_order():

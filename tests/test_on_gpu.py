@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from fused_la import logit_adjusted_cross_entropy
+from fused_la._problem import Problem
 
 ROOT = Path(__file__).parents[1]
 COMMAND = ["bash", str(ROOT / "benchmarks" / "on_gpu.sh")]
@@ -262,7 +263,7 @@ def test_no_wheels_are_no_error(benchmarks, tmp_path):
 
 def test_ncu_output_is_read_kernel_by_kernel(benchmarks):
     first, second = benchmarks.profiled.parse(benchmarks.profiled.SAMPLE)
-    assert (first["kernel"], first["grid"], first["block"]) == ("_forward_kernel", "(12879, 1, 1)", "(128, 1, 1)")
+    assert (first["kernel"], first["grid"], first["block"]) == ("_resident_kernel", "(12879, 1, 1)", "(128, 1, 1)")
     assert (first["dram_read_bytes"], first["time_ns"], first["registers"]) == (200e6, 150_000.5, 104)
     assert first["stall_long_scoreboard"] == 7.25
     assert "stall_wait" not in first  # n/a
@@ -303,9 +304,11 @@ def fake_ncu(benchmarks, new_run, monkeypatch):
 def test_counters_are_read_for_each_number_of_classes(fake_ncu):
     run, records = fake_ncu('cat "$(dirname "$0")/sample"')
     assert [(r["classes"], r["kernel"], r["status"]) for r in records] == [
-        (classes, kernel, "profiled") for classes in (8142, 131072) for kernel in ("_forward_kernel", "_prepare_kernel")
+        (classes, kernel, "profiled")
+        for classes in (8142, 131072)
+        for kernel in ("_resident_kernel", "_prepare_kernel")
     ]
-    assert "_forward_kernel" in (run.out / "ncu-8142.csv").read_text()
+    assert "_resident_kernel" in (run.out / "ncu-8142.csv").read_text()
 
 
 def test_an_ncu_that_knows_not_all_metrics_is_asked_for_the_few_that_matter_most(fake_ncu):
@@ -388,8 +391,9 @@ def test_every_option_is_tried_in_every_dtype_the_most_valuable_first(benchmarks
 
 def test_speed_is_measured_in_order_of_value(benchmarks):
     jobs = benchmarks.speed.jobs(50 * 2**20)
-    assert [(job.case.n_classes, job.provider) for job in jobs[:6]] == [
-        (classes, provider) for classes in (8142, 8192) for provider in ("fused_la triton", "eager", "torch.compile")
+    first = ("fused_la triton", "fused_la, streaming", "eager", "torch.compile")
+    assert [(job.case.n_classes, job.provider) for job in jobs[:8]] == [
+        (classes, provider) for classes in (8142, 8192) for provider in first
     ]
     of_bfloat16 = [job for job in jobs if job.case.dtype == "bfloat16"]
     assert jobs[: len(of_bfloat16)] == of_bfloat16
@@ -402,7 +406,26 @@ def test_speed_is_measured_in_order_of_value(benchmarks):
             assert 0 <= job.case.logits_bytes - 4 * 50 * 2**20 < row
     everyone = {"fused_la triton", "eager", "torch.compile", "Liger-Kernel", "QuACK"}
     for case in {job.case for job in jobs}:
-        assert {job.provider for job in jobs if job.case == case} == everyone
+        streamed = (
+            {"fused_la, streaming"}
+            if case.n_rows != 256 and case.n_classes <= 32768 // (case.torch_dtype.itemsize // 2)
+            else set()
+        )
+        assert {job.provider for job in jobs if job.case == case} == everyone | streamed
+
+
+def test_what_is_timed_as_streaming_streams(benchmarks):
+    passes = importlib.import_module("fused_la._triton.passes")
+
+    def kernel():
+        logits, target = torch.zeros(2, 300), torch.zeros(2, dtype=torch.int64)
+        signature = passes.signature_of(Problem(logits, None, target))
+        return passes.plan(signature, "mean", False, True).rows.kernel.__name__
+
+    assert kernel() == "_resident_kernel"
+    with benchmarks.speed.streaming():
+        assert kernel() == "_streamed_kernel"
+    assert kernel() == "_resident_kernel"
 
 
 def test_the_host_is_timed_in_short_batches_that_begin_with_an_idle_device(benchmarks, monkeypatch):
@@ -476,7 +499,7 @@ def test_the_summary_of_a_whole_run_is_short_and_has_what_matters(benchmarks, ne
             run.add("speed", job.record("timed", mode=mode, timer=timer, **figures))
     full = dict.fromkeys(benchmarks.profiled.METRICS.values(), 1.0)
     for classes in benchmarks.profiled.CLASSES:
-        run.add("profile", {"status": "profiled", "classes": classes, "kernel": "_forward_kernel", **full})
+        run.add("profile", {"status": "profiled", "classes": classes, "kernel": "_resident_kernel", **full})
     run.add("tests", {"status": "passed", "passed": 44})
     text = benchmarks.on_gpu.summary(run)
     assert len(text.splitlines()) <= 64
@@ -528,7 +551,7 @@ def test_the_dry_run_goes_through_every_stage_and_writes_its_files(benchmarks, t
     timed = {(r["provider"], r["timer"]) for r in of["speed"] if r["status"] == "timed" and r["provider"] != "copy"}
     timers = ("events", "host", "wall", "graph")
     assert timed == {(p, timer) for p in ("fused_la triton", "eager", "torch.compile") for timer in timers}
-    assert [r["kernel"] for r in of["profile"][:-1]] == ["_forward_kernel", "_prepare_kernel"]
+    assert [r["kernel"] for r in of["profile"][:-1]] == ["_resident_kernel", "_prepare_kernel"]
     assert of["tests"][0]["collected"] > 10
     assert (out / "summary.md").read_text() in done.stdout
     assert "nothing here was measured on a GPU" in done.stdout

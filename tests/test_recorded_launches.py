@@ -82,7 +82,7 @@ def test_what_is_specialised_alike_is_recorded_once(tmp_path, monkeypatch):
 
     first = call(17)
     assert len(first) == 2, "what prepares, and the forward pass"
-    assert call(19) == first
+    assert call(18) == first  # nor is where the workspace's parts begin a multiple of 16
     assert len(call(17, torch.bfloat16) - first) >= 1
     tests = set(recorded_launches.recorded_in(tmp_path).values())
     assert all("test_what_is_specialised_alike_is_recorded_once" in test for test in tests)

@@ -1,8 +1,8 @@
 """What a GPU does with a tile of a head's logits: the parts of its rows, and their gradient.
 
-A program takes CHUNK classes of one row of the tile. Forward leaves the part of each (online.py), and a second kernel
-joins the parts to what the rows have left so far, in order, and notes what labels stand at. Backward (gradient.py has
-the equations) writes the gradient in the dtype of the products, and then the labels' columns over it, which are known
+A program takes CHUNK classes of one row of the tile. Forward leaves the part of each (softmax.py), and a second kernel
+joins the parts to what the rows have left so far, in order, and notes what labels stand at. Backward (row.py has the
+equations) writes the gradient in the dtype of the products, and then the labels' columns over it, which are known
 before any tile is. Both compute z by the same operations, so that both find the same bits.
 """
 
@@ -17,51 +17,36 @@ from torch import Tensor
 
 from fused_la._blocks import Block
 from fused_la._rows import Part, Rows, State
-from fused_la._triton.gradient import full_form
+from fused_la._triton import tiles
 from fused_la._triton.launch import VECTOR_BYTES, cdiv, device_of, is_on_current_device
-from fused_la._triton.online import absorb, across_lanes, empty, join
 from fused_la._triton.operands import vectors_of
+from fused_la._triton.row import Row, store_gradient, tile_gradient
+from fused_la._triton.softmax import exp, join, load_part, part_of, store_part
 from fused_la._triton.targets import dense_mass
-from fused_la._triton.tiles import (
-    NUMBERS,
-    adjust,
-    exp,
-    float_bits,
-    load_classes,
-    load_tile,
-    scalar,
-    triton_dtype,
-    whole_vectors,
-)
+from fused_la._triton.tiles import NUMBERS, Call, Tile, adjust, float_bits, load_z, scalar, triton_dtype, whole_vectors
 from fused_la._triton.variants import variant
 
-CHUNK = 4096  # classes of a program
-BLOCK_C = 1024
+CHUNK = 2048  # classes of a program
 WIDE = tl.constexpr(8)  # classes in the widest vector
-THREADS = 128  # of a program that takes a chunk: 8 classes each, so that half precision is written 16 bytes at a time
+THREADS = 128  # of a program that takes a chunk
 JOINED_ROWS = 32  # of a program that joins parts
 # Pointers that may stand anywhere: of rows, a part of a larger tensor, and of the caller's bias.
 OF_ROWS = ["bias", "m", "rest", "gap", "total", "upstream", "share", "of_labels", "label_z", "as_label"]
 
 
 @triton.jit
-def _load_z(logits, bias, vectors, base, first, cols, mask_rows, mask_cols, tau, COMPUTE: tl.constexpr):
-    """(logits + bias, z) of classes first + cols of a row whose class `first` stands at `base`, -inf outside."""
-    values = load_tile(logits, base, cols, 1, mask_rows, mask_cols, float("-inf")).to(COMPUTE)
-    if bias is not None:
-        values += load_classes(bias, first, cols, mask_cols).to(COMPUTE)[None, :]
-    prior = None
-    scale = None
-    if vectors.log_prior is not None:
-        prior = load_classes(vectors.log_prior, first, cols, mask_cols)[None, :]
-    if vectors.scale is not None:
-        scale = load_classes(vectors.scale, first, cols, mask_cols)[None, :]
-    z = adjust(values, prior, scale, tau, COMPUTE)
-    if vectors.scale is not None:  # -inf * 0
-        z = tl.where(mask_cols[None, :], z, float("-inf"))
-        if mask_rows is not None:
-            z = tl.where(mask_rows[:, None], z, float("-inf"))
-    return z
+def _chunk_of_row(
+    logits_step, target_outer, first_row, first, width, ALIGNED: tl.constexpr, CHUNK: tl.constexpr
+):  # fmt: skip
+    """(rows, tile, number of the row in its tile of logits) of a program."""
+    row = tl.program_id(0).to(tl.int64)
+    at = first_row + row
+    rows = tiles.Rows(at, row >= 0, row * logits_step - first, at * target_outer, row * logits_step - first, first, 0)
+    if ALIGNED:
+        width = whole_vectors(width, WIDE)
+    start = tl.program_id(1) * CHUNK
+    cols = start + tl.arange(0, CHUNK)
+    return rows, Tile(first, start, cols, cols < width, start), row
 
 
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=OF_ROWS)
@@ -79,34 +64,19 @@ def _parts_kernel(
     # constants
     N_LABELS: tl.constexpr, HAS_SMOOTHING: tl.constexpr, COMPUTE: tl.constexpr,
     ALIGNED: tl.constexpr,  # rows of the tile are whole vectors, as far apart as they are wide
-    VEC: tl.constexpr, BLOCK_C: tl.constexpr, CHUNK: tl.constexpr,
+    VEC: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The part of each row and chunk of a tile, (4, n_chunks, n)."""
     HAS_MASS: tl.constexpr = HAS_SMOOTHING or N_LABELS == 0
-    row, chunk = tl.program_id(0), tl.program_id(1)
-    rows = row.to(tl.int64) + tl.arange(0, 1)
-    bases = rows * logits_step
-    if ALIGNED:
-        bases, width = whole_vectors(bases, WIDE), whole_vectors(width, WIDE)
-    tau, smoothing = scalar(tau_bits), scalar(smoothing_bits)
-    target_base = (first_row + rows) * target_outer + first * target_class
-    lanes = empty(1, BLOCK_C // VEC, COMPUTE)
-    for start in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, width), BLOCK_C):
-        cols = start + tl.arange(0, BLOCK_C)
-        mask_cols = cols < width
-        z = _load_z(logits, bias, vectors, bases, first, cols, None, mask_cols, tau, COMPUTE)
-        mass = dense_mass(
-            vectors, target_base, first, cols, None, mask_cols, target_class, n_classes, smoothing,
-            N_LABELS, HAS_SMOOTHING, COMPUTE,
-        )  # fmt: skip
-        lanes = absorb(lanes, z, mass, VEC, HAS_MASS, COMPUTE)
-    m, rest, gap, total = across_lanes(lanes, HAS_MASS, COMPUTE)
+    call = Call(
+        logits, bias, vectors, n_classes, 1, target_class, scalar(tau_bits, COMPUTE),
+        scalar(smoothing_bits, COMPUTE) if HAS_SMOOTHING else None, None, None if N_LABELS == 0 else N_LABELS, None,
+    )  # fmt: skip
+    rows, tile, row = _chunk_of_row(logits_step, target_outer, first_row, first, width, ALIGNED, CHUNK)
+    z = load_z(call, rows, tile, rows.there, VEC if ALIGNED else 1)
+    part = part_of(z, dense_mass(call, rows, tile, 1) if HAS_MASS else None, VEC, HAS_MASS)
     step = tl.num_programs(1) * n_rows
-    at = parts + (chunk * n_rows + rows)
-    tl.store(at, m)
-    tl.store(at + step, rest)
-    tl.store(at + 2 * step, gap)
-    tl.store(at + 3 * step, total)
+    store_part(parts + (tl.program_id(1) * n_rows + row), step, part, rows.there)
 
 
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=OF_ROWS)
@@ -130,28 +100,15 @@ def _join_kernel(
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     there = rows < n_rows
     at = first_row + rows
-    row = (
-        tl.load(m + at, there, other=0.0),
-        tl.load(rest + at, there, other=0.0),
-        tl.load(gap + at, there, other=0.0),
-        tl.load(total + at, there, other=0.0),
-    )
-    step = n_chunks * n_rows
+    row = (tl.load(m + at, there), tl.load(rest + at, there), tl.load(gap + at, there), tl.load(total + at, there))
     for chunk in range(0, n_chunks):
-        of_chunk = parts + (chunk * n_rows + rows)
-        part = (
-            tl.load(of_chunk, there, other=0.0),
-            tl.load(of_chunk + step, there, other=0.0),
-            tl.load(of_chunk + 2 * step, there, other=0.0),
-            tl.load(of_chunk + 3 * step, there, other=0.0),
-        )
-        row = join(row, part, HAS_MASS, COMPUTE)
+        row = join(row, load_part(parts + (chunk * n_rows + rows), n_chunks * n_rows, there), HAS_MASS)
     tl.store(m + at, row[0], there)
     tl.store(rest + at, row[1], there)
     tl.store(gap + at, row[2], there)
     tl.store(total + at, row[3], there)
     if N_LABELS > 0:
-        tau = scalar(tau_bits)
+        tau = scalar(tau_bits, COMPUTE)
         for k in range(N_LABELS):
             label = tl.load(vectors.target + at * N_LABELS + k, there, other=ignore_index)
             here = there & (label != ignore_index) & (label >= first) & (label < first + width)
@@ -159,15 +116,14 @@ def _join_kernel(
             value = tl.load(logits + rows.to(tl.int64) * logits_step + (label - first), here, other=0.0).to(COMPUTE)
             if bias is not None:
                 value += tl.load(bias + label).to(COMPUTE)
-            prior = None
-            scale = None
+            prior, scale = None, None
             if vectors.log_prior is not None:
                 prior = tl.load(vectors.log_prior + label)
             if vectors.scale is not None:
                 scale = tl.load(vectors.scale + label)
-            tl.store(label_z + at * N_LABELS + k, adjust(value, prior, scale, tau, COMPUTE), here)
+            tl.store(label_z + at * N_LABELS + k, adjust(value, prior, scale, True, tau), here)
             if vectors.target_offset is not None:
-                own = adjust(value, None, scale, tau, COMPUTE) + tl.load(vectors.target_offset + label).to(COMPUTE)
+                own = adjust(value, None, scale, True, tau) + tl.load(vectors.target_offset + label).to(COMPUTE)
                 tl.store(as_label + at * N_LABELS + k, own, here)
 
 
@@ -185,55 +141,32 @@ def _gradient_kernel(
     tau_bits: tl.int64, smoothing_bits: tl.int64, ignore_index: tl.int64,
     # constants
     N_LABELS: tl.constexpr, HAS_SMOOTHING: tl.constexpr, COMPUTE: tl.constexpr,
-    ALIGNED: tl.constexpr, BLOCK_C: tl.constexpr, CHUNK: tl.constexpr,
+    ALIGNED: tl.constexpr, VEC: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of z of each row and chunk of a tile; g = 0 marks a row that does not count."""
-    row, chunk = tl.program_id(0), tl.program_id(1)
-    rows = row.to(tl.int64) + tl.arange(0, 1)
-    at = first_row + rows
-    bases = rows * logits_step
-    if ALIGNED:
-        bases, width = whole_vectors(bases, WIDE), whole_vectors(width, WIDE)
-    tau, smoothing = scalar(tau_bits), scalar(smoothing_bits)
-    m_row, rest_row, total_row = tl.load(m + at), tl.load(rest + at), tl.load(total + at)
-    g = tl.load(upstream + at)
-    live = None
+    """The gradient of z of each row and chunk of a tile."""
+    call = Call(
+        logits, bias, vectors, n_classes, 1, target_class, scalar(tau_bits, COMPUTE),
+        scalar(smoothing_bits, COMPUTE) if HAS_SMOOTHING else None, None, None if N_LABELS == 0 else N_LABELS, None,
+    )  # fmt: skip
+    rows, tile, _ = _chunk_of_row(logits_step, target_outer, first_row, first, width, ALIGNED, CHUNK)
+    at = rows.rows
+    m_row, rest_row = tl.load(m + at), tl.load(rest + at)
+    share_row, live = tl.full((), 1.0, COMPUTE), rows.there
     if share is not None:
         share_row = tl.load(share + at)
         live = share_row == share_row  # NaN marks a row that does not count
-        share_row = tl.where(live, share_row, 0.0)
-        m_row, rest_row = tl.where(live, m_row, 0.0), tl.where(live, rest_row, 0.0)
-        total_row, g = tl.where(live, total_row, 0.0), tl.where(live, g, 0.0)
-    target_base = at * target_outer + first * target_class
-    last = tl.minimum((chunk + 1) * CHUNK, width)
-    for start in range(chunk * CHUNK, last, BLOCK_C):
-        cols = start + tl.arange(0, BLOCK_C)
-        mask_cols = cols < width
-        z = _load_z(logits, bias, vectors, bases, first, cols, live, mask_cols, tau, COMPUTE)
-        mass = dense_mass(
-            vectors, target_base, first, cols, None, mask_cols, target_class, n_classes, smoothing,
-            N_LABELS, HAS_SMOOTHING, COMPUTE,
-        )  # fmt: skip
-        if N_LABELS == 0:
-            of_z = full_form(
-                z, m_row[:, None], rest_row[:, None], total_row[:, None], g[:, None], mass, COMPUTE
-            )  # fmt: skip
-        else:
-            of_z = exp(z - m_row[:, None], COMPUTE) * (g * total_row / (1.0 + rest_row))[:, None]
-            if HAS_SMOOTHING:
-                of_z -= (g * share_row)[:, None] * mass
-        if vectors.log_prior is not None and (N_LABELS == 0 or HAS_SMOOTHING):
-            prior = load_classes(vectors.log_prior, first, cols, mask_cols)
-            of_z = tl.where(prior[None, :] == float("-inf"), (rest_row - rest_row)[:, None], of_z)
-        tl.store(grad + (bases[:, None] + cols[None, :]), of_z.to(grad.dtype.element_ty), mask_cols[None, :])
+    row = Row(m_row, rest_row, 1.0 / (1.0 + rest_row), tl.load(total + at), share_row, live, tl.load(upstream + at))
+    z = load_z(call, rows, tile, live, VEC if ALIGNED else 1)
+    of_z = tile_gradient(call, rows, row, tile, z, exp(z - m_row), 1)
+    store_gradient(grad, rows, tile, 1, of_z, None, WIDE if ALIGNED else 1)
     if N_LABELS > 0:
         tl.debug_barrier()  # the labels' columns are written after, and over, what other threads wrote there
         for k in range(N_LABELS):
             label = tl.load(vectors.target + at * N_LABELS + k)
             col = label - first
-            here = (label != ignore_index) & (col >= chunk * CHUNK) & (col < last)
+            here = (label != ignore_index) & (col >= tile.start) & (col < tl.minimum(tile.start + CHUNK, width))
             value = tl.load(of_labels + at * N_LABELS + k)
-            tl.store(grad + (bases + col), value.to(grad.dtype.element_ty), here)
+            tl.store(grad + (rows.gradient + label), value.to(grad.dtype.element_ty), here)
 
 
 class Epilogue:
@@ -263,7 +196,7 @@ class Epilogue:
         parts = logits.new_empty(4 * n_chunks * n_rows)
         vec = VECTOR_BYTES // logits.element_size()
         constants = (
-            self._n_labels, self._has_smoothing, self._compute, _is_aligned(step, width), vec, BLOCK_C, CHUNK,
+            self._n_labels, self._has_smoothing, self._compute, _is_aligned(step, width), vec, CHUNK,
         )  # fmt: skip
         variant(_parts_kernel, self._device, self._types, constants, self._num_warps).launch(
             (n_rows, n_chunks, 1), logits, self._bias, self._vectors, parts,
@@ -300,7 +233,8 @@ class Epilogue:
             n_rows, width = logits.shape
             step, grad = logits.stride(0), buffer.as_strided(logits.shape, logits.stride())
             constants = (
-                self._n_labels, self._has_smoothing, self._compute, _is_aligned(step, width), BLOCK_C, CHUNK,
+                self._n_labels, self._has_smoothing, self._compute, _is_aligned(step, width),
+                VECTOR_BYTES // logits.element_size(), CHUNK,
             )  # fmt: skip
             variant(_gradient_kernel, self._device, self._types, constants, self._num_warps).launch(
                 (n_rows, cdiv(width, CHUNK), 1),

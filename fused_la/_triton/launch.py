@@ -1,9 +1,9 @@
 """Which tile a kernel runs: pure functions of the shape and the device, so that no result depends on a timing.
 
-The order in which a row is summed follows from the fields VEC, BLOCK_C, CHUNK_TILES and the number of threads, and
-those are functions of the number of classes, the dtype and the layout in memory. Who sums it (BLOCK_ROWS, SPLIT,
-splits, period) may also depend on the number of rows and on the device: it changes no bit of a row. Of what a kernel is
-compiled for, only BLOCK_ROWS and SPLIT do, and there are two choices of them: for few rows, and for many.
+The order in which a row is summed follows from the fields VEC, FULL_C, BLOCK_C, CHUNK_TILES and the number of threads,
+and those are functions of the number of classes, the dtype, the layout in memory and the kind of target. Who sums it
+(BLOCK_ROWS of streamed rows, period, splits) may also depend on the device, and splits on the number of rows: it
+changes no bit of a row. Of what a kernel is compiled for, nothing depends on the number of rows.
 """
 
 from __future__ import annotations
@@ -53,132 +53,112 @@ def next_power_of_2(n: int) -> int:
 
 
 class Launch(NamedTuple):
-    """A program passes over BLOCK_ROWS rows, BLOCK_C classes at a time."""
+    """A program has BLOCK_ROWS rows, whole or BLOCK_C classes at a time."""
 
-    vec: int  # classes in one load of a thread, and in the group that shares a running maximum
+    vec: int  # classes in one load of a thread
     edges: bool  # rows may begin or end between the boundaries of vectors
     block_rows: int
+    full_c: int  # classes that every row has in its body; 0 where a row is one masked tile, or streams
     block_c: int
-    chunk_tiles: int  # tiles after which a row's partial sum is closed
     num_warps: int
+    resident: bool  # a row is read once, and kept
+    chunk_tiles: int = 1  # tiles of a streamed row after which its partial sum is closed
     period: int = 1  # the rows of a program are so many apart: they lie alike towards the boundaries
-    split: bool = False  # several programs may share a row, chunk by chunk
-    splits: int = 1  # how many do
+    splits: int = 1  # programs that share a row, chunk by chunk
 
     def n_chunks(self, n_classes: int) -> int:
-        return cdiv(cdiv(n_classes, self.block_c), self.chunk_tiles)
+        return 1 if self.resident else cdiv(cdiv(n_classes, self.block_c), self.chunk_tiles)
 
     def n_groups(self, n_rows: int) -> int:
         """Groups of rows, each one program's (or `splits` programs'); every group has a row."""
         blocks, rest = divmod(n_rows, self.block_rows * self.period)
         return blocks * self.period + min(rest, self.period)
 
-    def tile_constants(self, n_classes: int) -> tuple[int, bool, bool, int, int]:
-        """VEC, EDGES, ONE_TILE, BLOCK_ROWS and BLOCK_C of the kernels that pass over rows."""
-        return self.vec, self.edges, n_classes <= self.block_c, self.block_rows, self.block_c
+    def tile_constants(self) -> tuple[int | bool, ...]:
+        """VEC, EDGES and BLOCK_ROWS of both kernels, FULL_C and BLOCK_C of the resident or BLOCK_C and CHUNK_TILES."""
+        of_tile = (self.full_c, self.block_c) if self.resident else (self.block_c, self.chunk_tiles)
+        return self.vec, self.edges, self.block_rows, *of_tile
 
 
-# None of the numbers below is tuned on a GPU yet.
-CHUNK = 1 << 14  # classes of a partial sum, or more where a row would have over MAX_CHUNKS of them
-MAX_CHUNKS = 32
-ROWS = 2  # that share each load of the offset; with 4, kernels took up to 168 registers (sm_90, 1001 classes)
-GRAD_TILES = 8  # tiles of a backward program, at most
-FEW_THREADS = 128  # of a program; one that passes over a long row has more
+# None of the numbers below is tuned on a GPU yet. They are what the compilers for sm_80, sm_90, sm_100 and gfx942 keep
+# in 128 registers a thread, so that 16 warps fit on a multiprocessor (`python -m benchmarks.disassemble --all`).
+ROW_BYTES = 1 << 16  # of the longest resident row of labels: 32,768 classes in half precision, 16,384 in float32. Of a
+# margin with a scale half of that, of class probabilities or label smoothing a quarter: more, and registers spill
+THREAD_BYTES = 128  # of such a row of labels for each thread, else half of that
+STREAM_THREADS = 512  # of a streaming program, with a vector of a tile each
+ROWS = 2  # of a streaming program, which share each load of the offset
+CHUNK = 1 << 14  # classes of a streamed row after which its partial sum is closed, or more where it would have
+MAX_CHUNKS = 32  # over so many of them
+CHUNK_TILES = 16  # of a chunk without 16-byte vectors
 NARROW_TILE = 1024  # elements of a tile without 16-byte vectors, whose addresses take more registers
-PROGRAMS_A_MULTIPROCESSOR = 2  # fewer leave multiprocessors idle: rows are split, or fewer share a program
-RESIDENT_THREADS = 768  # assumed on a multiprocessor: what fits with 85 registers a thread
+TALL_CLASSES = 16  # of a tile whose classes are not neighbours
+NARROW_THREADS = 128
+PROGRAMS_A_MULTIPROCESSOR = 2  # fewer leave multiprocessors idle: rows are split
+RESIDENT_THREADS = 768  # of streaming programs, assumed on a multiprocessor: what fits with 85 registers a thread
 
 
 def choose_launch(
-    n_rows: int, n_classes: int, dtype: torch.dtype, layout: Layout, device: Device, read_twice: bool = False
+    n_rows: int, n_classes: int, dtype: torch.dtype, layout: Layout, device: Device, class_cost: int
 ) -> Launch:
-    """The launch of a kernel over (n_rows, n_classes) logits.
-
-    `read_twice` keeps the rows in flight few enough for L2 to hold them until their second pass; see `fits_l2`.
-    """
+    """The launch of a kernel over (n_rows, n_classes) logits; `class_cost` is as in `Signature`."""
     vec = VECTOR_BYTES // dtype.itemsize
-    if not layout.adjacent or layout.shift is None or layout.row_step is None:
-        wide = False
-    else:
-        # A short row is mostly edges: its neighbours in memory serve a warp as well.
-        wide = layout.is_aligned(n_classes, vec) or n_classes >= 32 * vec
+    # A short row is mostly edges: its neighbours in memory serve a warp as well.
+    wide = layout.adjacent and layout.shift is not None and layout.row_step is not None and n_classes >= 32 * vec
     if not wide:
         # Where classes are not adjacent (images, (N, C, d1, ...)) neighbouring rows are: the tile is tall.
-        block_c = min(next_power_of_2(n_classes), NARROW_TILE if layout.adjacent else 16)
-        tiles = _chunk_tiles(n_classes, block_c)
-        rows = NARROW_TILE // block_c
-        launch = Launch(1, False, rows, block_c, tiles, FEW_THREADS // device.warp_size)
-        return _of_few_or_many(launch, launch, n_rows, n_classes, device)
+        block_c, num_warps = next_power_of_2(n_classes), NARROW_THREADS // device.warp_size
+        tile = NARROW_TILE // (2 if dtype == torch.float64 else 1)
+        widest = tile if layout.adjacent else TALL_CLASSES
+        launch = Launch(1, False, tile // min(block_c, widest), 0, min(block_c, widest), num_warps, block_c <= widest)
+        if launch.resident:
+            return launch
+        tiles = max(CHUNK_TILES, next_power_of_2(cdiv(n_classes, widest * MAX_CHUNKS)))
+        return _shared_if_few(launch._replace(chunk_tiles=tiles), n_rows, n_classes, device)
 
     assert layout.row_step is not None
     edges = not layout.is_aligned(n_classes, vec)
     row_bytes = n_classes * dtype.itemsize
-    n_threads = FEW_THREADS * (1 if row_bytes <= 1 << 15 else 2 if row_bytes <= 1 << 16 else 4)
-    full_tile = vec * n_threads
-    # The body of a row, without its edges, is one tile under a mask, or at least a full tile long.
-    one_tile = n_classes < full_tile + 2 * vec - 1
-    block_c = next_power_of_2(n_classes) if one_tile else full_tile
-    period = vec // math.gcd(layout.row_step, vec)
-    tiles = _chunk_tiles(n_classes, block_c)
-    launch = Launch(vec, edges, 1, block_c, tiles, n_threads // device.warp_size)
-    if one_tile:
-        # Several short rows fill the threads; how many must not depend on the number of rows.
-        return launch._replace(block_rows=max(1, ROWS * full_tile // block_c), period=period)
-    taller = launch._replace(block_rows=ROWS, period=period)
-    many = taller if not read_twice or fits_l2(taller, n_classes, dtype, device) else launch
-    return _of_few_or_many(launch, many, n_rows, n_classes, device)
+    if row_bytes * class_cost <= ROW_BYTES:
+        # Of aligned rows too: one that is aligned in a misaligned matrix is summed as it is alone.
+        shortest = (n_classes - 2 * (vec - 1) + vec - 1) // vec * vec  # body; the longest has a vector more
+        full_c = 1 << (shortest.bit_length() - 1)
+        rest = n_classes // vec * vec - full_c
+        n_threads = max(device.warp_size, next_power_of_2(cdiv(row_bytes * min(class_cost, 2), THREAD_BYTES)))
+        block_c = 0 if rest == 0 else min(full_c, max(next_power_of_2(rest), vec * n_threads))
+        return Launch(vec, edges, 1, full_c, block_c, n_threads // device.warp_size, True)
+
+    block_c, num_warps = vec * STREAM_THREADS, STREAM_THREADS // device.warp_size
+    tiles = max(1, max(CHUNK, next_power_of_2(cdiv(n_classes, MAX_CHUNKS))) // block_c)
+    alone = Launch(vec, edges, 1, 0, block_c, num_warps, False, tiles)
+    launch = alone._replace(block_rows=ROWS, period=vec // math.gcd(layout.row_step, vec))
+    if fits_l2(alone, n_classes, dtype, device) and not fits_l2(launch, n_classes, dtype, device):
+        launch = alone
+    return _shared_if_few(launch, n_rows, n_classes, device)
 
 
-def _of_few_or_many(few: Launch, many: Launch, n_rows: int, n_classes: int, device: Device) -> Launch:
-    """`many` where its programs fill the device; else programs share a row of `few`, if that has several chunks."""
-    n_chunks = few.n_chunks(n_classes)
-    if many.n_groups(n_rows) >= _n_programs(device):
-        return many
-    if n_chunks == 1:
-        return few
-    splits = min(n_chunks, cdiv(_n_programs(device), max(1, few.n_groups(n_rows))))
-    return few._replace(split=True, splits=splits)
+def _shared_if_few(launch: Launch, n_rows: int, n_classes: int, device: Device) -> Launch:
+    """Programs share a row where there are too few of them to fill the device, and the row has several chunks."""
+    wanted = PROGRAMS_A_MULTIPROCESSOR * device.n_multiprocessors
+    return launch._replace(splits=min(launch.n_chunks(n_classes), cdiv(wanted, max(1, launch.n_groups(n_rows)))))
 
 
 def fits_l2(launch: Launch, n_classes: int, dtype: torch.dtype, device: Device) -> bool:
-    """Whether the rows in flight stay in L2 until they are read again."""
+    """Whether the streaming rows in flight stay in L2 until they are read again."""
     programs = device.n_multiprocessors * max(1, RESIDENT_THREADS // (device.warp_size * launch.num_warps))
     return programs * launch.block_rows * n_classes * dtype.itemsize <= 0.6 * device.l2_bytes
 
 
-def makes_gradient_in_forward(
-    n_rows: int, n_classes: int, dtype: torch.dtype, layout: Layout, device: Device, reduction: str
-) -> bool:
-    """Whether the forward kernel writes the gradient as well: 2 bytes moved a byte of logits, where a recomputing
-    backward pass makes it 3.
+def may_make_gradient(launch: Launch, n_classes: int, dtype: torch.dtype, device: Device, reduction: str) -> bool:
+    """Whether the forward kernel writes the gradient as well, unless programs share a row: 2 bytes moved a byte of
+    logits, where a recomputing backward pass makes it 3.
 
-    Not for float16, whose gradients underflow unless they are made for the scale of the upstream gradient; not for
-    reduction "none", whose upstream is not one number; and not where a row is split or would have left L2 by its
-    second pass.
+    Not for float16, whose gradients underflow unless they are made for the scale of the upstream gradient, and not for
+    reduction "none", whose upstream is not one number. Of streamed rows not where one would have left L2 by its second
+    pass.
     """
-    if dtype == torch.float16 or reduction == "none" or n_rows == 0:
+    if dtype == torch.float16 or reduction == "none":
         return False
-    launch = choose_launch(n_rows, n_classes, dtype, layout, device, read_twice=True)
-    return not launch.split and fits_l2(launch, n_classes, dtype, device)
-
-
-def _chunk_tiles(n_classes: int, block_c: int) -> int:
-    widest = next_power_of_2(cdiv(n_classes, MAX_CHUNKS))
-    return max(1, max(CHUNK, widest) // block_c)
-
-
-def _n_programs(device: Device) -> int:
-    return PROGRAMS_A_MULTIPROCESSOR * device.n_multiprocessors
-
-
-def choose_backward_launch(n_rows: int, n_classes: int, dtype: torch.dtype, layout: Layout, device: Device) -> Launch:
-    """The launch of a backward pass, where classes need nothing of one another: a tile in any program will do."""
-    launch = choose_launch(n_rows, n_classes, dtype, layout, device)
-    if launch.num_warps * device.warp_size > FEW_THREADS:
-        launch = launch._replace(num_warps=FEW_THREADS // device.warp_size, block_c=launch.vec * FEW_THREADS)
-    n_tiles = cdiv(n_classes, launch.block_c)
-    wanted = cdiv(_n_programs(device), max(1, launch.n_groups(n_rows)))
-    return launch._replace(splits=min(n_tiles, max(wanted, cdiv(n_tiles, GRAD_TILES))))
+    return launch.resident or fits_l2(launch, n_classes, dtype, device)
 
 
 # Tensors and devices --------------------------------------------------------------------------------------------------

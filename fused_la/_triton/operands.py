@@ -39,6 +39,13 @@ class Signature(NamedTuple):
         return None if self.rows[1] == 1 else self.rows[1]
 
     @property
+    def class_cost(self) -> int:
+        """How many times as much of a resident row's registers a class takes as with labels and an offset alone."""
+        if self.n_labels == 0 or self.has_smoothing:  # a target mass
+            return 4
+        return 1 if self.types[-1] is None else 2  # a scale
+
+    @property
     def compute_dtype(self) -> torch.dtype:
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 

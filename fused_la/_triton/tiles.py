@@ -1,12 +1,13 @@
-"""Device functions that the kernels share: where rows lie, and z.
+"""Where the rows and classes of a program lie in memory, and z: device functions that the kernels share.
 
-A tile is BLOCK_ROWS rows by BLOCK_C classes. Arithmetic is in COMPUTE: float32, or float64 for float64 logits. Scalars
-come as the bits of a Python float, since a kernel's own float arguments are float32.
+A program has one row, whose numbers are scalars, or BLOCK_ROWS rows, whose numbers are (BLOCK_ROWS,). A tile is some
+classes of them: (N,) of one row, (BLOCK_ROWS, N) of several. Arithmetic is in the dtype of `Call.tau`: float32, or
+float64 for float64 logits.
 
 A row of classes that are neighbours in memory is cut at 16-byte boundaries, whatever its length and the step to the
 next row: `head` classes before the first boundary, a body of whole vectors of VEC classes, and a tail. The body is read
-and written 16 bytes a thread; head and tail together are one tile of 2 * VEC classes, `edge_classes`. The rows of a
-program lie alike towards the boundaries, so that they share one head.
+and written 16 bytes a thread; head and tail together are one tile of 2 * VEC classes, the edges. The rows of a program
+lie alike towards the boundaries, so that they share one head.
 """
 
 from __future__ import annotations
@@ -18,8 +19,6 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-
-LOG2E = tl.constexpr(1.4426950408889634)
 
 
 class Vectors(NamedTuple):
@@ -41,14 +40,52 @@ NUMBERS = [
     "logits_outer", "logits_inner", "logits_class", "target_outer", "target_inner", "target_class",
     "grad_outer", "grad_inner", "grad_class", "upstream_outer", "upstream_inner", "logits_step",
     "n_rows", "n_inner", "n_classes", "n_groups", "n_chunks", "n_parts", "rows_a_part", "n_taus",
-    "period", "splits", "shift", "made_for_one", "first_row", "first", "width",
+    "period", "splits", "shift", "scratch", "table_step", "loss_parts", "for_one", "first_row", "first", "width",
     "tau_bits", "smoothing_bits", "ignore_index",
 ]  # fmt: skip
 
 
+class Call(NamedTuple):
+    """What a launch is asked for, handed from one device function to the next."""
+
+    logits: Any
+    bias: Any  # (C,) to add to the logits, of a head
+    vectors: Any
+    n_classes: Any
+    logits_class: Any  # strides
+    target_class: Any
+    tau: Any
+    smoothing: Any  # None where there is none
+    ignore_index: Any
+    n_labels: Any  # None: class probabilities
+    target_alike: Any  # None unless probabilities lie towards 16-byte boundaries as the logits do
+
+
+class Rows(NamedTuple):
+    """Which rows a program has, where they begin, and where they are cut."""
+
+    rows: Any
+    there: Any  # one that is not there is read as the first, and never stored
+    logits: Any
+    target: Any
+    gradient: Any
+    head: Any
+    body: Any
+
+
+class Tile(NamedTuple):
+    """Classes first + cols of the rows of a program."""
+
+    first: Any
+    start: Any  # the lowest of cols
+    cols: Any  # (N,)
+    mask: Any  # (N,), those that there are
+    taken: Any  # cols below it are in the tile before as well
+
+
 @functools.lru_cache(maxsize=1024)
 def float_bits(value: float) -> int:
-    """A Python float as an int64, for `scalar` to undo on the device."""
+    """A Python float as an int64, for `scalar` to undo on the device, whose float arguments are float32."""
     return struct.unpack("<q", struct.pack("<d", value))[0]
 
 
@@ -57,26 +94,43 @@ def triton_dtype(dtype: torch.dtype) -> tl.dtype:
 
 
 @triton.jit
-def scalar(bits):
-    return bits.to(tl.int64).to(tl.float64, bitcast=True)
+def scalar(bits, COMPUTE: tl.constexpr):
+    return bits.to(tl.int64).to(tl.float64, bitcast=True).to(COMPUTE)
 
 
-# Where rows lie -------------------------------------------------------------------------------------------------------
+# Shapes ---------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def group_rows(group, period, n_rows, BLOCK_ROWS: tl.constexpr):
-    """(first row, rows to read, rows, which of them there are) of a program's group.
-
-    What stands in for a row that is not there is the first: its result is never stored, and reading needs no mask.
-    """
-    if BLOCK_ROWS == 1:
-        first_row = group.to(tl.int64)
+def across(of_rows):
+    """Numbers of rows, to meet those of a tile."""
+    if len(of_rows.shape) == 0:
+        return of_rows
     else:
-        first_row = (group // period).to(tl.int64) * (BLOCK_ROWS * period) + group % period
-    rows = first_row + period * tl.arange(0, BLOCK_ROWS)
-    there = rows < n_rows
-    return first_row, tl.where(there, rows, first_row), rows, there
+        return of_rows[:, None]
+
+
+@triton.jit
+def along(of_classes, rows):
+    """Numbers of classes, to meet those of a tile of these rows."""
+    if len(rows.rows.shape) == 0:
+        return of_classes
+    else:
+        return of_classes[None, :]
+
+
+@triton.jit
+def row_sum(tile):
+    return tl.sum(tile, len(tile.shape) - 1)
+
+
+@triton.jit
+def row_max(tile):
+    """It passes over a NaN."""
+    return tl.max(tile, len(tile.shape) - 1)
+
+
+# Where rows lie -------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -92,142 +146,140 @@ def row_offsets(rows, n_inner, strides):
 
 @triton.jit
 def whole_vectors(n, VEC: tl.constexpr):
-    """n rounded down to a multiple of VEC, so that the compiler knows it for one."""
-    return n // VEC * VEC
-
-
-@triton.jit
-def cut_row(start, n_classes, VEC: tl.constexpr, EDGES: tl.constexpr):
-    """(head, body) of the rows that lie as the one at `start`: classes before the first boundary, and in vectors."""
-    if EDGES:
-        head = tl.minimum((VEC - start % VEC) % VEC, n_classes).to(tl.int32)
-        return head, whole_vectors(n_classes - head, VEC)
+    """n >= 0 rounded down to a multiple of VEC, so that the compiler knows it for one."""
+    if n.dtype == tl.int64:
+        return (n.to(tl.uint64) // VEC * VEC).to(tl.int64)
     else:
-        return 0, whole_vectors(n_classes, VEC)
+        return (n.to(tl.uint32) // VEC * VEC).to(tl.int32)
 
 
 @triton.jit
-def tile_start(tile, body, VEC: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Where a tile of a body of at least BLOCK_C classes begins. The last tile ends with the body: it takes classes of
-    the tile before once more, so that no tile needs a mask."""
-    return whole_vectors(tl.minimum(tile * BLOCK_C, body - BLOCK_C), VEC).to(tl.int64)
+def rows_of(
+    group, period, n_rows, n_inner, n_classes, shift, logits_strides, target_strides, grad_strides,
+    VEC: tl.constexpr, EDGES: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+):  # fmt: skip
+    """The rows of a group, `period` apart, so that they lie alike."""
+    if BLOCK_ROWS == 1:
+        rows = group.to(tl.int64)
+        there = rows >= 0  # each group has a row
+        to_read = rows
+    else:
+        first_row = (group // period).to(tl.int64) * (BLOCK_ROWS * period) + group % period
+        rows = first_row + period * tl.arange(0, BLOCK_ROWS)
+        there = rows < n_rows
+        to_read = tl.where(there, rows, first_row)
+    logits = shift + row_offsets(to_read, n_inner, logits_strides)
+    head = 0
+    if EDGES:
+        start = logits
+        if BLOCK_ROWS > 1:
+            start = shift + row_offsets(first_row, n_inner, logits_strides)
+        head = tl.minimum((-start).to(tl.int32) & (VEC - 1), n_classes)
+    return Rows(
+        rows, there, logits, row_offsets(to_read, n_inner, target_strides),
+        shift + row_offsets(to_read, n_inner, grad_strides), head, whole_vectors(n_classes - head, VEC),
+    )  # fmt: skip
 
 
 @triton.jit
-def edge_classes(head, body, n_classes, VEC: tl.constexpr):
-    """The classes before and behind the body, and which of them there are."""
+def masked_tile(rows, start, BLOCK_C: tl.constexpr):
+    """BLOCK_C classes of the body from its class `start` on."""
+    cols = start + tl.arange(0, BLOCK_C)
+    return Tile(rows.head, start, cols, cols < rows.body, start)
+
+
+@triton.jit
+def whole_tile(rows, start, VEC: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The same where the body has BLOCK_C classes at least. A tile that would pass its end begins earlier, and takes
+    classes of the one before once more: no such tile needs a mask."""
+    cols = whole_vectors(tl.minimum(start, rows.body - BLOCK_C), VEC)
+    return Tile(rows.head, cols, cols + tl.arange(0, BLOCK_C), tl.full((BLOCK_C,), True, tl.int1), start)
+
+
+@triton.jit
+def edge_tile(rows, n_classes, VEC: tl.constexpr):
+    """The classes before and behind the body."""
     lanes = tl.arange(0, 2 * VEC)
-    classes = tl.where(lanes < VEC, lanes, head + body + lanes - VEC)
-    return classes, tl.where(lanes < VEC, lanes < head, classes < n_classes)
+    classes = tl.where(lanes < VEC, lanes, rows.head + rows.body + lanes - VEC)
+    return Tile(0, 0, classes, tl.where(lanes < VEC, lanes < rows.head, classes < n_classes), 0)
+
+
+@triton.jit
+def places(starts, tile, stride_class, VEC: tl.constexpr):
+    """Where the classes of a tile stand in rows that begin at `starts`; VEC of them begin on a 16-byte boundary."""
+    bases = starts + tile.first * stride_class
+    if VEC > 1:
+        bases = whole_vectors(bases, VEC)
+    return across(bases) + tile.cols.to(tl.int64) * stride_class
+
+
+@triton.jit
+def load_tile(pointer, at, tile, rows, other: tl.constexpr):
+    # Added to the pointer in one step: the compiler keeps what it knows of `at` only so.
+    return tl.load(pointer + at, along(tile.mask, rows), other=other)
+
+
+@triton.jit
+def load_classes(vector, tile):
+    """(N,) of a (C,) vector, 0 outside."""
+    return tl.load(vector + tile.first + tile.cols, tile.mask, other=0.0)
 
 
 # z --------------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def exp(x, COMPUTE: tl.constexpr):
-    """exp(x); in float32 by the hardware's 2^x, to a few ulp for the small |x| that carry a sum."""
-    if COMPUTE == tl.float64:
-        return tl.exp(x)
-    else:
-        return tl.exp2(x * LOG2E)
+def highest(COMPUTE: tl.constexpr):
+    return 1.7976931348623157e308 if COMPUTE == tl.float64 else 3.4028234663852886e38
 
 
 @triton.jit
-def adjust(logits, log_prior, scale, tau, COMPUTE: tl.constexpr):
+def adjust(logits, log_prior, scale, live, tau):
     """z = scale * logits + tau * log_prior, by the same operations in every kernel, so that all find the same bits.
 
-    A class at -inf stays out, whatever its logit.
+    A class at -inf stays out, whatever its logit, and so does every class of a row that is not live. Of half precision
+    a logit of inf or NaN counts as the highest float, which no other reaches: -inf and that is -inf.
     """
-    z = logits.to(COMPUTE)
+    if logits.dtype == tl.bfloat16:
+        z = (logits.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        z = logits.to(tau.dtype)
     if scale is not None:
-        z = z * scale.to(COMPUTE)
-    if log_prior is None:
-        return z
+        z = z * scale.to(tau.dtype)
+    if logits.dtype.primitive_bitwidth == 16:
+        z = tl.minimum(z, tl.where(live, highest(tau.dtype), float("-inf")))
+        return z if log_prior is None else tl.fma(log_prior.to(tau.dtype), tau, z)
+    elif log_prior is None:
+        return tl.where(live, z, float("-inf"))
     else:
-        log_prior = log_prior.to(COMPUTE)
-        z = tl.fma(log_prior, tau.to(COMPUTE), z)
-        return tl.where(log_prior == float("-inf"), float("-inf"), z)
+        log_prior = log_prior.to(tau.dtype)
+        is_out = log_prior <= tl.where(live, float("-inf"), float("inf"))
+        return tl.where(is_out, float("-inf"), tl.fma(log_prior, tau, z))
 
 
 @triton.jit
-def load_tile(pointer, bases, cols, stride_class, mask_rows, mask_cols, other: tl.constexpr):
-    """Values of rows and classes, `other` outside the masks (None: all are there)."""
-    # Added to the pointer in one step: the compiler keeps what it knows of `bases` and `cols` only so.
-    at = pointer + (bases[:, None] + cols.to(tl.int64)[None, :] * stride_class)
-    if mask_rows is None and mask_cols is None:
-        return tl.load(at)
-    elif mask_rows is None:
-        return tl.load(at, mask_cols[None, :], other=other)
-    elif mask_cols is None:
-        return tl.load(at, mask_rows[:, None], other=other)
-    else:
-        return tl.load(at, mask_rows[:, None] & mask_cols[None, :], other=other)
+def load_logits(call, rows, tile, VEC: tl.constexpr):
+    return load_tile(call.logits, places(rows.logits, tile, call.logits_class, VEC), tile, rows, float("-inf"))
 
 
 @triton.jit
-def load_classes(vector, first, cols, mask_cols):
-    """Elements first + cols of a (C,) vector, 0 outside."""
-    if mask_cols is None:
-        return tl.load(vector + first + cols)
-    else:
-        return tl.load(vector + first + cols, mask_cols, other=0.0)
-
-
-@triton.jit
-def load_z(logits, vectors, bases, first, cols, mask_rows, mask_cols, stride_class, tau, COMPUTE: tl.constexpr):
-    """z of a tile, -inf outside: classes first + cols of rows whose class `first` stands at `bases`."""
-    values = load_tile(logits, bases, cols, stride_class, mask_rows, mask_cols, float("-inf"))
-    prior = None
+def z_of(call, rows, tile, logits, log_prior, live):
+    """z of a tile, -inf outside; `log_prior` is its own, None where it is to be loaded."""
+    if call.bias is not None:
+        logits = logits.to(call.tau.dtype) + along(load_classes(call.bias, tile).to(call.tau.dtype), rows)
+    if log_prior is None and call.vectors.log_prior is not None:
+        log_prior = load_classes(call.vectors.log_prior, tile)
+    if log_prior is not None:
+        log_prior = along(log_prior, rows)
     scale = None
-    if vectors.log_prior is not None:
-        prior = load_classes(vectors.log_prior, first, cols, mask_cols)[None, :]
-    if vectors.scale is not None:
-        scale = load_classes(vectors.scale, first, cols, mask_cols)[None, :]
-    z = adjust(values, prior, scale, tau, COMPUTE)
-    if vectors.scale is not None and mask_cols is not None:
-        z = tl.where(mask_cols[None, :], z, float("-inf"))  # -inf * 0
-    if vectors.scale is not None and mask_rows is not None:
-        z = tl.where(mask_rows[:, None], z, float("-inf"))
+    if call.vectors.scale is not None:
+        scale = along(load_classes(call.vectors.scale, tile), rows)
+    z = adjust(logits, log_prior, scale, across(live), call.tau)
+    if call.vectors.scale is not None:
+        z = tl.where(along(tile.mask, rows), z, float("-inf"))  # -inf * 0
     return z
 
 
 @triton.jit
-def load_label_z(logits, vectors, starts, label, mask_rows, stride_class, tau, COMPUTE: tl.constexpr):
-    """Of one class of each row: (z, the same bits as in a tile; what it stands at as the label; whether it is out)."""
-    values = tl.load(logits + (starts + label * stride_class), mask_rows, other=0.0)
-    prior = None
-    scale = None
-    if vectors.log_prior is not None:
-        prior = tl.load(vectors.log_prior + label, mask_rows, other=0.0)
-    if vectors.scale is not None:
-        scale = tl.load(vectors.scale + label, mask_rows, other=0.0)
-    z = adjust(values, prior, scale, tau, COMPUTE)
-    as_label = z
-    if vectors.target_offset is not None:
-        as_label = adjust(values, None, scale, tau, COMPUTE)
-        as_label += tl.load(vectors.target_offset + label, mask_rows, other=0.0).to(COMPUTE)
-    if vectors.log_prior is None:
-        return z, as_label, label < 0
-    else:
-        return z, as_label, prior == float("-inf")
-
-
-@triton.jit
-def log1p(x):
-    """log(1 + x) for x >= 0, right to a few ulp however small x is."""
-    u = 1.0 + x
-    # u rounds x away, and log(u) is the log of the rounded one: x / (u - 1) puts it right.
-    return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
-
-
-@triton.jit
-def past(margin, others, COMPUTE: tl.constexpr):
-    """log(1 + others * exp(margin)), however large the margin is."""
-    near = margin < 40.0
-    large = tl.where(near, 1.0, margin)
-    return tl.where(
-        near,
-        log1p(others * exp(tl.where(near, margin, 0.0), COMPUTE)),
-        large + tl.log(others + exp(-large, COMPUTE)),
-    )
+def load_z(call, rows, tile, live, VEC: tl.constexpr):
+    return z_of(call, rows, tile, load_logits(call, rows, tile, VEC), None, live)
