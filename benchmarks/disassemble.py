@@ -173,7 +173,7 @@ def whole_figures(lines: list[str], n_elements: float) -> dict[str, Any]:
 
     return {
         "elements": round(n_elements, 2),
-        "wide_loads": count(r"\bLDG\.\S*\.?128"),
+        "wide_loads": count(r"\bLDG(STS)?\.\S*\.?128"),
         "loads_before_use": wide_loads_before_use(lines),
         "wide_stores": count(r"\bSTG\.\S*\.?128"),
         "spills": count(r"\b(LDL|STL)\b"),
