@@ -68,7 +68,8 @@ def small_tile(rows, n_classes, label, VEC: tl.constexpr):
     lanes, col = tl.arange(0, 4 * VEC), label - rows.head
     classes = tl.where(lanes < VEC, lanes, rows.head + rows.body + lanes - VEC)
     classes = tl.where(lanes < 2 * VEC, classes, rows.head + (col & -VEC) + lanes - 2 * VEC)
-    there = tl.where(lanes < 2 * VEC, classes < n_classes, (lanes < 3 * VEC) & (col >= 0) & (col < rows.body))
+    in_body = tl.where((col >= 0) & (col < rows.body), lanes < 3 * VEC, False)
+    there = tl.where(lanes < 2 * VEC, classes < n_classes, in_body)
     there = tl.where(lanes < VEC, lanes < rows.head, there)
     return Tile(0, 0, classes, there, tl.where(lanes < 2 * VEC, 0, n_classes))
 
@@ -193,7 +194,7 @@ def _resident_kernel(
             sums += fold_sum(sums_without(e, tile, label, VEC), LANES // VEC)
         if HAS_SMOOTHING or N_LABELS == 0:
             mass = dense_mass(call, rows, tile, VEC if i < BODY_TILES else 1)
-            mass = tl.where(along(tile.cols >= tile.taken, rows) & across(live), mass, 0.0)
+            mass = tl.where(across(live), tl.where(along(tile.cols >= tile.taken, rows), mass, 0.0), 0.0)
             gap_of_tile, total_of_tile = mass_of(zs[i], m, mass)
             gap += gap_of_tile
             total += total_of_tile

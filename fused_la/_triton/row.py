@@ -114,7 +114,7 @@ def store_label_gradients(call, rows, row, grad_logits, grad_class, first_col, l
             col = label.label - rows.head
             mine = (col >= first_col) & (col < last_col)
             if HAS_EDGES:
-                mine = mine | ((first_col == 0) & (last_col > 0) & ((col < 0) | (col >= rows.body)))
+                mine = mine | tl.where((first_col == 0) & (last_col > 0), (col < 0) | (col >= rows.body), False)
             at = grad_logits + (rows.gradient + label.label.to(tl.int64) * grad_class)
             tl.store(at, grad.to(grad_logits.dtype.element_ty), rows.there & label.counts & mine)
 
