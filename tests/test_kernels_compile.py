@@ -277,3 +277,52 @@ def test_a_shared_row_is_read_by_the_kernel_of_whole_rows(disassembled, budgets,
         assert {**row, "splits": 1} == {**whole[row["kernel"]], "splits": 1}, "what is compiled is the same"
     for row in few:
         assert budgets.violations(row) == [], row
+
+
+# The table ------------------------------------------------------------------------------------------------------------
+
+
+def test_loads_are_counted_up_to_the_first_use_of_what_one_of_them_loads(command):
+    lines = [
+        "0 IMAD.WIDE R2, R4, 0x2, R6",
+        "10 LDG.E.128 R8, desc[UR4][R2.64]",
+        "20 @!P0 LDG.E.128.CONSTANT R12, desc[UR4][R2.64+0x800]",
+        "30 LDG.E R20, desc[UR4][R2.64]",
+        "40 FADD R21, R20, R22",
+        "50 SHF.L.U32 R23, {}, 0x10, RZ",
+        "60 LDG.E.128 R16, desc[UR4][R2.64+0x1000]",
+    ]
+    for register, n_loads in (("R8", 2), ("R15", 2), ("R16", 3), ("R22", 3)):
+        assert command.wide_loads_before_use([line.format(register) for line in lines]) == n_loads
+    stored = [*lines[:3], "40 STG.E.128 desc[UR4][R2.64], R12", lines[-1]]
+    assert command.wide_loads_before_use(stored) == 2
+
+
+@pytest.mark.parametrize(
+    ("regs", "num_warps", "warps"), [(96, 4, 20), (97, 4, 16), (128, 16, 16), (129, 4, 12), (32, 4, 64), (255, 8, 8)]
+)
+def test_warps_that_a_multiprocessor_holds(command, regs, num_warps, warps):
+    """65,536 registers, given out by 8 a thread, to whole programs."""
+    assert command.resident_warps(regs, num_warps) == warps
+
+
+def test_a_peer_that_does_not_compile_is_in_the_table_with_its_reason(benchmarks, command, monkeypatch):
+    peers = benchmarks("peer_kernels")
+
+    def missing(*_):
+        raise ImportError("no such library")
+
+    monkeypatch.setitem(peers.COMPILERS, "QuACK", missing)
+    row = peers.figures_of_peer("QuACK", "sm_90", "bfloat16", 64, 8142)
+    assert "not compiled: ImportError: no such library" in command.show(row)
+
+
+@pytest.mark.parametrize("library", ["liger_kernel", "quack"])
+def test_a_peer_is_measured_as_a_whole(disassembled, library):
+    pytest.importorskip(library)
+    name = {"liger_kernel": "Liger-Kernel", "quack": "QuACK"}[library]
+    rows = disassembled("sm_90", "bfloat16", 8192, ("label",), "--peers", "--rows", "64")
+    (row,) = (row for row in rows if row["variant"] == name)
+    assert row["whole"]["wide_stores"] >= 8
+    assert 10 < row["whole"]["instructions_per_element"] < 100
+    assert row["whole"]["exp2_per_element"] >= 1
