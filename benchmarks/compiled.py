@@ -140,11 +140,11 @@ def calls_of(problem: Problem, variant: str, target_name: str) -> list[Call]:
         if variant == "post hoc":
             argmax_module.launch_argmax(problem.logits, None, torch.empty(32, problem.logits.shape[2]))
             return calls
-        loss, workspace, *_ = passes_module.forward(problem, reduction, False)
+        loss, workspace, _, signature = passes_module.forward(problem, reduction, False)
         upstream, learned, n_calls = torch.empty_like(loss), variant == "learned prior", len(calls)
         _, _, gradient, _ = passes_module.forward(problem, reduction, True)
         calls[n_calls:] = [] if gradient is None else calls[-1:]  # what prepares is the same
-        passes_module.backward(problem, reduction, workspace, upstream, True, learned)
+        passes_module.backward(problem, reduction, workspace, upstream, True, learned, None, signature)
     return calls
 
 

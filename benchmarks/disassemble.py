@@ -255,7 +255,7 @@ def every_task() -> Iterator[Task]:
         yield from (Task(target, "bfloat16", 8142, variant) for variant in OTHERS)
         yield from (Task(target, dtype, 8192, variant, 512) for variant in HEADS for dtype in ("bfloat16", "float32"))
         for dtype in ("bfloat16", "float32"):
-            yield from (Task(target, dtype, n_classes, "label") for n_classes in (100, 1000, 8192))
+            yield from (Task(target, dtype, n_classes, "label") for n_classes in (100, 1000, 4097, 8192, 16384))
             yield Task(target, dtype, 50257, "label", row_step=100_003)
             yield Task(target, dtype, 50257, "label", rows=64)
 

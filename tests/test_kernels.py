@@ -21,7 +21,7 @@ from test_accuracy import assert_as_accurate, eager, long_tail, measure, randn
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_la import logit_adjusted_cross_entropy
+from fused_la import PairwiseMargin, logit_adjusted_cross_entropy, margin_cross_entropy
 from fused_la._problem import Problem
 
 pytest.importorskip("triton")
@@ -642,6 +642,76 @@ def test_special_rows(programs):
     labels = [3, 1540, 0, 700, 2, 1326, 3, 0, 1540]
     loss, _ = assert_rows_right(values, labels, names=list(SPECIAL))
     assert loss.isfinite().all()
+
+
+# Which class stays out of a sum ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_classes", [16, 300])
+def test_labels_that_all_stand_at_minus_infinity_leave_every_other_class_in_the_sum(n_classes):
+    """As competitors they are out, as labels they are not: the loss is finite."""
+    out = torch.zeros(n_classes, device=DEVICE)
+    out[[5, 6]] = -math.inf
+    margin = PairwiseMargin(negative_offset=out, target_offset=torch.zeros_like(out))
+    logits, share = randn(1, n_classes), torch.tensor([[0.3, 0.7]], device=DEVICE)
+    logits[0, 0] = 4.0
+    outcomes = []
+    for impl, x in (("triton", logits), ("reference", logits.double())):
+        x, target = x.detach().requires_grad_(), torch.tensor([[5, 6]], device=DEVICE)
+        loss = margin_cross_entropy(x, target, margin, target_weight=share, impl=impl)
+        outcomes.append((loss.detach().double(), torch.autograd.grad(loss, x)[0].double()))
+    (loss, gradient), (true_loss, true_gradient) = outcomes
+    torch.testing.assert_close(loss, true_loss, rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(gradient, true_gradient, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("n_classes", [16, 300])
+@pytest.mark.parametrize("share", [(0.3, 0.7), (0.0, 0.0)])
+def test_a_nan_at_the_only_class_that_labels_name_makes_its_row_nan(n_classes, share):
+    logits = randn(2, n_classes)
+    logits[0, 0] = math.nan
+    target, weight = torch.zeros(2, 2, dtype=torch.int64, device=DEVICE), torch.tensor([share] * 2, device=DEVICE)
+    rows = Rows(logits, target, torch.zeros(n_classes, device=DEVICE), {"target_weight": weight})
+    loss, gradient, _ = rows.outcome("none")
+    assert loss.isnan().tolist() == [True, False]
+    assert gradient[0].isnan().all()
+    assert gradient[1].isfinite().all()
+
+
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("n_classes", [16, 300])
+def test_a_confident_row_keeps_its_digits_where_its_top_class_is_no_label(monkeypatch, n_classes, streams):
+    """All is asked of class 5: by smoothing toward it, or because every other class weighs nothing."""
+    on(monkeypatch, SMALL, streams=streams)
+    logits, only = torch.zeros(1, n_classes, device=DEVICE), torch.zeros(n_classes, device=DEVICE)
+    logits[0, 5], only[5] = 30.0, 1.0
+    target, prior = torch.tensor([2], device=DEVICE), torch.zeros(n_classes, device=DEVICE)
+    for options in ({"label_smoothing": 1.0, "smoothing_distribution": only}, {"label_smoothing": 0.1, "weight": only}):
+        loss, gradient, _ = Rows(logits, target, prior, options).outcome("sum")
+        exact = truth(logits, target, prior, reduction="sum", **options)
+        torch.testing.assert_close(loss.cpu().double(), exact.loss, rtol=4e-6, atol=0.0)
+        torch.testing.assert_close(gradient.cpu().double(), exact.grad_logits, rtol=4e-6, atol=0.0)
+
+
+# What autograd saved --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("n_classes", [300, 4096])
+def test_what_autograd_saved_may_come_back_transposed(n_classes, reduction):
+    """Rows that one kernel took in the forward pass are another's in the backward pass."""
+    rows = make("label", 3, n_classes)
+    exact = truth(rows.logits, rows.target, rows.log_prior, reduction=reduction).grad_logits
+
+    def transposed(saved):
+        return saved.t().contiguous().t() if saved.shape == (3, n_classes) else saved
+
+    for upstream in (1.0, 2.0):
+        x = rows.logits.detach().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.clone(), transposed):
+            _, loss = rows.loss(reduction, logits=x)
+        (gradient,) = torch.autograd.grad(loss, x, torch.full_like(loss, upstream))
+        assert_right(gradient, upstream * exact)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -57,7 +57,8 @@ class Plan(NamedTuple):
 
 
 @functools.lru_cache(PLANS)
-def plan(signature: Signature, reduction: str, backward: bool, wants_gradient: bool) -> Plan:
+def plan(signature: Signature, reduction: str, backward: bool, wants_gradient: bool, has_table: bool = True) -> Plan:
+    """`has_table`: of a backward pass, whether its workspace is the whole of the forward pass's."""
     n_outer, n_inner, n_classes = signature.rows
     n_rows, layout, device = n_outer * n_inner, signature.layout(), device_of(signature.device)
     launch = choose_launch(n_rows, n_classes, signature.dtype, layout, device, signature.class_cost)
@@ -70,7 +71,7 @@ def plan(signature: Signature, reduction: str, backward: bool, wants_gradient: b
     row_constants, types = signature.row_constants(), signature.compiled_for(launch.vec)
 
     is_prepared = not backward and (reduction != "none" or launch.splits > 1)
-    has_table = launch.resident and launch.edges and is_prepared and signature.types[0] is not None
+    has_table &= launch.resident and launch.edges and reduction != "none" and signature.types[0] is not None
     table_step = (launch.full_c + launch.block_c + launch.vec + 3) // 4 * 4 if has_table else 0
     work = workspace_of(n_rows, n_groups, n_chunks if launch.splits > 1 else 0, table_step)
     rows_a_part = cdiv(n_rows, WEIGHT_PARTS.value * BLOCK_PREPARE) * BLOCK_PREPARE
@@ -162,9 +163,11 @@ def backward(
             return backward(
                 problem, reduction, workspace, upstream, needs_logits, needs_log_prior, made_for_one, signature
             )
-    if signature is None or not signature.lies_as(problem):
-        signature, made_for_one = signature_of(problem), None  # which lies as the logits did
-    to_do = plan(signature, reduction, True, True)
+    if signature is not None and not signature.lies_as(problem):
+        # What the forward pass has made, and the state that it has left, are for another layout.
+        _, workspace, made_for_one, signature = forward(problem, reduction, False)
+    is_whole = signature is not None
+    to_do = plan(signature or signature_of(problem), reduction, True, True, is_whole)
     if upstream.dtype != workspace.dtype:
         upstream = upstream.to(workspace.dtype)
     numbers = float_bits(problem.tau), float_bits(problem.label_smoothing), problem.ignore_index

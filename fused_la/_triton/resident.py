@@ -7,16 +7,17 @@
 
 Each logit is read once and each gradient written once, with one exponential a class. As a forward pass the kernel makes
 the loss and, with grad_logits, the gradient for an upstream gradient of 1; as a backward pass, with an upstream, it
-makes the gradient from the row anew. What a backward pass finds already right it leaves alone.
+makes the gradient from the row anew, unless the forward pass has made it and the upstream gradient is 1.
 
-A row is FULL_C classes of its body, which every row of this length has; the rest of the body, BLOCK_C classes that end
-with it, some of which the first tile has as well; and a small tile of what lies before and behind the body.
+A row is FULL_C classes of its body, which every row of this length has; BLOCK_C classes that end with the body, of
+which the first tile may have `taken` some already; and a small tile of what lies before and behind the body.
 
-A confident row has a rest of 1e-9 or less beside its top class's 1, so that class must stay out of the sum. Where a row
-has labels this matters only if the top class is one of them, for else the loss is no small number: the label that
-stands highest stays out, and if it is not the top, rest = (its exponential + the sum) - 1. Keeping one class out costs
-a comparison a class; so the vector of VEC classes that holds it is kept out instead, and the small tile has what else
-is in that vector. Where a row has class probabilities, every class that attains m stays out, and is counted.
+A confident row has a rest of 1e-9 or less beside its top class's 1, so that class must stay out of the sum. Where only
+labels are asked for, this matters only if the top class is one of them, for else the loss is at least the distance from
+the top to a label: the label that stands highest stays out, and if it is not the top, rest is its exponential + the sum
+- 1. Keeping one class out costs a comparison a class; so the vector of VEC classes that holds it is kept out instead,
+and the small tile has what else is in that vector. Where every class is asked for, by class probabilities or label
+smoothing, each class that attains m stays out, and is counted.
 """
 
 from __future__ import annotations
@@ -49,22 +50,25 @@ from fused_la._triton.workspace import denominator_of, finish, table_place
 
 @triton.jit
 def highest_label(call, rows, lone):
-    """(class, z) of the label that stands highest in each row."""
+    """(class, z) of the label that stands highest in each row; one that does not count is class 0, as good as any."""
     if lone is not None:
         return lone[0].label, lone[1].z
     else:
-        label = tl.zeros(rows.rows.shape, tl.int32)
-        z = tl.full(rows.rows.shape, float("-inf"), call.tau.dtype)
-        for k in range(call.n_labels):
-            other, at = read_label(call, rows, k)
-            above = at.z > z
-            label, z = tl.where(above, other.label, label), tl.where(above, at.z, z)
+        first, stand = read_label(call, rows, 0)
+        label, z = first.label, stand.z
+        for k in range(1, call.n_labels):
+            other, stand = read_label(call, rows, k)
+            is_above = stand.z > z  # a NaN stays, and makes its row NaN
+            label, z = tl.where(is_above, other.label, label), tl.where(is_above, stand.z, z)
         return label, z
 
 
 @triton.jit
 def small_tile(rows, n_classes, label, VEC: tl.constexpr):
-    """The classes before the body, those behind it, and those of the label's vector in the body: 4 * VEC at most."""
+    """The classes before the body, those behind it, and those of the label's vector in the body: 4 * VEC at most.
+
+    `taken` is 0 for the first two, and past every class for the third, which the tiles of the body have as well.
+    """
     lanes, col = tl.arange(0, 4 * VEC), label - rows.head
     classes = tl.where(lanes < VEC, lanes, rows.head + rows.body + lanes - VEC)
     classes = tl.where(lanes < 2 * VEC, classes, rows.head + (col & -VEC) + lanes - 2 * VEC)
@@ -91,8 +95,8 @@ def tile_of(rows, n_classes, label, i: tl.constexpr, VEC: tl.constexpr, FULL_C: 
 def sums_without(e, tile, label, VEC: tl.constexpr):
     """The sums of a tile's vectors of VEC classes; 0 for the one that holds the label, and for those taken already."""
     col = tile.start + VEC * tl.arange(0, e.shape[0] // VEC)
-    is_out = (col < tile.taken) | (col == (label - tile.first & -VEC))
-    return tl.where(is_out, 0.0, tl.sum(tl.reshape(e, (e.shape[0] // VEC, VEC)), 1))
+    left_out = (col < tile.taken) | (col == ((label - tile.first) & -VEC))
+    return tl.where(left_out, 0.0, tl.sum(tl.reshape(e, (e.shape[0] // VEC, VEC)), 1))
 
 
 @triton.jit
@@ -131,6 +135,7 @@ def _resident_kernel(
         if for_one != 0:
             if tl.load(upstream) == 1.0:
                 return
+    HAS_MASS: tl.constexpr = HAS_SMOOTHING or N_LABELS == 0
     BODY_TILES: tl.constexpr = 1 if FULL_C == 0 or BLOCK_C == 0 else 2
     TILES: tl.constexpr = 1 if FULL_C == 0 else BODY_TILES + 1  # the last is the small one
     LANES: tl.constexpr = BLOCK_C if BLOCK_C > 0 else FULL_C
@@ -153,8 +158,8 @@ def _resident_kernel(
         lone = read_label(call, rows, 0)
     share, live = shares(call, rows, lone)
 
-    label, z_label = rows.head, tl.full(rows.rows.shape, 0.0, COMPUTE)
-    if N_LABELS > 0:
+    label, z_label = rows.head - 1, tl.full(rows.rows.shape, 0.0, COMPUTE)  # of no vector in the body
+    if not HAS_MASS:
         label, z_label = highest_label(call, rows, lone)
 
     # The row, whole before anything is made of it, and its maximum
@@ -181,7 +186,7 @@ def _resident_kernel(
     for i in tl.static_range(TILES):
         tile, e = tile_of(rows, n_classes, label, i, VEC, FULL_C, BLOCK_C), exp(zs[i] - across(m))
         es += (e,)
-        if N_LABELS == 0:
+        if HAS_MASS:
             new = along(tile.cols >= tile.taken, rows)
             top = (new & (zs[i] == across(m))).to(COMPUTE)
             rest += row_sum(tl.where(new, e, 0.0) - top)
@@ -192,13 +197,13 @@ def _resident_kernel(
             sums = fold_sum(sums_without(e, tile, label, VEC), LANES // VEC)
         else:
             sums += fold_sum(sums_without(e, tile, label, VEC), LANES // VEC)
-        if HAS_SMOOTHING or N_LABELS == 0:
+        if HAS_MASS:
             mass = dense_mass(call, rows, tile, VEC if i < BODY_TILES else 1)
             mass = tl.where(across(live), tl.where(along(tile.cols >= tile.taken, rows), mass, 0.0), 0.0)
             gap_of_tile, total_of_tile = mass_of(zs[i], m, mass)
             gap += gap_of_tile
             total += total_of_tile
-    if N_LABELS == 0:
+    if HAS_MASS:
         rest += tops - 1.0
         d = rest + 1.0
     else:

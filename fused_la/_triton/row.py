@@ -78,14 +78,13 @@ def full_form(p, not_p, total, g, mass):
 @triton.jit
 def tile_gradient(call, rows, row, tile, z, e, VEC: tl.constexpr):
     """The gradient of z of a tile's classes as if none were a label; `e` is exp(z - m)."""
-    if call.n_labels is None:
+    if call.n_labels is None or call.smoothing is not None:
         p = e * across(row.inverse)
         not_p = tl.where(z == across(row.m), across(row.rest * row.inverse), 1.0 - p)
-        grad = full_form(p, not_p, across(row.total), across(row.g), dense_mass(call, rows, tile, VEC))
+        mass = dense_mass(call, rows, tile, VEC) * across(row.share)
+        grad = tl.where(across(row.live), full_form(p, not_p, across(row.total), across(row.g), mass), 0.0)
     else:
         grad = e * across(tl.where(row.live, row.g * row.total * row.inverse, 0.0))
-        if call.smoothing is not None:
-            grad -= across(tl.where(row.live, row.g * row.share, 0.0)) * dense_mass(call, rows, tile, VEC)
     if call.vectors.log_prior is not None and (call.n_labels is None or call.smoothing is not None):
         prior = along(load_classes(call.vectors.log_prior, tile), rows)
         grad = tl.where(prior == float("-inf"), across(tl.where(row.live, row.rest - row.rest, 0.0)), grad)
