@@ -620,6 +620,49 @@ def test_dropped_classes_stay_out_whatever_their_logits(programs, kind):
     assert (gradient[:, COLUMNS] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("streams", [False, True])
+def test_in_half_precision_too_classes_that_are_out_stay_out_and_others_make_their_row_nan(monkeypatch, dtype, streams):
+    """There a logit of inf or NaN counts as the highest float until the maximum is known."""
+    on(monkeypatch, SMALL, streams=streams)
+    columns = [0, 5, 300, 598, 599]
+    prior = torch.zeros(600, device=DEVICE)
+    prior[columns] = -math.inf
+    logits = randn(6, 600, dtype=dtype)
+    logits[0, columns], logits[1, columns], logits[2, columns] = math.nan, math.inf, -math.inf
+    logits[3, 7], logits[4, 7], logits[5, 7] = math.nan, math.inf, -math.inf
+    target = torch.full((6,), 100, device=DEVICE)
+    loss, gradient, _ = Rows(logits, target, prior, {}).outcome("none")
+    assert loss.isnan().tolist() == [False, False, False, True, True, False]
+    assert gradient.isnan().any(1).tolist() == loss.isnan().tolist()
+    assert (gradient[:3, columns] == 0).all()
+    right = torch.tensor([0, 1, 2, 5])
+    exact = truth(logits.nan_to_num(0.0, 0.0, -math.inf)[right], target[right], prior, reduction="none")
+    torch.testing.assert_close(loss[right].cpu().double(), exact.loss, rtol=3e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("programs", ["resident", 1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_read_that_was_not_written(monkeypatch, kind, programs, reduction):
+    """Fresh memory is NaN here: workspace, gradients, and what the last program adds up to a whole vector."""
+    rows = make(kind, 3, 1100)
+    if programs == "resident":
+        on(monkeypatch, H100, streams=False)
+    else:
+        share(monkeypatch, 1, programs)
+    exact = truth(rows.logits, rows.target, rows.log_prior, reduction=reduction, **rows.options)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(1, device=DEVICE).isnan().all()
+        loss, gradient, _ = rows.outcome(reduction, 2.0)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(loss.cpu().double(), exact.loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient.cpu().double(), 2 * exact.grad_logits, rtol=1e-4, atol=1e-7)
+
+
 SPECIAL = {
     "ties of the maximum between edges and body": lambda row: row.index_fill_(
         0, torch.tensor(COLUMNS).to(row.device), 20

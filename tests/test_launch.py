@@ -23,6 +23,7 @@ Device, Layout = choosing.Device, choosing.Layout
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 DEVICES = [Device(1, 1 << 20), Device(132, 50 << 20)]
+SMALL_L2 = Device(132, 1 << 20)
 AMD = Device(304, 4 << 20, warp_size=64)
 N_ROWS = [1, 2, 3, 5, 16, 64, 255, 264, 1000, 4096, 100_003, 10**7]
 N_CLASSES = [
@@ -222,7 +223,7 @@ def test_streamed_rows_share_an_offset_unless_that_costs_their_place_in_l2():
 def test_the_forward_pass_may_make_the_gradient_of_every_resident_row_and_of_streamed_rows_in_l2():
     made = set()
     for (n_classes, dtype, layout), cost in itertools.product(grid(), (1, 2, 4)):
-        for n_rows, device in itertools.product(N_ROWS, DEVICES):
+        for n_rows, device in itertools.product(N_ROWS, (*DEVICES, SMALL_L2)):
             launch = choosing.choose_launch(n_rows, n_classes, dtype, layout, device, cost)
             makes = choosing.may_make_gradient(launch, n_classes, dtype, device, "mean")
             assert makes == choosing.may_make_gradient(launch, n_classes, dtype, device, "sum")

@@ -83,7 +83,7 @@ class Launch(NamedTuple):
 # None of the numbers below is tuned on a GPU yet. They are what the compilers for sm_80, sm_90, sm_100 and gfx942 keep
 # in 128 registers a thread, so that 16 warps fit on a multiprocessor (`python -m benchmarks.disassemble --all`).
 ROW_BYTES = 1 << 16  # of the longest resident row of labels: 32,768 classes in half precision, 16,384 in float32. Of a
-# margin with a scale half of that, of class probabilities or label smoothing a quarter: more, and 34 registers spill
+# margin with a scale half of that, of class probabilities or label smoothing a quarter: with more, registers spill
 THREAD_BYTES = 128  # of such a row of labels for each thread, else half of that
 STREAM_THREADS = 512  # of a streaming program, with a vector of a tile each
 ROWS = 2  # of a streaming program, which share each load of the offset
