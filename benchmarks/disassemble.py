@@ -147,10 +147,12 @@ def body_figures(loop: list[str], call: Call) -> dict[str, Any]:
 
 
 def wide_loads_before_use(lines: list[str]) -> int:
-    """How many 16-byte loads come before the first instruction that reads what one of them has loaded."""
+    """How many 16-byte loads come before the first barrier, and before what reads that which one of them has loaded."""
     loaded: set[str] = set()
     n_loads = 0
     for line in lines:
+        if re.search(r"\bBAR\b", line):
+            break
         registers = re.findall(r"\bR(\d+)\b", line)
         if re.search(r"\bLDG\.\S*\.?128", line):
             first = int(registers[0])
