@@ -34,9 +34,19 @@ def _patch_once_a_launch() -> None:
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch
 
 
+def _pass_over_nan() -> None:
+    """Let tl.minimum and tl.maximum pass over a NaN, as a GPU's do; Triton 3.6's interpreter returns it."""
+    import numpy as np
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    InterpreterBuilder.create_minnumf = lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmin)
+    InterpreterBuilder.create_maxnumf = lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmax)
+
+
 if DEVICE == "cpu":
     with contextlib.suppress(ImportError, AttributeError):  # no Triton, or one that has other names
         _patch_once_a_launch()
+        _pass_over_nan()
     if folder := os.environ.get(recorded_launches.FOLDER):
         recorded_launches.record(pathlib.Path(folder))
 
