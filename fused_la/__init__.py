@@ -4,7 +4,12 @@ import typing
 
 from fused_la import margins
 from fused_la.linear import LogitAdjustedLinear, linear_logit_adjusted_cross_entropy, linear_margin_cross_entropy
-from fused_la.loss import LogitAdjustedCrossEntropyLoss, logit_adjusted_cross_entropy, margin_cross_entropy
+from fused_la.loss import (
+    LogitAdjustedCrossEntropyLoss,
+    MarginCrossEntropyLoss,
+    logit_adjusted_cross_entropy,
+    margin_cross_entropy,
+)
 from fused_la.margins import PairwiseMargin
 from fused_la.posthoc import adjust_logits, normalize_classifier
 from fused_la.prior import count_classes, log_prior_from_counts
@@ -14,6 +19,7 @@ __version__ = "0.1.0"
 __all__ = [
     "LogitAdjustedCrossEntropyLoss",
     "LogitAdjustedLinear",
+    "MarginCrossEntropyLoss",
     "PairwiseMargin",
     "adjust_logits",
     "count_classes",

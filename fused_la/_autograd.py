@@ -9,8 +9,8 @@ An implementation is a module (`_blocked`, `_triton`) with two functions; this f
 The state begins with m, rest and A of every row and the mean's denominator, (3 * N * P + 1,) or more. A gradient that
 forward makes is for an upstream gradient of 1; None if that pass is not the one to make it. The memo is no tensor, and
 backward does without it, and without the gradient. First derivatives are the implementation's. Second derivatives come
-from `reference.gradient`, the same gradient as differentiable PyTorch. Under torch.compile the two passes are opaque
-operators, so a compiled graph holds the same kernels.
+from `reference.gradient`, the same gradient as differentiable PyTorch. Under torch.compile, other tracers and with fake
+tensors the two passes are opaque operators, so a graph holds the same kernels.
 
 The transforms of torch.func and forward mode never come here, the door hands them to the reference formula: the rules
 that PyTorch takes for an autograd.Function lose the outer of two nested tangents without a word, and hide from an inner
@@ -31,6 +31,7 @@ from torch._C._functorch import is_legacy_batchedtensor  # what torch.autograd.g
 
 from fused_la import reference
 from fused_la._problem import Problem, read_labels
+from fused_la._values import is_recorded
 
 _N_FIELDS = len(Problem._fields)
 _N_TENSORS = Problem._fields.index("tau")  # the numbers come last
@@ -38,7 +39,7 @@ _N_TENSORS = Problem._fields.index("tau")  # the numbers come last
 
 def fused_loss(problem: Problem, reduction: str, impl: str) -> Tensor:
     """The reduced loss, or that of the rows, by the implementation named `impl`."""
-    if torch.compiler.is_compiling():
+    if is_recorded(problem.logits):
         # An operator's float is a constant of the graph: multiplied outside, tau may change without a recompilation.
         return _forward_op(*problem._replace(log_prior=problem.offset(), tau=1.0), reduction, impl)[0]
     if not torch.is_grad_enabled():
@@ -72,11 +73,17 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple:
         upstream = grad_outputs[0]
         numbers, reduction, run, state, memo = ctx.rest
-        problem = Problem(*ctx.saved_tensors, *numbers)
-        if torch.is_grad_enabled() or under_transform() or is_legacy_batchedtensor(upstream):
-            return *differentiable_gradient(problem, upstream, reduction), None
         # Handed over, not kept: a caller may write into it, and a second backward recomputes.
         made_for_one, ctx.gradient = ctx.gradient, None
+        differentiable = torch.is_grad_enabled() or under_transform() or is_legacy_batchedtensor(upstream)
+        try:
+            problem = Problem(*ctx.saved_tensors, *numbers)
+        except RuntimeError:  # someone has written to the logits since, as `clamp_` does
+            if made_for_one is None or differentiable:
+                raise
+            return made_for_one.mul_(upstream), None, None
+        if differentiable:
+            return *differentiable_gradient(problem, upstream, reduction), None
         needs_logits, needs_log_prior, _ = ctx.needs_input_grad
         grad_logits, grad_log_prior = run.backward(
             problem, reduction, state, upstream.resolve_neg(), needs_logits, needs_log_prior, made_for_one, memo

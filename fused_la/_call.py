@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fused_la import _checks
-from fused_la._margin import PairwiseMargin
+from fused_la._margin import PairwiseMargin, checked_margin
 from fused_la._problem import Problem, rows_by_classes
 
 
@@ -36,10 +36,8 @@ def read_prior(log_prior: Any, tau: Any, logits: Tensor, whole: bool = True) -> 
 
 def read_margin(margin: Any, logits: Tensor) -> Tensor | None:
     """The negative offset of a margin that fits the logits."""
-    if not isinstance(margin, PairwiseMargin):
-        raise TypeError(f"margin must be a PairwiseMargin, got {type(margin).__name__}")
-    for name, vector in margin.named_vectors():
-        _checks.check_class_vector(f"margin.{name}", vector, logits.shape[_checks.class_dim(logits)])
+    for name, vector in checked_margin(margin).named_vectors():
+        _checks.check_class_vector(f"margin.{name}", vector, logits.shape[_checks.class_dim(logits)], logits)
         _checks.check_device(f"margin.{name}", vector, logits)
     return None if margin.negative_offset is None else in_order(margin.negative_offset)
 
@@ -70,8 +68,10 @@ def read_call(
     _checks.check_choice("reduction", reduction, _checks.REDUCTIONS)
     _checks.check_target(target, target_weight, logits, ignore_index, whole)
     n_classes = logits.shape[_checks.class_dim(logits)]
+    if target.dtype is torch.uint8:
+        target = target.long()
     if weight is not None:
-        _checks.check_class_vector(weight_name, weight, n_classes)
+        _checks.check_class_vector(weight_name, weight, n_classes, logits)
         _checks.check_device(weight_name, weight, logits)
     if smoothing_distribution is not None:
         if whole:

@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fused_la._values import label_ends, largest, read_value
+from fused_la._values import is_recorded, label_ends, largest, read_value
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LABELS = (torch.int64, torch.uint8)  # as `F.cross_entropy`
 FLOATING_NAMES = "float16, bfloat16, float32 or float64"
 REDUCTIONS = ("none", "mean", "sum")
 _OFF_ONE = 0.01  # half-precision probabilities need not add up to 1 to the last digit; counts or logs are far off
@@ -53,14 +54,23 @@ def class_dim(logits: Tensor) -> int:
     return 0 if logits.dim() == 1 else 1
 
 
-def check_class_vector(name: str, value: Any, n_classes: int) -> None:
-    """One floating number a class."""
+def check_class_vector(name: str, value: Any, n_classes: int, logits: Tensor | None = None) -> None:
+    """One floating number a class, of the classes of the logits where they are given."""
     check_tensor(name, value)
     if value.dtype not in FLOATING:
         hint = "; log_prior_from_counts makes a log prior from class counts" if name.endswith("log_prior") else ""
         raise TypeError(f"{name} must be {FLOATING_NAMES}, got {value.dtype}{hint}")
     if value.shape != (n_classes,):
-        raise ValueError(f"{name} must have shape ({n_classes},), got {tuple(value.shape)}")
+        hint = "" if logits is None else _where_classes_are(logits, len(value) if value.dim() == 1 else None)
+        raise ValueError(f"{name} must have shape ({n_classes},), got {tuple(value.shape)}{hint}")
+
+
+def _where_classes_are(logits: Tensor, n_meant: int | None) -> str:
+    """What to say of logits with more dimensions than two, whose classes people look for in the last one."""
+    if logits.dim() < 3:
+        return ""
+    hint = f"; dimension 1 of the logits, {tuple(logits.shape)}, has the classes"
+    return hint + (", pass logits.movedim(-1, 1)" if n_meant in (None, logits.shape[-1]) else "")
 
 
 def check_device(name: str, value: Tensor, logits: Tensor) -> None:
@@ -72,7 +82,7 @@ def check_device(name: str, value: Tensor, logits: Tensor) -> None:
 
 
 def check_log_prior(log_prior: Any, logits: Tensor, tau: float, name: str = "log_prior", whole: bool = True) -> None:
-    check_class_vector(name, log_prior, logits.shape[class_dim(logits)])
+    check_class_vector(name, log_prior, logits.shape[class_dim(logits)], logits)
     check_device(name, log_prior, logits)
     if whole:
         check_prior_values(log_prior, tau, name)
@@ -122,10 +132,11 @@ def check_target(target: Any, target_weight: Any, logits: Tensor, ignore_index: 
     check_tensor("target", target)
     check_device("target", target, logits)
     shape, dim = logits.shape, class_dim(logits)
-    if target.dtype is not torch.int64:
+    if target.dtype not in LABELS:
         if target.dtype not in FLOATING:
+            hint = "; target.long() makes int64 of it" if is_integer(target) else ""
             raise TypeError(
-                f"target must be int64 class indices, or probabilities in {FLOATING_NAMES}, got {target.dtype}"
+                f"target must be int64 class indices, or probabilities in {FLOATING_NAMES}, got {target.dtype}{hint}"
             )
         if target_weight is not None:
             raise ValueError("target_weight must be None with class probabilities as target, got a tensor")
@@ -142,6 +153,8 @@ def check_target(target: Any, target_weight: Any, logits: Tensor, ignore_index: 
             hint = ""
             if target.dim() == len(shape):
                 hint = "; several labels a row need target_weight, and class probabilities must be floating"
+            elif target.shape == shape[:-1]:
+                hint = _where_classes_are(logits, None)
             raise ValueError(f"target must have shape {expected} for class indices, got {tuple(target.shape)}{hint}")
     else:
         check_tensor("target_weight", target_weight)
@@ -167,6 +180,7 @@ def _check_labels_in_range(target: Tensor, n_classes: int, ignore_index: int) ->
     lowest, highest = label_ends(target)
     if lowest is None or highest is None or (lowest >= 0 and highest < n_classes):
         return
+    target = target.long()  # -100 is 156 to uint8
     outside = target[((target < 0) | (target >= n_classes)) & (target != ignore_index)]
     if outside.numel() > 0:
         check_label(int(outside[0]), n_classes, ignore_index)
@@ -185,7 +199,10 @@ def check_number(name: str, value: Any, low: float, high: float, expected: str) 
     if type(value) is float and low <= value <= high:
         return value
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        hint = ""
+        if name == "tau" and isinstance(value, Tensor):
+            hint = "; to learn tau, or keep it in a tensor, pass tau * log_prior as log_prior and leave tau at 1"
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}{hint}")
     if not low <= value <= high:
         raise ValueError(f"{name} must be {expected}, got {value}")
     return float(value)
@@ -244,9 +261,18 @@ def check_int(name: str, value: Any, low: int) -> int:
 def check_labels(target: Any, logits: Tensor, ignore_index: int) -> None:
     """Index labels, one a row."""
     check_tensor("target", target)
-    if target.dtype != torch.int64:
-        raise TypeError(f"target must be int64 class indices, got {target.dtype}")
+    _check_label_dtype(target)
     check_target(target, None, logits, ignore_index)
+
+
+def _check_label_dtype(target: Tensor) -> None:
+    if target.dtype not in LABELS:
+        hint = "; target.long() makes int64 of it" if is_integer(target) else ""
+        raise TypeError(f"target must be int64 class indices, got {target.dtype}{hint}")
+
+
+def is_integer(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
 
 
 def check_predictions(preds: Tensor, target: Any, n_classes: int, ignore_index: int) -> None:
@@ -254,8 +280,7 @@ def check_predictions(preds: Tensor, target: Any, n_classes: int, ignore_index: 
     if preds.is_complex() or preds.dtype == torch.bool:
         raise TypeError(f"preds must be floating scores or integer classes, got {preds.dtype}")
     check_tensor("target", target)
-    if target.dtype != torch.int64:
-        raise TypeError(f"target must be int64 class indices, got {target.dtype}")
+    _check_label_dtype(target)
     if preds.shape != target.shape:
         raise ValueError(
             f"preds must have the shape of target, {tuple(target.shape)}, for predicted classes, "
@@ -264,7 +289,7 @@ def check_predictions(preds: Tensor, target: Any, n_classes: int, ignore_index: 
     if target.device != preds.device:
         raise ValueError(f"target must be on the device of preds, {preds.device}, got {target.device}")
     _check_labels_in_range(target, n_classes, ignore_index)
-    if preds.device.type == "cpu":
+    if preds.is_cpu and not is_recorded(preds):
         outside = preds[((preds < 0) | (preds >= n_classes)) & (target != ignore_index)]
         if outside.numel() > 0:
             raise IndexError(f"preds must hold class indices in [0, {n_classes}), got {int(outside[0])}")

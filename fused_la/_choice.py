@@ -13,6 +13,7 @@ from fused_la import _checks
 from fused_la._autograd import under_transform
 from fused_la._call import Call
 from fused_la._transforms import folds
+from fused_la._values import is_recorded
 
 
 def choose_implementation(impl: str, call: Call, differentiable: Sequence[Tensor | None], of_head: bool = False) -> str:
@@ -26,7 +27,7 @@ def choose_implementation(impl: str, call: Call, differentiable: Sequence[Tensor
     on_cpu, on_gpu = logits.is_cpu, logits.is_cuda  # ROCm's too
     transformed = under_transform()
     if transformed:
-        needs_formula = torch.compiler.is_compiling() or of_head or not folds()
+        needs_formula = is_recorded(logits) or of_head or not folds()
     else:
         needs_formula = forward_ad._current_level >= 0 and any(
             t is not None and _has_tangent(t) for t in (*differentiable, *call.of_target, *call.of_margin)

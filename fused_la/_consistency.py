@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fused_la import _checks
-from fused_la._margin import PairwiseMargin, normalized_prior
+from fused_la._margin import PairwiseMargin, checked_margin, normalized_prior
+from fused_la._values import check_has_values
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,9 @@ def consistency(margin: PairwiseMargin, log_prior: Tensor) -> Consistency:
 
     Source: Menon et al., ICLR 2021, Theorem 1.
     """
-    if not isinstance(margin, PairwiseMargin):
-        raise TypeError(f"margin must be a PairwiseMargin, got {type(margin).__name__}")
+    checked_margin(margin)
     prior = normalized_prior(log_prior)
+    check_has_values("log_prior", prior, "consistency")
     seen = prior > -math.inf
     prior, n_seen = prior[seen], int(seen.sum())
 

@@ -9,12 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from fused_la import _checks, distributed
+from fused_la._head import Head, predict
+from fused_la._head_call import check_head, feature_rows, product_dtype
 from fused_la._margin import PairwiseMargin
 from fused_la._ranks import meet, ranks_of
 
@@ -81,6 +85,31 @@ def loss_of_head(
     arguments, keywords = _or_tell_all(layout, caller, local)
     loss_of = getattr(distributed, f"class_parallel_{caller}")
     return _everywhere(layout, loss_of(*arguments, group=layout.group, **keywords))
+
+
+def predict_sharded(features: Any, weight: DTensor, bias: Any) -> Tensor:
+    """The class of the largest raw logit of each row, of classes that are sharded."""
+    layout = _layout("weight", weight, 0)
+    whole, here, of_bias = _copy("features", features), _here(weight), _classes(layout, "bias", bias)
+    check_head(whole, here, of_bias)
+    rows = feature_rows(whole)
+    found = predict(Head(rows, here, of_bias, product_dtype(rows, here)))
+    logits = [torch.empty_like(found.logits) for _ in range(layout.group.size())]
+    classes = [torch.empty_like(found.classes) for _ in logits]
+    dist.all_gather(logits, found.logits, layout.group)
+    dist.all_gather(classes, found.classes + layout.first, layout.group)
+    best = torch.stack(logits).argmax(0, keepdim=True)
+    return _everywhere(layout, torch.stack(classes).gather(0, best)[0].reshape(whole.shape[:-1]))
+
+
+def sharded_as(weight: DTensor, of_classes: Tensor) -> Tensor:
+    """A whole (C,) tensor, sharded as the classes of a weight are."""
+    layout = _layout("weight", weight, 0)
+    placements = [Replicate() if i != layout.mesh_dim else Shard(0) for i in range(layout.mesh.ndim)]
+    here = _classes(layout, "log_prior", of_classes)
+    return DTensor.from_local(
+        here, layout.mesh, placements, run_check=False, shape=of_classes.shape, stride=of_classes.stride()
+    )
 
 
 def _layout(name: str, value: DTensor, dim: int) -> _Layout:

@@ -189,9 +189,16 @@ def prepare_backward(
     return rows, make_epilogue(rows, source, impl).gradient_of(state, grad_rows, of_candidates)
 
 
+class Predictions(NamedTuple):
+    """Of each row, (N,)."""
+
+    classes: Tensor  # int64
+    logits: Tensor  # theirs, float32 or float64
+
+
 @torch.no_grad()
-def predict(head: Head) -> Tensor:
-    """The class of the largest logit of each row, (N,): the lowest of equal ones, and a NaN comes before any number."""
+def predict(head: Head) -> Predictions:
+    """The class of the largest logit of each row: the lowest of equal ones, and a NaN comes before any number."""
     dtype = torch.promote_types(head.features.dtype, torch.float32)
     products = Products(head, dtype, by_class=head.features.device.type == "cpu")
     best = head.features.new_full((len(head.features),), -torch.inf, dtype=dtype)
@@ -205,7 +212,7 @@ def predict(head: Head) -> Tensor:
             better = (value > best[rows]) | (value.isnan() & ~best[rows].isnan())
             classes[rows] = torch.where(better, at + chunk.start, classes[rows])
             best[rows] = torch.where(better, value, best[rows])
-    return classes
+    return Predictions(classes, best)
 
 
 def make_epilogue(rows: Rows, source: Source, impl: str) -> Any:

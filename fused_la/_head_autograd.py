@@ -5,23 +5,29 @@ Second derivatives come from the reference formula, over whole logits.
 
 from __future__ import annotations
 
+import functools
+import sys
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 
 from fused_la import _head, reference
-from fused_la._autograd import under_transform
+from fused_la._autograd import differentiable_gradient, under_transform
 from fused_la._head import Gradients, Head, Saved, rowless_logits
 from fused_la._problem import Problem
+from fused_la._values import is_recorded
 
 _N_FIELDS = len(Problem._fields) - 1  # but for the logits
 
 
 def fused_head_loss(head: Head, problem: Problem, reduction: str, impl: str) -> Tensor:
     """The reduced loss, or (N, 1) rows, by the implementation named `impl`."""
-    if torch.compiler.is_compiling():
+    if is_recorded(head.features):
+        if not torch.compiler.is_compiling() and "torch.utils.flop_counter" in sys.modules:
+            _count_products()
         # An operator's float is a constant of the graph: multiplied outside, tau may change without a recompilation.
         fields = problem._replace(log_prior=problem.offset(), tau=1.0)[1:]
         return _forward_op(*head, *fields, reduction, impl)[0]
@@ -30,11 +36,15 @@ def fused_head_loss(head: Head, problem: Problem, reduction: str, impl: str) -> 
 
 def head_formula(features: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem) -> tuple[Tensor, Tensor]:
     """Losses (N, 1) and row weights of whole logits, by the reference."""
+    return reference.loss_rows(problem._replace(logits=head_logits(features, weight, bias).unsqueeze(1)))
+
+
+def head_logits(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if bias is None or bias.dtype == features.dtype or torch.is_autocast_enabled(features.device.type):
-        logits = F.linear(features, weight, bias)
-    else:  # which F.linear would refuse
-        logits = F.linear(features, weight).to(problem.compute_dtype) + bias.to(problem.compute_dtype)
-    return reference.loss_rows(problem._replace(logits=logits.unsqueeze(1)))
+        return F.linear(features, weight, bias)
+    # Which F.linear would refuse.
+    logits, wide = F.linear(features, weight), torch.promote_types(features.dtype, torch.float32)
+    return logits.to(wide) + bias.to(wide)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -54,7 +64,7 @@ class _HeadLoss(torch.autograd.Function):
         grad_rows = _over_rows(grad_outputs[0], saved, ctx.reduction)
         needs = ctx.needs_input_grad[2:]
         wanted = (needs[0], needs[1], needs[2], needs[4])
-        if torch.is_grad_enabled() or under_transform():
+        if torch.is_grad_enabled() or under_transform() or is_legacy_batchedtensor(grad_rows):
             grads = _differentiable_gradients(head, problem, grad_rows, wanted)
         else:
             grads = _run_backward(head, problem, saved, grad_rows, wanted, ctx.impl)
@@ -101,20 +111,19 @@ def _saved(ctx: Any) -> tuple[list[Any], Saved]:
 def _differentiable_gradients(
     head: Head, problem: Problem, grad_rows: Tensor, wanted: tuple[bool, bool, bool, bool]
 ) -> Gradients:
-    leaves = [head.features, head.weight, head.bias, problem.log_prior]
-    chosen = [i for i, want in enumerate(wanted) if want]
-
-    def losses(*inputs: Tensor) -> Tensor:
-        given = leaves.copy()
-        for i, tensor in zip(chosen, inputs, strict=True):
-            given[i] = tensor
-        features, weight, bias, log_prior = given
-        assert features is not None
-        assert weight is not None
-        return head_formula(features, weight, bias, problem._replace(log_prior=log_prior))[0]
-
-    grads = torch.func.vjp(losses, *(leaves[i] for i in chosen))[1](grad_rows)
-    return Gradients(*(grads[chosen.index(i)] if i in chosen else None for i in range(4)))
+    """The gradients of the formula, as operations on `grad_rows` that autograd and batches of it pass through."""
+    features, weight, bias, dtype = head
+    operands = features.to(dtype), weight.to(dtype)
+    logits = head_logits(*operands, bias)
+    of_logits, of_prior = differentiable_gradient(problem._replace(logits=logits.unsqueeze(1)), grad_rows, "none")
+    of_logits = of_logits.squeeze(1)
+    of_features, of_weight, of_bias, _ = wanted
+    return Gradients(
+        (of_logits @ weight.to(of_logits.dtype)).to(features.dtype) if of_features else None,
+        (of_logits.mT @ features.to(of_logits.dtype)).to(weight.dtype) if of_weight else None,
+        of_logits.sum(0).to(bias.dtype) if of_bias and bias is not None else None,
+        of_prior,
+    )
 
 
 # torch.compile --------------------------------------------------------------------------------------------------------
@@ -230,3 +239,19 @@ def _op_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple:
 
 
 _forward_op.register_autograd(_op_backward, setup_context=_setup_op_context)
+
+
+@functools.cache
+def _count_products() -> None:
+    """Tell PyTorch's counter of floating-point operations what products the two operators stand for."""
+    from torch.utils.flop_counter import register_flop_formula  # what nothing else here needs takes its time
+
+    def of_one(features: Any, weight: Any) -> int:
+        return 2 * features[0] * weight[0] * features[1]
+
+    register_flop_formula(torch.ops.fused_la.head_forward)(
+        lambda features, weight, *_, out_shape=None, **__: of_one(features, weight)
+    )
+    register_flop_formula(torch.ops.fused_la.head_backward)(
+        lambda features, weight, *others, out_shape=None, **__: of_one(features, weight) * (1 + sum(others[-1][:2]))
+    )

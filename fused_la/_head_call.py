@@ -31,6 +31,14 @@ def feature_rows(features: Tensor) -> Tensor:
     return features.flatten(0, -2) if features.dim() > 1 else features.unsqueeze(0)
 
 
+def unit_vectors(vectors: Tensor, scale: float = 1.0) -> Tensor:
+    """`scale` times the last dimension's unit vectors, in the dtype of the vectors; zeros of zeros, with their gradient
+    divided by nothing. Norms are float32 or wider: the 1e-12 of `F.normalize` is 0 in float16."""
+    wide = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    return (wide * (scale / norm.masked_fill(norm == 0, 1.0))).to(vectors.dtype)
+
+
 def _flat(labels: Any, name: str, shape: torch.Size, several: bool, n_classes: int) -> Tensor:
     _checks.check_tensor(name, labels)
     trailing = several or labels.is_floating_point()
@@ -57,6 +65,16 @@ def check_head(features: Any, weight: Any, bias: Any) -> None:
     if bias is not None:
         _checks.check_class_vector("bias", bias, len(weight))
         _check_device("bias", bias, features)
+
+
+def check_placed_alike(features: Tensor, weight: Tensor) -> None:
+    """For logits: of a weight that is spread over ranks, only a DTensor says that the features are the same on all."""
+    if _checks.is_dtensor(weight) and not _checks.is_dtensor(features):
+        raise TypeError(
+            "features must be a DTensor with Replicate(), the same on all ranks, for a weight that is a DTensor, got a "
+            "torch.Tensor; under fully_shard call the head itself, which gathers the weight, or first "
+            'torch.distributed.fsdp.register_fsdp_forward_method(head, "predict")'
+        )
 
 
 def _check_device(name: str, value: Tensor, features: Tensor) -> None:

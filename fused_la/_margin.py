@@ -151,6 +151,12 @@ class PairwiseMargin:
         return f"PairwiseMargin({', '.join(f'{name}={show(value)}' for name, value in self._items())})"
 
 
+def checked_margin(margin: Any) -> PairwiseMargin:
+    if not isinstance(margin, PairwiseMargin):
+        raise TypeError(f"margin must be a PairwiseMargin, got {type(margin).__name__}")
+    return margin
+
+
 def _check_values(name: str, value: Tensor) -> None:
     """On a CPU, where reading costs nothing; elsewhere what is no number makes loss and gradient NaN."""
     if name == "alpha":

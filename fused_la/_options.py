@@ -2,72 +2,313 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+import numbers
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fused_la import _checks
-from fused_la.prior import log_prior_from_counts
+from fused_la._margin import PairwiseMargin
+from fused_la._values import is_fake, is_traced
+from fused_la.prior import check_pseudocount, counts_of_classes, log_prior_from_counts
+
+_log = logging.getLogger("fused_la")
+
+
+def per_class_option(name: str) -> Any:
+    """A property of a module: one of its per-class options, which may be assigned."""
+    return property(lambda self: self._per_class[name], lambda self, value: self._hold(name, value))
 
 
 class LossOptions(nn.Module):
-    """The options of a loss, its per-class ones as buffers that stay exact when the module is cast to half precision.
+    """The options of a loss, its per-class ones as tensors that are neither parameters nor buffers.
 
-    `weight_name` is what the class weights are called, as a buffer and in messages.
+    They follow from the constructor's arguments. So no checkpoint holds them and none replaces them, and what fills
+    buffers with fresh memory (`to_empty`, loaders that build a model on the meta device) does not reach them. They keep
+    their digits when the module is cast, and go where the module goes, or else where the logits are.
     """
 
-    log_prior: Tensor
-    smoothing_distribution: Tensor | None
+    smoothing_distribution = per_class_option("smoothing_distribution")
+    _weight_name = "weight"  # what the class weights are called, as an attribute and in messages
 
     def __init__(
         self,
-        class_counts: Any,
-        tau: float,
-        pseudocount: float,
-        class_weight: Tensor | None,
-        weight_name: str,
+        per_class: dict[str, Any],
+        class_weight: Any,
         ignore_index: int,
         reduction: str,
         label_smoothing: float,
-        smoothing_distribution: Tensor | None,
+        smoothing_distribution: Any,
         impl: str,
     ):
         super().__init__()
-        log_prior = log_prior_from_counts(class_counts, pseudocount=pseudocount)
-        if class_weight is not None:
-            _checks.check_class_vector(weight_name, class_weight, len(log_prior))
-        if smoothing_distribution is not None:
-            _checks.check_smoothing_distribution(smoothing_distribution, len(log_prior))
-        self.register_buffer("log_prior", log_prior)
-        self.register_buffer(weight_name, class_weight)
-        self.register_buffer("smoothing_distribution", smoothing_distribution)
-        self._weight_name = weight_name
-        self.tau = _checks.check_tau(tau)
+        self._per_class: dict[str, Any] = {}
+        options = {self._weight_name: class_weight, "smoothing_distribution": smoothing_distribution}
+        for name, value in (per_class | options).items():
+            self._hold(name, value)
         self.ignore_index = _checks.check_ignore_index(ignore_index)
         self.reduction = reduction
         self.label_smoothing = _checks.check_label_smoothing(label_smoothing)
         self.impl = impl
         _checks.check_choice("reduction", reduction, _checks.REDUCTIONS)
         _checks.check_choice("impl", impl, _checks.IMPLEMENTATIONS)
+        default = torch.get_default_device()
+        if default.type not in ("cpu", "meta"):
+            self._per_class = self._moved(default)
 
-    def keywords(self) -> dict[str, Any]:
-        """The options as a loss function takes them."""
-        names = (self._weight_name, "ignore_index", "reduction", "label_smoothing", "smoothing_distribution", "impl")
-        return {name: getattr(self, name) for name in names}
+    def _loss(
+        self, function: Callable[..., Tensor], *inputs: Any, reduction: str | None, num_items_in_batch: Any,
+        **keywords: Any,
+    ) -> Tensor:  # fmt: skip
+        """A loss function of the inputs under the module's options; a mean over a number of items is a sum first."""
+        reduction = self.reduction if reduction is None else reduction
+        if num_items_in_batch is not None:
+            _check_num_items(num_items_in_batch, reduction)
+            reduction = "sum"
+        loss = function(
+            *inputs, **keywords, **self._placed(inputs[0]), ignore_index=self.ignore_index, reduction=reduction,
+            label_smoothing=self.label_smoothing, impl=self.impl,
+        )  # fmt: skip
+        if isinstance(num_items_in_batch, Tensor):
+            num_items_in_batch = num_items_in_batch.to(loss.device)
+        return loss if num_items_in_batch is None else loss / num_items_in_batch
+
+    def _placed(self, like: Tensor) -> dict[str, Any]:
+        """The per-class options where a tensor is."""
+        per_class, device = self._per_class, like.device
+        for value in per_class.values():
+            if not _is_on(value, device):
+                per_class = self._on(device)
+                break
+        if type(like) is not Tensor and is_fake(like):
+            mode: Any = getattr(like, "fake_mode")  # noqa: B009
+            return _mapped(per_class, lambda _, tensor: tensor if is_fake(tensor) else mode.from_tensor(tensor))
+        return per_class
+
+    def _hold(self, name: str, value: Any) -> None:
+        """Copy a per-class option to where the one before stands, if it fits: CUDA graphs and compiled code look there.
+
+        A tensor that requires a gradient is held itself.
+        """
+        held = self._per_class.get(name)
+        copied = torch.inference_mode(False)(lambda tensor: tensor if tensor.requires_grad else tensor.clone())
+        others = [tensor for key, tensor in _tensors({**self._per_class, name: None})]
+        n_classes = len(others[0]) if others else None
+        if isinstance(value, PairwiseMargin):
+            for field, vector in value.named_vectors():
+                _checks.check_class_vector(f"{name}.{field}", vector, n_classes or len(vector))
+            value = value.mapped(lambda _, vector: copied(vector))
+        elif value is not None:
+            value = copied(_as_vector(name, value, n_classes))
+        if _fits(held, value):
+            with torch.no_grad():
+                for (_, old), (_, new) in zip(_tensors({"": held}), _tensors({"": value}), strict=True):
+                    old.copy_(new)
+            return
+        if others and not others[0].is_meta:
+            move = _mover(others[0].device)
+            value = _mapped({name: value}, lambda key, tensor: tensor if tensor.is_meta else move(key, tensor))[name]
+        self._per_class[name] = value
+
+    @torch.compiler.disable(reason="the module's tensors are not where the logits are; move it there first, by .to()")
+    def _on(self, device: torch.device) -> dict[str, Any]:
+        """The per-class options on a device, and there from now on if they can stay."""
+        moved = self._moved(device)
+        if device.type != "meta" and not any(is_traced(tensor) for _, tensor in _tensors(moved)):
+            self._per_class = moved
+        return _mapped(moved, lambda name, tensor: tensor.to(device))  # what requires a gradient has not moved
+
+    def _moved(self, device: torch.device) -> dict[str, Any]:
+        """The per-class options on a device, but for those that require a gradient, which stay the caller's own."""
+        with torch.inference_mode(False):
+            return _mapped(self._per_class, _mover(device))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LossOptions:
+        super()._apply(fn, recurse)
+        tensors = list(_tensors(self._per_class))
+        if tensors:
+            # Where fn takes a tensor. A dtype is not taken over, and values are not given up for the meta device.
+            device = fn(torch.empty(0, device=tensors[0][1].device)).device
+            has_values = not any(tensor.is_meta for _, tensor in tensors)
+            if device.type != "meta" and has_values:
+                self._per_class = self._moved(device)
+        return self
+
+    def _load_from_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, state_dict: dict[str, Any], prefix: str, *args: Any
+    ) -> None:
+        # What was saved as a buffer once, or by torch.nn.CrossEntropyLoss(weight=...).
+        for name in ("log_prior", self._weight_name, "smoothing_distribution"):
+            saved, held = state_dict.pop(prefix + name, None), self._per_class.get(name)
+            if isinstance(saved, Tensor) and not _agree(saved, held):
+                _log.warning(
+                    "%s%s of the checkpoint is not used: it differs from what the module was constructed with, which "
+                    "stays", prefix, name,
+                )  # fmt: skip
+        super()._load_from_state_dict(state_dict, prefix, *args)  # pyright: ignore[reportCallIssue]
 
     def extra_repr(self) -> str:
-        options = f"n_classes={self.log_prior.numel()}, tau={self.tau}, reduction={self.reduction!r}"
+        n_classes = next((len(tensor) for _, tensor in _tensors(self._per_class)), None)
+        options = "" if n_classes is None else f"n_classes={n_classes}, "
+        options += f"reduction={self.reduction!r}"
         if self.label_smoothing > 0.0:
             options += f", label_smoothing={self.label_smoothing}"
         return options
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LossOptions:
-        exact = {name: self._buffers[name] for name in ("log_prior", self._weight_name, "smoothing_distribution")}
-        super()._apply(fn, recurse)
-        for name, buffer in exact.items():
-            cast = self._buffers[name]
-            if buffer is not None and cast is not None and cast.dtype in (torch.float16, torch.bfloat16):
-                self._buffers[name] = buffer.to(cast.device)
-        return self
+
+class CountedLossOptions(LossOptions):
+    """The options of a loss that is adjusted by the log prior of class counts."""
+
+    def __init__(
+        self,
+        class_counts: Any,
+        tau: float,
+        pseudocount: float,
+        exclude_absent: bool,
+        *options: Any,
+    ):
+        counts = counts_of_classes(class_counts)
+        log_prior = log_prior_from_counts(counts, pseudocount=pseudocount, exclude_absent=exclude_absent)
+        super().__init__({"log_prior": log_prior}, *options)
+        # Of NumPy, which no default device and no cast of tensors reaches.
+        self._class_counts = counts
+        self.pseudocount = check_pseudocount(pseudocount, exclude_absent)
+        self.exclude_absent = exclude_absent
+        self.tau = _checks.check_tau(tau)
+
+    @property
+    def log_prior(self) -> Tensor:
+        """(C,) float32, what `log_prior_from_counts` makes of `class_counts`."""
+        return self._per_class["log_prior"]
+
+    @log_prior.setter
+    def log_prior(self, value: Any) -> None:
+        raise AttributeError("log_prior must not be assigned, it follows from class_counts: assign these")
+
+    @property
+    def class_counts(self) -> Tensor:
+        """(C,) a copy of the counts, integer or float64, on the CPU. Others may be assigned, between any two steps."""
+        counts = self._class_counts
+        return counts.clone() if isinstance(counts, Tensor) else torch.from_numpy(counts.copy())
+
+    @class_counts.setter
+    def class_counts(self, value: Any) -> None:
+        counts = counts_of_classes(value)
+        log_prior = log_prior_from_counts(counts, pseudocount=self.pseudocount, exclude_absent=self.exclude_absent)
+        for name, tensor in [*_tensors({**self._per_class, "log_prior": None}), *self.named_parameters()]:
+            if len(tensor) != len(log_prior):
+                raise ValueError(
+                    f"class_counts must have shape ({len(tensor)},) as {name} has, got {tuple(log_prior.shape)}"
+                )
+        self._hold("log_prior", log_prior)
+        self._class_counts = counts
+
+    def extra_repr(self) -> str:
+        return super().extra_repr().replace(", reduction", f", tau={self.tau}, reduction")
+
+
+def _check_num_items(num_items_in_batch: Any, reduction: str) -> None:
+    if reduction != "mean":
+        raise ValueError(f"num_items_in_batch must be None unless reduction is 'mean', got it with {reduction!r}")
+    is_number = isinstance(num_items_in_batch, numbers.Real) and not isinstance(num_items_in_batch, bool)
+    if not is_number and not (isinstance(num_items_in_batch, Tensor) and num_items_in_batch.dim() == 0):
+        raise TypeError(
+            "num_items_in_batch must be a number or a tensor of one number, "
+            f"got {type(num_items_in_batch).__name__}"
+        )  # fmt: skip
+
+
+# Per-class options ----------------------------------------------------------------------------------------------------
+
+
+def _tensors(per_class: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    for name, value in per_class.items():
+        if isinstance(value, PairwiseMargin):
+            for field, vector in value.named_vectors():
+                yield f"{name}.{field}", vector
+        elif value is not None:
+            yield name, value
+
+
+def _mapped(per_class: dict[str, Any], fn: Callable[[str, Tensor], Tensor]) -> dict[str, Any]:
+    """Every tensor replaced."""
+    result = {}
+    for name, value in per_class.items():
+        if isinstance(value, PairwiseMargin):
+            result[name] = value.mapped(lambda field, vector, name=name: fn(f"{name}.{field}", vector))
+        else:
+            result[name] = None if value is None else fn(name, value)
+    return result
+
+
+def _is_on(value: Any, device: torch.device) -> bool:
+    if isinstance(value, Tensor):
+        return value.device == device
+    if value is None:
+        return True
+    return all(vector.device == device for _, vector in value.named_vectors())
+
+
+def _as_vector(name: str, value: Any, n_classes: int | None) -> Tensor:
+    """A tensor as it is, float32 of a list or an array."""
+    if not isinstance(value, Tensor):
+        try:
+            value = torch.from_numpy(np.array(value, dtype=np.float32))
+        except (TypeError, ValueError):
+            got = type(value).__name__
+            raise TypeError(f"{name} must be a tensor, an array or a list of numbers, got {got}") from None
+    if n_classes is None and value.dim() != 1:
+        raise ValueError(f"{name} must have shape (C,), got {tuple(value.shape)}")
+    _checks.check_class_vector(name, value, n_classes or len(value))
+    if name == "smoothing_distribution":
+        _checks.check_smoothing_distribution(value, len(value))
+    return value
+
+
+def _fits(held: Any, value: Any) -> bool:
+    """Whether a value may be written where another is held."""
+    if isinstance(held, PairwiseMargin) and isinstance(value, PairwiseMargin):
+        if held.offsets_are_equal != value.offsets_are_equal:
+            return False
+        of_one = [margin.scale for margin in (held, value) if not isinstance(margin.scale, Tensor)]
+        if of_one and (len(of_one) == 1 or of_one[0] != of_one[1]):
+            return False
+        vectors, new = dict(held.named_vectors()), dict(value.named_vectors())
+        return vectors.keys() == new.keys() and all(_fits(vectors[name], new[name]) for name in new)
+    if not isinstance(held, Tensor) or not isinstance(value, Tensor):
+        return False
+    alike = (held.shape, held.dtype, type(held)) == (value.shape, value.dtype, type(value))
+    return alike and not (held.requires_grad or value.requires_grad or held.is_meta or value.is_meta)
+
+
+def _mover(device: torch.device) -> Callable[[str, Tensor], Tensor]:
+    def move(name: str, tensor: Tensor) -> Tensor:
+        if tensor.is_meta and device.type != "meta":
+            raise ValueError(
+                f"{name} must have values, got a tensor on the meta device; a list or an array has them everywhere"
+            )
+        return tensor if tensor.requires_grad else tensor.to(device)
+
+    return move
+
+
+def first_argument(name: str, value: Any, input: Any) -> Tensor:
+    """What a module is called with first, by its own name or as the modules of torch.nn call it."""
+    if input is not None:
+        if value is not None:
+            raise TypeError(f"{name} must be given once, got {name} and input")
+        value = input
+    _checks.check_tensor(name, value)
+    return value
+
+
+def _agree(saved: Tensor, held: Tensor | None) -> bool:
+    if held is None or saved.shape != held.shape:
+        return False
+    if saved.is_meta or held.is_meta or is_traced(saved) or is_traced(held):
+        return True  # as far as one can tell
+    return torch.allclose(saved.to(held), held, rtol=1e-5, atol=1e-6)

@@ -14,6 +14,7 @@ from fused_la import _checks
 from fused_la._argmax import predict
 from fused_la._per_class import class_error, count_predictions, mean_rates, read_counts, shot_groups
 from fused_la._problem import rows_by_classes
+from fused_la._values import check_has_values, is_recorded
 from fused_la.prior import sum_over_group
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ class TauSweep:
         self.ignore_index = _checks.check_ignore_index(ignore_index)
         self._log_divisor, self._bias = log_divisor, bias
         self._never = log_divisor == -math.inf
-        self._any_never = bool(self._never.any())
+        self._any_never = is_recorded(self._never) or bool(self._never.any())
         self._taus = torch.tensor(self.taus, dtype=torch.float64, device=device)[:, None]
         self._n_correct = torch.zeros((len(self.taus), n_classes + 1), dtype=torch.int64, device=device)
         self._n_examples = torch.zeros(n_classes + 1, dtype=torch.int64, device=device)
@@ -207,6 +208,7 @@ class TauSweep:
 
     def counts(self) -> tuple[Tensor, Tensor]:
         """Correct predictions (T, C) and examples (C,), int64 on the CPU."""
+        check_has_values("logits", self._n_correct, "TauSweep")
         return read_counts(self._n_correct, self._n_examples, self.ignore_index)
 
     def class_error(self) -> Tensor:
@@ -274,7 +276,7 @@ class TauSweep:
 
 def _predict(rows: Tensor, scale: Tensor | None, offset: Tensor | None) -> Tensor:
     """The kernel on a GPU, PyTorch on anything else and where Triton is not installed."""
-    if rows.device.type == "cuda":  # ROCm's too
+    if rows.device.type == "cuda" and not is_recorded(rows):  # ROCm's too
         try:
             from fused_la._triton.argmax import launch_argmax
         except ModuleNotFoundError:

@@ -13,21 +13,56 @@ from torch import Tensor
 # cores of an AMD EPYC, torch 2.14.1, kernels compiled and not launched).
 FEW = 64
 
+# Modes under which an operation gives a shape alone, or a node of a graph beside its result.
+_TRACERS = tuple(getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL"))
+
+
+def is_traced(tensor: Tensor) -> bool:
+    """Whether a tensor is recorded by `make_fx` or its like, or has a shape alone (fake)."""
+    if torch._C._len_torch_dispatch_stack() > 0 and any(map(torch._C._get_dispatch_mode, _TRACERS)):
+        return True
+    return type(tensor) is not Tensor and hasattr(tensor, "fake_mode")
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether the tensor is a shape alone, and no graph is recorded that could need it."""
+    return (
+        not torch.compiler.is_compiling()
+        and hasattr(tensor, "fake_mode")
+        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
+    )
+
+
+def is_recorded(tensor: Tensor) -> bool:
+    """The same, or by `torch.compile`: then nothing can be read, and the passes are operators."""
+    return torch.compiler.is_compiling() or is_traced(tensor)
+
+
+def holds(condition: Tensor) -> bool:
+    """Whether a condition holds, True where that cannot be known; on a GPU it waits."""
+    return is_recorded(condition) or bool(condition)
+
+
+def check_has_values(name: str, tensor: Tensor, caller: str) -> None:
+    """For what looks at values to go on."""
+    if is_recorded(tensor):
+        raise ValueError(f"{name} must have values that {caller} can look at, got a tensor that is fake or is traced")
+
 
 def read_value(value: Tensor) -> Any:
     """A number from a CPU, or a list of them; None where reading would synchronise, or a transform or a tracer hides
     them."""
-    if not value.is_cpu or torch.compiler.is_compiling():
+    if not value.is_cpu or is_recorded(value):
         return None
     try:
         return value.tolist()
-    except RuntimeError:  # under vmap, or a fake tensor
+    except RuntimeError:  # under vmap
         return None
 
 
 def label_ends(labels: Tensor) -> tuple[Any, Any]:
     """The smallest and largest of labels on a CPU; None for both where there are none, or `read_value` is None."""
-    if not labels.is_cpu or torch.compiler.is_compiling():
+    if not labels.is_cpu or is_recorded(labels):
         return None, None
     try:
         if labels.numel() > FEW:

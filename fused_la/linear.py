@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +13,16 @@ from fused_la._call import Call, read_call, read_margin, read_prior
 from fused_la._choice import choose_implementation
 from fused_la._head import Head, predict
 from fused_la._head_autograd import fused_head_loss, head_formula
-from fused_la._head_call import check_head, feature_rows, product_dtype, stand_in
+from fused_la._head_call import (
+    check_head,
+    check_placed_alike,
+    feature_rows,
+    product_dtype,
+    stand_in,
+    unit_vectors,
+)
 from fused_la._margin import PairwiseMargin
-from fused_la._options import LossOptions
+from fused_la._options import CountedLossOptions, first_argument, per_class_option
 from fused_la._problem import reduce_rows
 
 
@@ -164,31 +171,39 @@ def linear_margin_cross_entropy(
     return _loss_of(call, features, weight, bias, impl)
 
 
-class LogitAdjustedLinear(LossOptions):
+class LogitAdjustedLinear(CountedLossOptions):
     r"""A classifier head that is trained by the logit-adjusted loss and predicts by its raw logits.
 
     .. math:: f = W h + b, \qquad \text{or with cosine:}\quad f_c = s \, \frac{w_c \cdot h}{\|w_c\| \, \|h\|} + b_c
 
     Args:
         in_features: D.
-        class_counts: (C,) training examples a class: a list, an array or a tensor, integer or floating.
+        class_counts: (C,) training examples a class, as `LogitAdjustedCrossEntropyLoss` takes them.
         tau: strength of the adjustment, >= 0.
         bias: whether there is one.
-        cosine: make features and weights unit vectors first.
+        cosine: make features and weights unit vectors first; of a row of zeros, zeros.
         scale: s > 0 of a cosine head.
-        pseudocount: added to every count; needed if a class has no example.
-        class_weight, ignore_index, reduction, label_smoothing, smoothing_distribution, impl: as in
-            `linear_logit_adjusted_cross_entropy`.
+        pseudocount: added to every count; needed if a class has no example, unless `exclude_absent` says that such
+            classes take no part.
+        exclude_absent: classes without examples have a log prior of -inf in the loss and raw logits of -inf, so that
+            none is predicted.
+        class_weight, smoothing_distribution: as in `linear_logit_adjusted_cross_entropy`; or an array or a list.
+        ignore_index, reduction, label_smoothing, impl: as there.
         device, dtype: of weight and bias, as in `torch.nn.Linear`.
 
     Attributes:
-        weight, bias: (C, D) and (C,) parameters, initialised as those of `torch.nn.Linear`.
-        log_prior: (C,) float32 buffer; as `class_weight` and `smoothing_distribution` it stays as it is when the module
-            is cast to half precision.
+        weight, bias: (C, D) and (C,) parameters, initialised as those of `torch.nn.Linear` (and again by
+            `reset_parameters()`, which a head that was built on the meta device needs after `to_empty`).
+        class_counts, log_prior, class_weight, smoothing_distribution: as of `LogitAdjustedCrossEntropyLoss`, neither
+            parameters nor buffers.
 
     Shape:
         features (..., D), target as in `linear_logit_adjusted_cross_entropy`; with a target the loss, without one the
         raw logits (..., C).
+
+    Under `fully_shard` call `torch.distributed.fsdp.register_fsdp_forward_method(head, "predict")` once, for `predict`
+    gathers the weight only then. With a weight whose classes are sharded (a DTensor), the raw logits and `predict` need
+    features that are a DTensor with Replicate(). The logits are sharded as the weight is, the predictions replicated.
 
     Raises:
         TypeError, ValueError: on construction for unusable sizes, counts and options, in a call for unusable inputs.
@@ -208,7 +223,8 @@ class LogitAdjustedLinear(LossOptions):
 
     weight: Tensor
     bias: Tensor | None
-    class_weight: Tensor | None
+    class_weight = per_class_option("class_weight")
+    _weight_name = "class_weight"
 
     def __init__(
         self,
@@ -220,17 +236,18 @@ class LogitAdjustedLinear(LossOptions):
         cosine: bool = False,
         scale: float = 30.0,
         pseudocount: float = 0.0,
-        class_weight: Tensor | None = None,
+        exclude_absent: bool = False,
+        class_weight: Any = None,
         ignore_index: int = -100,
         reduction: str = "mean",
         label_smoothing: float = 0.0,
-        smoothing_distribution: Tensor | None = None,
+        smoothing_distribution: Any = None,
         impl: str = "auto",
         device: Any = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__(
-            class_counts, tau, pseudocount, class_weight, "class_weight", ignore_index, reduction, label_smoothing,
+            class_counts, tau, pseudocount, exclude_absent, class_weight, ignore_index, reduction, label_smoothing,
             smoothing_distribution, impl,
         )  # fmt: skip
         self.in_features = _checks.check_int("in_features", in_features, 1)
@@ -239,30 +256,69 @@ class LogitAdjustedLinear(LossOptions):
         linear = nn.Linear(in_features, len(self.log_prior), bias, device, dtype)
         self.register_parameter("weight", nn.Parameter(linear.weight.detach()))
         self.register_parameter("bias", linear.bias)
-        if device is not None:
-            self.to(device)
+        if device is not None and not self.weight.is_meta:
+            self._per_class = self._moved(self.weight.device)
 
-    def forward(self, features: Tensor, target: Tensor | None = None, target_weight: Tensor | None = None) -> Tensor:
-        features, weight = self._operands(features)
+    def reset_parameters(self) -> None:
+        """Initialise weight and bias anew, as `torch.nn.Linear` does."""
+        nn.Linear.reset_parameters(cast(nn.Linear, self))
+
+    def forward(
+        self,
+        features: Tensor | None = None,
+        target: Tensor | None = None,
+        target_weight: Tensor | None = None,
+        *,
+        input: Tensor | None = None,
+        reduction: str | None = None,
+        num_items_in_batch: Tensor | float | None = None,
+    ) -> Tensor:
+        """The loss, or without a target the raw logits.
+
+        Args:
+            features, target, target_weight: as in `linear_logit_adjusted_cross_entropy`.
+            input: another name for `features`, as `torch.nn.Linear` has it.
+            reduction, num_items_in_batch: of the loss, as in `LogitAdjustedCrossEntropyLoss.forward`.
+        """
+        features, weight = self._operands(first_argument("features", features, input))
         if target is None:
-            return F.linear(features, weight, self.bias)
-        return linear_logit_adjusted_cross_entropy(
-            features, weight, target, self.log_prior, self.tau, bias=self.bias, target_weight=target_weight,
-            **self.keywords(),
+            check_placed_alike(features, weight)
+            return F.linear(features, weight, self._bias(features))
+        return self._loss(
+            linear_logit_adjusted_cross_entropy, features, weight, target, tau=self.tau, bias=self.bias,
+            target_weight=target_weight, reduction=reduction, num_items_in_batch=num_items_in_batch,
         )  # fmt: skip
 
     @torch.no_grad()
     def predict(self, features: Tensor) -> Tensor:
         """The class of the largest raw logit of each row, (...) int64, computed a tile of classes at a time."""
         features, weight = self._operands(features)
-        check_head(features, weight, self.bias)
+        check_placed_alike(features, weight)
+        bias = self._bias(features)
+        if _checks.is_dtensor(weight):
+            from fused_la._dtensor import predict_sharded
+
+            return predict_sharded(features, weight, bias)
+        check_head(features, weight, bias)
         rows = feature_rows(features)
-        return predict(Head(rows, weight, self.bias, product_dtype(rows, weight))).reshape(features.shape[:-1])
+        return predict(Head(rows, weight, bias, product_dtype(rows, weight))).classes.reshape(features.shape[:-1])
+
+    def _bias(self, features: Tensor) -> Tensor | None:
+        """The bias of raw logits: -inf for classes that take no part."""
+        if not self.exclude_absent:
+            return self.bias
+        absent = self._placed(features)["log_prior"] == -torch.inf
+        if _checks.is_dtensor(self.weight):
+            from fused_la._dtensor import sharded_as
+
+            absent = sharded_as(self.weight, absent)
+        bias = torch.zeros_like(absent, dtype=self.weight.dtype) if self.bias is None else self.bias
+        return bias.masked_fill(absent, -torch.inf)
 
     def _operands(self, features: Tensor) -> tuple[Tensor, Tensor]:
         if not self.cosine:
             return features, self.weight
-        return F.normalize(features, dim=-1) * self.scale, F.normalize(self.weight, dim=-1)
+        return unit_vectors(features, self.scale), unit_vectors(self.weight)
 
     def extra_repr(self) -> str:
         head = f"in_features={self.in_features}, bias={self.bias is not None}, "

@@ -10,8 +10,8 @@ from fused_la import _checks, reference
 from fused_la._autograd import fused_loss, under_transform
 from fused_la._call import Call, read_call, read_margin, read_prior
 from fused_la._choice import choose_implementation
-from fused_la._margin import PairwiseMargin
-from fused_la._options import LossOptions
+from fused_la._margin import PairwiseMargin, checked_margin
+from fused_la._options import CountedLossOptions, LossOptions, first_argument, per_class_option
 from fused_la._problem import reduce_rows
 from fused_la._transforms import folded_loss
 
@@ -181,25 +181,35 @@ def _loss_of(call: Call, logits: Tensor, impl: str) -> Tensor:
     return loss.reshape(logits.shape[:dim] + logits.shape[dim + 1 :])
 
 
-class LogitAdjustedCrossEntropyLoss(LossOptions):
-    r"""`logit_adjusted_cross_entropy` as a module that holds the log prior of its training counts.
+class LogitAdjustedCrossEntropyLoss(CountedLossOptions):
+    r"""`logit_adjusted_cross_entropy` as a module that knows the class counts of its training data.
 
     .. math:: \ell(y, f) = -\log \mathrm{softmax}(f + \tau \log \pi)_y, \qquad \pi_c = n_c / \sum_k n_k
 
     Equivalent to: ``nn.CrossEntropyLoss()(logits.float() + tau * (class_counts / class_counts.sum()).log(), target)``
     (float64 logits stay float64).
 
+    What it holds of each class follows from these arguments, and none of it is a parameter or a buffer. So it is in no
+    `state_dict`, checkpoints load as with `nn.CrossEntropyLoss()`, and a model that is built on the meta device has the
+    right prior wherever it goes. An older checkpoint that holds a prior loads too: its prior is not used, which the
+    logger "fused_la" says where it differs.
+
     Args:
-        class_counts: (C,) training examples a class: a list, an array or a tensor, integer or floating.
+        class_counts: (C,) training examples a class: a list, an array or a tensor, integer or floating; or by class, as
+            `collections.Counter(labels)`, a dict or a pandas Series has them. See `log_prior_from_counts`.
         tau: strength of the adjustment, >= 0.
-        pseudocount: added to every count; needed if a class has no example.
-        weight, ignore_index, reduction, label_smoothing, smoothing_distribution, impl: as in
-            `logit_adjusted_cross_entropy`.
+        pseudocount: added to every count; needed if a class has no example, unless `exclude_absent` says that such
+            classes take no part.
+        exclude_absent: give classes without examples a log prior of -inf: probability 0, gradient 0.
+        weight, smoothing_distribution: as in `logit_adjusted_cross_entropy`; or an array or a list.
+        ignore_index, reduction, label_smoothing, impl: as there.
 
     Attributes:
-        log_prior: (C,) float32 buffer. It moves with the module, as the buffers `weight` and `smoothing_distribution`
-            do, and all three stay as they are when the module is cast to half precision: at log_prior = -12 a step of
-            bfloat16 is 0.0625.
+        class_counts: what it was given, in the order of the classes. Others may be assigned between any two steps; CUDA
+            graphs and compiled code then go on with them.
+        log_prior: (C,) float32, what `log_prior_from_counts` makes of the counts.
+        weight, smoothing_distribution: (C,) tensors, or None. Others may be assigned too. All three keep their digits
+            when the module is cast to half precision: at log_prior = -12 a step of bfloat16 is 0.0625.
 
     Shape:
         logits (N, C), target (N,), and the other shapes of `logit_adjusted_cross_entropy`; a scalar unless reduction
@@ -221,27 +231,124 @@ class LogitAdjustedCrossEntropyLoss(LossOptions):
     Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation 10.
     """
 
-    weight: Tensor | None
-
     def __init__(
         self,
         class_counts: Any,
         tau: float = 1.0,
         *,
         pseudocount: float = 0.0,
-        weight: Tensor | None = None,
+        exclude_absent: bool = False,
+        weight: Any = None,
         ignore_index: int = -100,
         reduction: str = "mean",
         label_smoothing: float = 0.0,
-        smoothing_distribution: Tensor | None = None,
+        smoothing_distribution: Any = None,
         impl: str = "auto",
     ):
         super().__init__(
-            class_counts, tau, pseudocount, weight, "weight", ignore_index, reduction, label_smoothing,
+            class_counts, tau, pseudocount, exclude_absent, weight, ignore_index, reduction, label_smoothing,
             smoothing_distribution, impl,
         )  # fmt: skip
 
-    def forward(self, logits: Tensor, target: Tensor, target_weight: Tensor | None = None) -> Tensor:
-        return logit_adjusted_cross_entropy(
-            logits, target, self.log_prior, self.tau, target_weight=target_weight, **self.keywords()
-        )
+    weight = per_class_option("weight")
+
+    def forward(
+        self,
+        logits: Any = None,
+        target: Any = None,
+        target_weight: Tensor | None = None,
+        *,
+        input: Tensor | None = None,
+        reduction: str | None = None,
+        num_items_in_batch: Tensor | float | None = None,
+    ) -> Tensor:
+        """The loss.
+
+        Args:
+            logits, target, target_weight: as in `logit_adjusted_cross_entropy`. A model's output that has them as its
+                `logits`, as those of Hugging Face have, may come in their place.
+            input: another name for `logits`, as the losses of `torch.nn` have it.
+            reduction: in the place of the module's, for this call.
+            num_items_in_batch: what a mean divides the sum of the losses by, in the place of this batch's own number,
+                as `transformers.Trainer` passes it to its `compute_loss_func` when it accumulates gradients. Labels
+                that it counted and `ignore_index` leaves out are its own.
+        """
+        return self._loss(
+            logit_adjusted_cross_entropy, first_argument("logits", getattr(logits, "logits", logits), input), target,
+            reduction=reduction, num_items_in_batch=num_items_in_batch, tau=self.tau, target_weight=target_weight,
+        )  # fmt: skip
+
+
+class MarginCrossEntropyLoss(LossOptions):
+    r"""`margin_cross_entropy` as a module that takes its `PairwiseMargin` along, to every device.
+
+    .. math:: \ell(y, f) = \alpha_y \log\Big[1 + \sum_{c \ne y} e^{(s_c f_c + u_c) - (s_y f_y + v_y)}\Big]
+
+    Args:
+        margin: one of `fused_la.margins`, or one of your own.
+        weight, smoothing_distribution: as in `logit_adjusted_cross_entropy`; or an array or a list.
+        ignore_index, reduction, label_smoothing, impl: as in `margin_cross_entropy`.
+
+    Attributes:
+        margin, weight, smoothing_distribution: as given. Others may be assigned between any two steps, as schedules do
+            that begin to reweight late. As in `LogitAdjustedCrossEntropyLoss` they are neither parameters nor buffers,
+            and keep their digits when the module is cast.
+
+    Shape:
+        As `LogitAdjustedCrossEntropyLoss`.
+
+    Raises:
+        TypeError, ValueError: on construction for unusable options, in a call for unusable inputs.
+
+    Example:
+        >>> import torch
+        >>> from fused_la import MarginCrossEntropyLoss, log_prior_from_counts, margins
+        >>> criterion = MarginCrossEntropyLoss(margins.adaptive(log_prior_from_counts([900, 90, 10])))
+        >>> logits = torch.tensor([[2.0, 1.0, 1.5], [0.5, 0.0, 1.0]])
+        >>> round(criterion(logits, torch.tensor([0, 2])).item(), 4)
+        2.2464
+
+    Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation 11.
+    """
+
+    def __init__(
+        self,
+        margin: PairwiseMargin,
+        *,
+        weight: Any = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        smoothing_distribution: Any = None,
+        impl: str = "auto",
+    ):
+        super().__init__(
+            {"margin": checked_margin(margin)}, weight, ignore_index, reduction, label_smoothing,
+            smoothing_distribution, impl,
+        )  # fmt: skip
+
+    weight = per_class_option("weight")
+
+    @property
+    def margin(self) -> PairwiseMargin:
+        return self._per_class["margin"]
+
+    @margin.setter
+    def margin(self, value: PairwiseMargin) -> None:
+        self._hold("margin", checked_margin(value))
+
+    def forward(
+        self,
+        logits: Any = None,
+        target: Any = None,
+        target_weight: Tensor | None = None,
+        *,
+        input: Tensor | None = None,
+        reduction: str | None = None,
+        num_items_in_batch: Tensor | float | None = None,
+    ) -> Tensor:
+        """The loss; arguments as of `LogitAdjustedCrossEntropyLoss.forward`."""
+        return self._loss(
+            margin_cross_entropy, first_argument("logits", getattr(logits, "logits", logits), input), target,
+            reduction=reduction, num_items_in_batch=num_items_in_batch, target_weight=target_weight,
+        )  # fmt: skip

@@ -24,6 +24,7 @@ from torch import Tensor
 from fused_la import _checks
 from fused_la._consistency import consistency
 from fused_la._margin import PairwiseMargin, normalized_prior, rounded
+from fused_la._values import holds
 
 __all__ = [
     "PairwiseMargin", "adaptive", "balanced", "balanced_softmax", "cdt", "consistency", "equalised", "erm",
@@ -148,7 +149,7 @@ def equalised(log_prior: Tensor, transform: Callable[[Tensor], Tensor] | None = 
         return PairwiseMargin(negative_offset=rounded(prior, log_prior))
     values = transform(prior.exp())
     _checks.check_tensor("transform(pi)", values)
-    if values.shape != prior.shape or bool(((values < 0.0) | (values > 1.0) | values.isnan()).any()):
+    if values.shape != prior.shape or not holds(((values >= 0.0) & (values <= 1.0)).all()):
         raise ValueError(f"transform must give {len(prior)} numbers between 0 and 1, got {values}")
     return PairwiseMargin(negative_offset=rounded(values.double().log(), log_prior))
 
@@ -309,7 +310,7 @@ def fisher_consistent(log_prior: Tensor, log_delta: Tensor) -> PairwiseMargin:
     """
     prior = normalized_prior(log_prior)
     _checks.check_class_vector("log_delta", log_delta, len(prior))
-    if not bool(log_delta.isfinite().all()):
+    if not holds(log_delta.isfinite().all()):
         raise ValueError(f"log_delta must be finite, got {log_delta}")
     offset = rounded(log_delta.double(), log_prior)
     alpha = rounded((log_delta.double() - prior).exp(), log_prior)

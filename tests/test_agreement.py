@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from conftest import DEVICE
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from fused_la import LogitAdjustedCrossEntropyLoss, log_prior_from_counts, logit_adjusted_cross_entropy
 
@@ -319,12 +318,3 @@ def test_labels_and_a_prior_that_numpy_changes_between_calls_are_read_anew(impl)
     kept = logit_adjusted_cross_entropy(logits[[1, 3]], target[[1, 3]], log_prior, impl=impl, reduction="none")
     rows = logit_adjusted_cross_entropy(logits, target, log_prior, ignore_index=0, impl=impl, reduction="none")
     assert torch.equal(rows[[1, 3]], kept)
-
-
-@pytest.mark.skipif(DEVICE != "cpu", reason="impl='blocked' runs on a CPU")
-def test_a_graph_that_make_fx_traces_keeps_nothing_that_was_read_of_the_batch():
-    def loss(logits, target, log_prior):
-        return logit_adjusted_cross_entropy(logits, target, log_prior, impl="blocked")
-
-    with pytest.raises(RuntimeError, match="get value out of a tracing tensor"):
-        make_fx(loss)(torch.randn(3, 5), torch.tensor([0, 1, 2]), torch.zeros(5))

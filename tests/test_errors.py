@@ -258,6 +258,7 @@ def test_probabilities_rounded_to_half_precision_still_add_up(impl, device, dtyp
 # target ---------------------------------------------------------------------------------------------------------------
 
 TARGET_DTYPE = "target must be int64 class indices, or probabilities in float16, bfloat16, float32 or float64, got "
+LONG = "; target.long() makes int64 of it"
 INDEX_SHAPE = "target must have shape (3,) for class indices, got "
 SEVERAL = "; several labels a row need target_weight, and class probabilities must be floating"
 
@@ -270,12 +271,13 @@ def integers(*values, dtype=torch.int64):
     ("list", lambda d: [0, 1, 4], TypeError, "target must be a torch.Tensor, got list"),
     ("None", lambda d: None, TypeError, "target must be a torch.Tensor, got NoneType"),
     ("array", lambda d: np.array([0, 1, 4]), TypeError, "target must be a torch.Tensor, got ndarray"),
-    ("int32", integers(0, 1, 4, dtype=torch.int32), TypeError, TARGET_DTYPE + "torch.int32"),
-    ("uint8", integers(0, 1, 4, dtype=torch.uint8), TypeError, TARGET_DTYPE + "torch.uint8"),
+    ("int32", integers(0, 1, 4, dtype=torch.int32), TypeError, TARGET_DTYPE + "torch.int32" + LONG),
+    ("int8", integers(0, 1, 4, dtype=torch.int8), TypeError, TARGET_DTYPE + "torch.int8" + LONG),
+    ("uint16", integers(0, 1, 4, dtype=torch.uint16), TypeError, TARGET_DTYPE + "torch.uint16" + LONG),
     ("bool", integers(0, 1, 1, dtype=torch.bool), TypeError, TARGET_DTYPE + "torch.bool"),
     ("complex", integers(0, 1, 4, dtype=torch.complex64), TypeError, TARGET_DTYPE + "torch.complex64"),
     ("float8", lambda d: torch.zeros(3, 5, device=d).to(FLOAT8), TypeError, TARGET_DTYPE + "torch.float8_e4m3fn"),
-    ("int32 one-hot", lambda d: torch.eye(5, device=d)[:3].int(), TypeError, TARGET_DTYPE + "torch.int32"),
+    ("int32 one-hot", lambda d: torch.eye(5, device=d)[:3].int(), TypeError, TARGET_DTYPE + "torch.int32" + LONG),
     ("sparse", lambda d: torch.tensor([0, 1, 4], device=d).to_sparse(), TypeError,
      "target must be a dense tensor, got layout torch.sparse_coo"),
     ("short", integers(0, 1), ValueError, INDEX_SHAPE + "(2,)"),
@@ -370,7 +372,7 @@ def test_a_target_weight_on_another_device_is_refused(impl, device):
     ("too few rows", integers([0, 1], [1, 2]), ValueError, WEIGHTED_SHAPE + "(2, 2)"),
     ("transposed", integers([0, 1, 4], [1, 2, 4]), ValueError, WEIGHTED_SHAPE + "(2, 3)"),
     ("image", lambda d: torch.zeros(3, 2, 2, device=d).long(), ValueError, WEIGHTED_SHAPE + "(3, 2, 2)"),
-    ("int32", integers([0, 1], [1, 2], [4, 4], dtype=torch.int32), TypeError, TARGET_DTYPE + "torch.int32"),
+    ("int32", integers([0, 1], [1, 2], [4, 4], dtype=torch.int32), TypeError, TARGET_DTYPE + "torch.int32" + LONG),
 )
 def test_targets_that_target_weight_does_not_fit_are_refused(impl, device, value, error, message):
     target = value(device)
@@ -663,12 +665,25 @@ def test_on_a_gpu_an_impossible_log_prior_makes_the_loss_nan(impl, device, bad):
 # Scalars and choices --------------------------------------------------------------------------------------------------
 
 
+LEARN_TAU = "; to learn tau, or keep it in a tensor, pass tau * log_prior as log_prior and leave tau at 1"
+
+
 @pytest.mark.parametrize("name", ["tau", "label_smoothing"])
 @pytest.mark.parametrize("value", ["1", True, None, 1j, [1.0], np.ones(1), np.bool_(True), torch.tensor(0.5)], ids=repr)
 def test_what_is_not_a_number_is_refused(impl, device, name, value):
-    assert_loss_refuses(
-        impl, device, TypeError, f"{name} must be a number, got {type(value).__name__}", **{name: value}
-    )
+    message = f"{name} must be a number, got {type(value).__name__}"
+    if name == "tau" and isinstance(value, torch.Tensor):
+        message += LEARN_TAU
+    assert_loss_refuses(impl, device, TypeError, message, **{name: value})
+
+
+@pytest.mark.parametrize("tau", [torch.tensor(1.0), torch.nn.Parameter(torch.ones(())), torch.ones(3)])
+def test_a_tau_that_is_learned_is_told_how(tau):
+    message = f"tau must be a number, got {type(tau).__name__}" + LEARN_TAU
+    assert_refused(TypeError, message, lambda: LogitAdjustedCrossEntropyLoss(COUNTS, tau=tau))
+    logits, log_prior = torch.randn(2, 5), torch.zeros(5)
+    assert_refused(TypeError, message, lambda: fused_la.adjust_logits(logits, log_prior, tau))
+    assert_refused(TypeError, message, lambda: fused_la.normalize_classifier(logits, tau))
 
 
 @pytest.mark.parametrize("value", [-1.0, -1, -1e-30, math.nan, math.inf, -math.inf, 1e39, np.float32(-1)])
@@ -806,7 +821,7 @@ COUNTS = [40, 30, 15, 10, 5]
             [1, 0],
             ValueError,
             "class_counts must have examples of every class, got 0 for class 1 (1 of 2 classes); "
-            "pass pseudocount > 0 (say 1) or leave such classes out",
+            "pass pseudocount > 0 (say 1), or exclude_absent=True for such classes to take no part",
         ),
         (["a"], TypeError, "class_counts must be integer or floating, got <U1"),
         (None, TypeError, "class_counts must be integer or floating, got NoneType"),
@@ -843,9 +858,12 @@ def test_the_module_refuses_bad_options_before_training_starts(options, error, m
 
 
 @pytest.mark.parametrize("name", ["weight", "smoothing_distribution"])
-def test_the_module_refuses_a_list_for_a_tensor(name):
-    message = f"{name} must be a torch.Tensor, got list"
-    assert_refused(TypeError, message, lambda: LogitAdjustedCrossEntropyLoss(COUNTS, **{name: [0.2] * 5}))
+@pytest.mark.parametrize(
+    "value", ["abc", {0: 1.0}, [[0.5], [0.1, 0.2]], object()], ids=["str", "dict", "ragged", "object"]
+)
+def test_the_module_refuses_per_class_options_that_are_no_numbers(name, value):
+    message = f"{name} must be a tensor, an array or a list of numbers, got {type(value).__name__}"
+    assert_refused(TypeError, message, lambda: LogitAdjustedCrossEntropyLoss(COUNTS, **{name: value}))
 
 
 def test_the_module_refuses_unusable_inputs(impl, device):
@@ -854,11 +872,11 @@ def test_the_module_refuses_unusable_inputs(impl, device):
     logits, target = arguments["logits"], arguments["target"]
     assert math.isfinite(criterion(logits, target).item())
 
-    other = f"log_prior must be on the device of the logits, meta, got {criterion.log_prior.device}" + MOVE
-    assert_refused(ValueError, other, lambda: criterion(logits.to("meta"), target.to("meta")))
+    other = f"target must be on the device of the logits, meta, got {target.device}" + MOVE
+    assert_refused(ValueError, other, lambda: criterion(logits.to("meta"), target))
     too_few = "log_prior must have shape (4,), got (5,)"
     assert_refused(ValueError, too_few, lambda: criterion(logits[:, :4], target))
-    assert_refused(TypeError, TARGET_DTYPE + "torch.int32", lambda: criterion(logits, target.int()))
+    assert_refused(TypeError, TARGET_DTYPE + "torch.int32" + LONG, lambda: criterion(logits, target.int()))
     needs_weight = INDEX_SHAPE + "(3, 1)" + SEVERAL
     assert_refused(ValueError, needs_weight, lambda: criterion(logits, target[:, None]))
 

@@ -617,20 +617,113 @@ def test_prediction_goes_over_tiles_and_takes_the_first_of_equals_and_nan(monkey
     assert max(made.n_elements) <= 50
 
 
-def test_the_module_keeps_its_log_prior_exact_and_is_saved_and_copied():
+def test_the_module_keeps_its_log_prior_exact_and_says_what_it_is():
     head = LogitAdjustedLinear(4, [50, 5, 1], class_weight=torch.rand(3), bias=False, label_smoothing=0.1)
     cast = copy.deepcopy(head).bfloat16()
     assert cast.weight.dtype == torch.bfloat16
     assert cast.log_prior.dtype == cast.class_weight.dtype == torch.float32
     assert_close(cast.log_prior, head.log_prior, rtol=0, atol=0)
-    other = LogitAdjustedLinear(4, [1, 1, 1], class_weight=torch.rand(3), bias=False)
-    other.load_state_dict(head.state_dict())
-    assert_close(other.log_prior, head.log_prior)
-    assert set(head.state_dict()) == {"weight", "log_prior", "class_weight"}
-    assert "n_classes=3" in repr(head)
-    assert "label_smoothing=0.1" in repr(head)
+    assert "in_features=4, bias=False, n_classes=3, tau=1.0, reduction='mean', label_smoothing=0.1" in repr(head)
     loss = cast(torch.randn(2, 4).bfloat16(), torch.tensor([0, 2]))
     assert loss.dtype == torch.float32
+
+
+COSINE = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@pytest.mark.parametrize("dtype", COSINE.values(), ids=COSINE)
+@pytest.mark.parametrize("zeros", ["features", "weight", "both"])
+def test_a_cosine_head_of_zeros_has_a_loss_and_gradients(dtype, zeros):
+    """The 1e-12 that F.normalize divides by at least is 0 in float16, and its inverse is infinite there."""
+    head = LogitAdjustedLinear(8, [900, 90, 10], cosine=True, dtype=dtype).to(DEVICE)
+    features = torch.randn(2, 8, device=DEVICE).to(dtype)
+    with torch.no_grad():
+        if zeros != "weight":
+            features[0] = 0.0
+        if zeros != "features":
+            head.weight[1] = 0.0
+    features.requires_grad_()
+    logits = head(features)
+    assert (logits[0] == head.bias).all() or zeros == "weight"
+    loss = head(features, torch.tensor([0, 1], device=DEVICE))
+    loss.backward()
+    assert loss.isfinite()
+    for leaf in (features, head.weight, head.bias):
+        assert leaf.grad.isfinite().all()
+        assert leaf.grad.abs().max() < 1e3
+    assert head.predict(features).tolist() == logits.argmax(1).tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_float32_cosine_head_under_autocast_has_a_loss_of_zeros(dtype):
+    head = LogitAdjustedLinear(8, [900, 90, 10], cosine=True).to(DEVICE)
+    features = torch.zeros(1, 8, device=DEVICE, dtype=dtype, requires_grad=True)
+    with torch.autocast(DEVICE, dtype=dtype):
+        loss = head(features, torch.tensor([0], device=DEVICE))
+        assert head(features).isfinite().all()
+    loss.backward()
+    assert loss.isfinite()
+    assert features.grad.isfinite().all()
+    assert head.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("size", [1e-4, 1.0, 1e4])
+def test_a_cosine_head_rounds_its_unit_vectors_once(dtype, size):
+    """Of features whose squares are below the least number of float16, or above its largest."""
+    head = LogitAdjustedLinear(8, [900, 90, 10], cosine=True, scale=16.0, bias=False, dtype=dtype).to(DEVICE)
+    features = (torch.randn(50, 8, device=DEVICE) * size).to(dtype)
+
+    def unit(vectors):
+        wide = vectors.detach().double()
+        return wide / wide.square().sum(-1, keepdim=True).sqrt()
+
+    want = 16.0 * unit(features) @ unit(head.weight).T
+    # Each factor is rounded once, and so is the logit: three relative errors of at most half a step.
+    bound = 16.0 * 1.6 * torch.finfo(dtype).eps
+    assert (head(features).double() - want).abs().max() <= bound
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("kind", ["labels", "several labels", "probabilities"])
+@pytest.mark.parametrize("margin", [None, "two offsets", "scale"])
+def test_gradients_of_a_head_come_in_batches(small_tiles, impl, kind, reduction, margin):
+    """torch.autograd.grad(is_grads_batched=True), which gradcheck asks for and jacobian(vectorize=True) uses."""
+    if margin == "two offsets" and kind == "probabilities" and impl != "reference":
+        pytest.skip("the reference's alone")
+    features, weight, bias, log_prior = make_head(4, 5, 9)
+    options = make_target(kind, 4, 9)
+    if margin is None:
+        loss = linear_logit_adjusted_cross_entropy(
+            features, weight, log_prior=log_prior, bias=bias, reduction=reduction, impl=impl, **options
+        )
+        leaves = [features, weight, bias, log_prior]
+    else:
+        prior = log_prior.detach()
+        chosen = margins.adaptive(prior) if margin == "two offsets" else margins.vector_scaling(prior, 0.3, 1.0)
+        loss = linear_margin_cross_entropy(
+            features, weight, margin=chosen, bias=bias, reduction=reduction, impl=impl, **options
+        )
+        leaves = [features, weight, bias]
+    upstream = torch.randn(3, *loss.shape, dtype=torch.float64, device=DEVICE)
+    batched = torch.autograd.grad(loss, leaves, upstream, is_grads_batched=True, retain_graph=True)
+    for i, of_one in enumerate(upstream):
+        for got, want in zip(batched, torch.autograd.grad(loss, leaves, of_one, retain_graph=True), strict=True):
+            assert_close(got[i], want, **EXACT)
+
+
+def test_second_derivatives_of_a_head_under_autocast():
+    """Features of half precision and a weight that is not: autograd runs outside of autocast."""
+    features = torch.randn(3, 4, device=DEVICE).bfloat16().requires_grad_()
+    weight, log_prior = torch.randn(5, 4, device=DEVICE, requires_grad=True), torch.zeros(5, device=DEVICE)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        loss = linear_logit_adjusted_cross_entropy(
+            features, weight, torch.tensor([0, 4, 2], device=DEVICE), log_prior, impl="auto"
+        )
+    of_features, of_weight = torch.autograd.grad(loss, (features, weight), create_graph=True)
+    (of_weight.square().sum() + of_features.float().square().sum()).backward()
+    assert weight.grad.isfinite().all()
+    assert weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,15 @@ one process and several; every error, word for word.
 import doctest
 import json
 import math
+import re
 import subprocess
 import sys
 from collections import Counter
 from fractions import Fraction
+from types import MappingProxyType
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.distributed as dist
@@ -22,6 +25,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import fused_la.prior
+from fused_la import LogitAdjustedCrossEntropyLoss, LogitAdjustedLinear
+from fused_la.metrics import BalancedError, shot_groups
+from fused_la.posthoc import TauSweep
 from fused_la.prior import count_classes, log_prior_from_counts, sum_over_group
 
 TORCH_INTEGERS = [getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)]
@@ -423,7 +429,7 @@ def test_any_real_number_is_a_pseudocount(pseudocount):
     assert_close_to_exact(log_prior, exact_log_prior([3, 0], 1))
 
 
-NO_EXAMPLES = "; pass pseudocount > 0 (say 1) or leave such classes out"
+NO_EXAMPLES = "; pass pseudocount > 0 (say 1), or exclude_absent=True for such classes to take no part"
 MANY_ZEROS = ", ".join(f"0 for class {c}" for c in range(1, 11)) + " and 2 more (12 of 13 classes)"
 
 
@@ -435,7 +441,7 @@ MANY_ZEROS = ", ".join(f"0 for class {c}" for c in range(1, 11)) + " and 2 more 
         (torch.tensor([1j]), TypeError, "class_counts must be integer or floating, got complex64"),
         ([1j], TypeError, "class_counts must be integer or floating, got complex128"),
         (["9"], TypeError, "class_counts must be integer or floating, got <U1"),
-        ({0: 9}, TypeError, "class_counts must be integer or floating, got dict"),
+        ({0: "9"}, TypeError, "class_counts must be integer or floating, got <U1"),
         (None, TypeError, "class_counts must be integer or floating, got NoneType"),
         (
             [[1], [2, 3]],
@@ -514,3 +520,127 @@ def test_wrong_pseudocounts_are_named(pseudocount, error, message):
     with pytest.raises(error) as caught:
         log_prior_from_counts([1, 2], pseudocount=pseudocount)
     assert str(caught.value) == message
+
+
+# Counts by class
+
+LABELS = [2, 0, 3, 2, 2, 1, 0, 2]  # most frequent first: 2, 0, then 1 and 3
+
+
+@pytest.mark.parametrize(
+    "counted",
+    [
+        Counter(LABELS),
+        dict(Counter(LABELS)),
+        pd.Series(LABELS).value_counts(),
+        pd.Series(LABELS).value_counts(ascending=True).astype("float32"),
+        pd.Series(LABELS, dtype="category").value_counts(),
+        pd.Series(LABELS, dtype="float64").value_counts(),  # as labels are that a missing one made floating
+        pd.Series(LABELS, dtype="Int64").value_counts(),
+        pd.Series([2, 1, 4, 1]),
+        {np.int64(3): np.int32(1), 1: 1.0, 0: 2, 2: 4},
+        MappingProxyType({3: 1, 1: 1, 0: 2, 2: 4}),
+        {3: torch.tensor(1), 1: torch.tensor(1), 0: torch.tensor(2), 2: torch.tensor(4)},
+    ],
+    ids=lambda counted: type(counted).__name__,
+)
+def test_counts_by_class_are_taken_in_the_order_of_the_classes(counted):
+    assert_close_to_exact(log_prior_from_counts(counted), exact_log_prior([2, 1, 4, 1]))
+    assert_close_to_exact(log_prior_from_counts(counted, pseudocount=2), exact_log_prior([2, 1, 4, 1], 2))
+
+
+@pytest.mark.parametrize("kind", ["module", "head", "metric", "groups", "sweep"])
+def test_every_class_counts_takes_them(kind):
+    counted = pd.Series([0] * 3 + [1] * 50 + [2] * 200).value_counts()  # most frequent first: 2, 1, 0
+    if kind == "module":
+        assert LogitAdjustedCrossEntropyLoss(counted).class_counts.tolist() == [3, 50, 200]
+    elif kind == "head":
+        assert LogitAdjustedLinear(2, counted.to_dict()).class_counts.tolist() == [3, 50, 200]
+    else:
+        if kind == "metric":
+            groups = BalancedError(Counter(counted.to_dict())).groups
+        elif kind == "groups":
+            groups = shot_groups(counted)
+        else:
+            groups = TauSweep(torch.zeros(3), [1.0], split="val", class_counts=counted)._groups
+        assert [groups[name].tolist().index(True) for name in ("few", "medium", "many")] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("counted", "message"),
+    [
+        (
+            {0: 3, 2: 1, 5: 1},
+            "class_counts must have a count for each class from 0 to 5, got none for 1, 3, 4 (3 of 6 classes); "
+            "a class without examples has the count 0",
+        ),
+        (
+            {1: 3, 2: 1},
+            "class_counts must have a count for each class from 0 to 2, got none for 0 (1 of 3 classes); "
+            "a class without examples has the count 0",
+        ),
+        (
+            {40: 1},
+            "class_counts must have a count for each class from 0 to 40, got none for 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, "
+            "... (40 of 41 classes); a class without examples has the count 0",
+        ),
+        (
+            {0: 3, "lynx": 1, -100: 2},
+            "class_counts must have the classes 0, 1, ... as its keys, got 'lynx', -100 (2 of 3 keys); counts in the "
+            "order of the classes may be a list or an array",
+        ),
+        (
+            {"0": 3, "1": 2},
+            "class_counts must have the classes 0, 1, ... as its keys, got '0', '1' (2 of 2 keys); counts in the "
+            "order of the classes may be a list or an array",
+        ),
+        (
+            {0: 3, 0.5: 2, True: 1},
+            "class_counts must have the classes 0, 1, ... as its keys, got 0.5, True (2 of 3 keys); counts in the "
+            "order of the classes may be a list or an array",
+        ),
+        (
+            pd.Series([3, 1, 2], index=[0, 1, 1]),
+            "class_counts must have every class once among its keys, got 1 twice",
+        ),
+        ({}, "class_counts must have at least one class, got shape (0,)"),
+        (Counter(), "class_counts must have at least one class, got shape (0,)"),
+        ({0: 2, 1: -1}, "class_counts must be non-negative, got -1 for class 1 (1 of 2 classes)"),
+    ],
+)
+def test_keys_that_are_not_the_classes_are_named(counted, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        log_prior_from_counts(counted)
+
+
+def test_a_table_is_no_counts_by_class():
+    with pytest.raises(ValueError, match=re.escape("class_counts must have shape (n_classes,), got (2, 2)")):
+        log_prior_from_counts(pd.DataFrame({0: [1, 2], 1: [3, 4]}))
+
+
+# Classes without examples that take no part
+
+
+def test_absent_classes_are_excluded_on_request():
+    log_prior = log_prior_from_counts([4, 0, 2, 0, 2], exclude_absent=True)
+    assert_close_to_exact(log_prior[[0, 2, 4]], exact_log_prior([4, 2, 2]))
+    assert (log_prior[[1, 3]] == -math.inf).all()
+    assert torch.equal(log_prior_from_counts([3, 1], exclude_absent=True), log_prior_from_counts([3, 1]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (dict(pseudocount=1), ValueError, "pseudocount must be 0 with exclude_absent=True, got 1"),
+        (dict(exclude_absent=1), TypeError, "exclude_absent must be True or False, got int"),
+        (dict(class_counts=[0, 0]), ValueError, "class_counts must have a positive count, got 0 for all 2 classes"),
+        (
+            dict(class_counts=[1e308, 1e-308]),  # there are examples of it: their frequency is what underflows
+            ValueError,
+            f"class_counts must have examples of every class, got 1e-308 for class 1 (1 of 2 classes){NO_EXAMPLES}",
+        ),
+    ],
+)
+def test_what_cannot_be_excluded_is_named(arguments, error, message):
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        log_prior_from_counts(**{"class_counts": [4, 0], "exclude_absent": True, **arguments})
