@@ -9,6 +9,7 @@ is long because a process may take a minute to import PyTorch on a busy machine.
 from __future__ import annotations
 
 import contextlib
+import copy
 import multiprocessing
 import os
 import pickle
@@ -27,7 +28,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -1212,6 +1213,147 @@ def test_a_trunk_under_ddp_or_fsdp2_trains_as_in_one_process(pools, wrap):
         assert_close(answer["loss"], alone["loss"])
         assert_close(answer["trunk"], alone["trunk"])
     assert_close(torch.cat([answer["weight"] for answer in answers]), alone["weight"])
+
+
+# Heads as modules -----------------------------------------------------------------------------------------------------
+
+HEAD_COUNTS = [400, 90, 10, 5, 3, 0, 2]
+
+
+def sharded_head(cosine: bool, bias: bool) -> Any:
+    """A head of 7 classes, and the same with its classes over the ranks."""
+    torch.manual_seed(3)
+    head = fused_la.LogitAdjustedLinear(D, HEAD_COUNTS, cosine=cosine, bias=bias, exclude_absent=True)
+    with torch.no_grad():
+        head.weight[5] *= 100  # of the class that takes no part
+    over_ranks = copy.deepcopy(head)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for name, parameter in list(head.named_parameters()):
+        setattr(over_ranks, name, torch.nn.Parameter(distribute_tensor(parameter.detach(), mesh, [Shard(0)])))
+    return head, over_ranks, mesh
+
+
+def logits_and_predictions(cosine: bool, bias: bool) -> Any:
+    head, over_ranks, mesh = sharded_head(cosine, bias)
+    features = random(2, 9, D)
+    copies = DTensor.from_local(features, mesh, [Replicate()], run_check=False)
+    logits, predicted = over_ranks(copies), over_ranks.predict(copies)
+    assert logits.placements == (Shard(2),)
+    assert predicted.placements == (Replicate(),)
+    logits.full_tensor().logsumexp(-1).sum().backward()
+    head(features).logsumexp(-1).sum().backward()
+    grads = [(a.grad.full_tensor(), b.grad) for a, b in zip(over_ranks.parameters(), head.parameters(), strict=True)]
+    loss = over_ranks(features.flatten(0, 1), torch.arange(18) % 5)
+    assert_close(loss.full_tensor(), head(features.flatten(0, 1), torch.arange(18) % 5))
+    return logits.full_tensor(), head(features), predicted.to_local(), head.predict(features), grads
+
+
+@pytest.mark.parametrize(("cosine", "bias"), [(False, True), (True, True), (False, False)])
+def test_a_head_whose_classes_are_sharded_has_logits_and_predicts(pools, cosine, bias):
+    for size in (2, 3):
+        for answer in pools(size)(logits_and_predictions, cosine, bias):
+            assert not isinstance(answer, Failed), answer
+            logits, logits_of_one, predicted, predicted_of_one, grads = answer
+            assert_close(logits, logits_of_one)
+            assert torch.equal(predicted, predicted_of_one)
+            assert torch.equal(predicted, logits.argmax(-1))
+            for found, right in grads:
+                assert_close(found, right)
+
+
+def predict_with_few(n_classes: int) -> Any:
+    torch.manual_seed(3)
+    head = fused_la.LogitAdjustedLinear(D, [1] * n_classes)
+    with torch.no_grad():
+        head.bias -= 10.0  # below what a rank without classes might say
+    mesh, features = init_device_mesh("cpu", (dist.get_world_size(),)), random(9, D)
+    want = head.predict(features)
+    for name, parameter in list(head.named_parameters()):
+        setattr(head, name, torch.nn.Parameter(distribute_tensor(parameter.detach(), mesh, [Shard(0)])))
+    return head.predict(DTensor.from_local(features, mesh, [Replicate()], run_check=False)).to_local(), want
+
+
+@pytest.mark.parametrize("n_classes", [1, 4])
+def test_a_rank_without_classes_predicts_none(pools, n_classes):
+    for answer in pools(3)(predict_with_few, n_classes):
+        assert not isinstance(answer, Failed), answer
+        assert torch.equal(*answer)
+
+
+def predict_ties_and_nan() -> Tensor:
+    """The largest logit on two ranks, NaN on the second of them, and on both."""
+    _, over_ranks, mesh = sharded_head(False, False)
+    weight = torch.zeros(7, D)
+    weight[1, 0] = weight[6, 0] = 1.0  # a tie of two ranks
+    weight[4, 1] = weight[6, 1] = float("nan")
+    over_ranks.weight = torch.nn.Parameter(distribute_tensor(weight, mesh, [Shard(0)]))
+    features = DTensor.from_local(torch.eye(D)[:2], mesh, [Replicate()], run_check=False)
+    return over_ranks.predict(features).to_local()
+
+
+def test_ties_over_ranks_go_to_the_lowest_class_and_nan_is_above_all(pools):
+    for answer in pools(2)(predict_ties_and_nan):
+        assert answer.tolist() == [4, 4]  # NaN times 0 is NaN
+
+
+def with_plain_features(call: str) -> Any:
+    _, over_ranks, _ = sharded_head(False, True)
+    return over_ranks.predict(random(3, D)) if call == "predict" else over_ranks(random(3, D))
+
+
+@pytest.mark.parametrize("call", ["predict", "logits"])
+def test_a_sharded_head_says_what_features_it_needs(pools, call):
+    for answer in pools(2)(with_plain_features, call):
+        assert answer.kind == "TypeError"
+        assert "features must be a DTensor with Replicate()" in answer.message
+        assert 'register_fsdp_forward_method(head, "predict")' in answer.message
+
+
+def deferred(registered: bool) -> Any:
+    """A model on the meta device, sharded, given memory and initialised: then a step, logits and predictions."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    with torch.device("meta"):
+        model = torch.nn.ModuleDict(
+            {
+                "trunk": torch.nn.Linear(D, D),
+                "head": fused_la.LogitAdjustedLinear(D, HEAD_COUNTS, pseudocount=1, class_weight=[1.0] * 7),
+                "criterion": fused_la.LogitAdjustedCrossEntropyLoss(HEAD_COUNTS, pseudocount=1, weight=[2.0] * 7),
+            }
+        )
+    for name in ("trunk", "head"):
+        fully_shard(model[name], mesh=mesh)
+    if registered:
+        register_fsdp_forward_method(model["head"], "predict")
+    model.to_empty(device="cpu")
+    torch.manual_seed(4)
+    for module in model.children():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    whole = {name: parameter.full_tensor() for name, parameter in model.named_parameters()}
+    own = random(4, D, seed=dist.get_rank())
+    features = model["trunk"](own)
+    loss = model["head"](features, torch.tensor([0, 1, 2, 6]))
+    by_logits = model["criterion"](model["head"](features), torch.tensor([0, 1, 2, 6]))
+    (loss + by_logits).backward()
+    predicted = model["head"].predict(features.detach())
+    logits = F.linear(
+        F.linear(own, whole["trunk.weight"], whole["trunk.bias"]), whole["head.weight"], whole["head.bias"]
+    )
+    return loss.detach(), by_logits.detach(), predicted, logits.detach()
+
+
+def test_a_model_on_the_meta_device_is_sharded_and_initialised_by_fsdp2(pools):
+    prior = [(n + 1) / (sum(HEAD_COUNTS) + 7) for n in HEAD_COUNTS]
+    answers = pools(2)(deferred, True)
+    assert not torch.equal(answers[0][3], answers[1][3])  # ranks have rows of their own
+    for loss, by_logits, predicted, logits in answers:
+        want = oracle.truth(logits, torch.tensor([0, 1, 2, 6]), torch.tensor(prior, dtype=torch.float64).log()).loss
+        assert_close(loss.double(), want, rtol=1e-5, atol=1e-6)
+        assert_close(by_logits.double(), want, rtol=1e-5, atol=1e-6)
+        assert torch.equal(predicted, logits.argmax(1))
+    for answer in pools(2)(deferred, False):
+        assert answer.kind == "TypeError"
+        assert 'register_fsdp_forward_method(head, "predict")' in answer.message
 
 
 def compiled(case: Case, widths: list[int]) -> Any:
