@@ -290,6 +290,7 @@ def check_predictions(preds: Tensor, target: Any, n_classes: int, ignore_index: 
         raise ValueError(f"target must be on the device of preds, {preds.device}, got {target.device}")
     _check_labels_in_range(target, n_classes, ignore_index)
     if preds.is_cpu and not is_recorded(preds):
+        preds, target = preds.long(), target.long()  # 300 classes are 44 to uint8
         outside = preds[((preds < 0) | (preds >= n_classes)) & (target != ignore_index)]
         if outside.numel() > 0:
             raise IndexError(f"preds must hold class indices in [0, {n_classes}), got {int(outside[0])}")

@@ -17,6 +17,7 @@ from fused_la._values import is_fake, is_traced
 from fused_la.prior import check_pseudocount, counts_of_classes, log_prior_from_counts
 
 _log = logging.getLogger("fused_la")
+_ELSEWHERE = "what a loss holds of each class is not where the logits are; move the module there first, with .to()"
 
 
 def per_class_option(name: str) -> Any:
@@ -82,7 +83,11 @@ class LossOptions(nn.Module):
         per_class, device = self._per_class, like.device
         for value in per_class.values():
             if not _is_on(value, device):
-                per_class = self._on(device)
+                if torch.compiler.is_compiling():
+                    torch._dynamo.graph_break(msg=_ELSEWHERE)
+                    per_class = torch.compiler.disable(self._on)(device)
+                else:
+                    per_class = self._on(device)
                 break
         if type(like) is not Tensor and is_fake(like):
             mode: Any = getattr(like, "fake_mode")  # noqa: B009
@@ -114,7 +119,6 @@ class LossOptions(nn.Module):
             value = _mapped({name: value}, lambda key, tensor: tensor if tensor.is_meta else move(key, tensor))[name]
         self._per_class[name] = value
 
-    @torch.compiler.disable(reason="the module's tensors are not where the logits are; move it there first, by .to()")
     def _on(self, device: torch.device) -> dict[str, Any]:
         """The per-class options on a device, and there from now on if they can stay."""
         moved = self._moved(device)

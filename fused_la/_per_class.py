@@ -7,7 +7,8 @@
                       *training* examples, as far as they have examples here; NaN where none has
 
 Counts have C + 1 columns: the last one holds labels that are neither a class nor ignored. On a CPU such a label is an
-error at once; on a GPU, where looking would wait for the device, it is one when the counts are read.
+error at once; on a GPU, where looking would wait for the device, it is one when the counts are read. Nothing here
+depends on a value that a fake tensor lacks, but for that error.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_la._values import read_value
 from fused_la.prior import checked_counts
 
 
@@ -38,7 +40,7 @@ def shot_groups(class_counts: Any) -> dict[str, Tensor]:
 
     Source: Liu et al., "Large-scale long-tailed recognition in an open world", CVPR 2019.
     """
-    counts = checked_counts(class_counts)
+    counts = torch.as_tensor(checked_counts(class_counts), device="cpu")
     return {"many": counts > 100, "medium": (counts >= 20) & (counts <= 100), "few": counts < 20}
 
 
@@ -47,6 +49,7 @@ def count_predictions(
 ) -> None:
     """Add rows to the counts: n_correct (..., C + 1), n_examples (C + 1,), predictions (..., rows), target (rows,)."""
     n_classes = len(n_examples) - 1
+    target = target.long()  # in uint8 an ignore_index of -100 would be 156
     counts = target != ignore_index
     column = torch.where((target >= 0) & (target < n_classes), target, n_classes)
     n_examples.scatter_add_(0, column, counts.to(n_examples.dtype))
@@ -56,9 +59,9 @@ def count_predictions(
 
 def read_counts(n_correct: Tensor, n_examples: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """(..., C) and (C,) int64 on the CPU."""
-    n_correct, n_examples = n_correct.cpu(), n_examples.cpu()
-    n_outside = int(n_examples[-1])
-    if n_outside > 0:
+    n_correct, n_examples = n_correct.to("cpu", torch.int64), n_examples.to("cpu", torch.int64)
+    n_outside = read_value(n_examples[-1])
+    if n_outside:
         raise IndexError(
             f"target must hold class indices in [0, {len(n_examples) - 1}) or ignore_index ({ignore_index}), "
             f"got {n_outside} labels that are neither"
@@ -76,9 +79,14 @@ def mean_rates(n_correct: Tensor, n_examples: Tensor, groups: dict[str, Tensor])
     error = class_error(n_correct, n_examples)
     present = n_examples > 0
     rates = {
-        "balanced_error": error[..., present].mean(-1),
+        "balanced_error": _mean(error, present),
         "top1_accuracy": n_correct.sum(-1).double() / n_examples.sum().double(),
     }
     for name, members in groups.items():
-        rates[f"{name}_error"] = error[..., present & members].mean(-1)
+        rates[f"{name}_error"] = _mean(error, present & members)
     return rates
+
+
+def _mean(error: Tensor, mask: Tensor) -> Tensor:
+    """Over the classes of the mask; a selection of them would have a shape that depends on values."""
+    return error.masked_fill(~mask, 0.0).sum(-1) / mask.sum()

@@ -187,8 +187,10 @@ class LogitAdjustedLinear(CountedLossOptions):
             classes take no part.
         exclude_absent: classes without examples have a log prior of -inf in the loss and raw logits of -inf, so that
             none is predicted.
-        class_weight, smoothing_distribution: as in `linear_logit_adjusted_cross_entropy`; or an array or a list.
-        ignore_index, reduction, label_smoothing, impl: as there.
+        class_weight: as in `linear_logit_adjusted_cross_entropy`; or an array or a list.
+        ignore_index, reduction, label_smoothing: as there.
+        smoothing_distribution: as there; or an array or a list.
+        impl: as there.
         device, dtype: of weight and bias, as in `torch.nn.Linear`.
 
     Attributes:

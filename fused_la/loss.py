@@ -201,8 +201,10 @@ class LogitAdjustedCrossEntropyLoss(CountedLossOptions):
         pseudocount: added to every count; needed if a class has no example, unless `exclude_absent` says that such
             classes take no part.
         exclude_absent: give classes without examples a log prior of -inf: probability 0, gradient 0.
-        weight, smoothing_distribution: as in `logit_adjusted_cross_entropy`; or an array or a list.
-        ignore_index, reduction, label_smoothing, impl: as there.
+        weight: as in `logit_adjusted_cross_entropy`; or an array or a list.
+        ignore_index, reduction, label_smoothing: as there.
+        smoothing_distribution: as there; or an array or a list.
+        impl: as there.
 
     Attributes:
         class_counts: what it was given, in the order of the classes. Others may be assigned between any two steps; CUDA
@@ -286,8 +288,10 @@ class MarginCrossEntropyLoss(LossOptions):
 
     Args:
         margin: one of `fused_la.margins`, or one of your own.
-        weight, smoothing_distribution: as in `logit_adjusted_cross_entropy`; or an array or a list.
-        ignore_index, reduction, label_smoothing, impl: as in `margin_cross_entropy`.
+        weight: as in `margin_cross_entropy`; or an array or a list.
+        ignore_index, reduction, label_smoothing: as there.
+        smoothing_distribution: as there; or an array or a list.
+        impl: as there.
 
     Attributes:
         margin, weight, smoothing_distribution: as given. Others may be assigned between any two steps, as schedules do

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fused_la import _checks
 from fused_la._per_class import class_error, count_predictions, mean_rates, read_counts, shot_groups
+from fused_la._values import read_value
 
 try:
     from torchmetrics import Metric
@@ -47,7 +48,20 @@ class BalancedError(Metric):
 
     Over no examples rates are NaN and `worst_class` is -1. Counts are summed over ranks by `compute()`, as those of any
     torchmetrics metric. A sampler that pads its last batches makes some examples count twice: give the padded ones the
-    label `ignore_index`. For checkpoints call `metric.persistent(True)`.
+    label `ignore_index`. For checkpoints call `metric.persistent(True)`. `set_dtype`, `half`, `double` and `to(dtype)`
+    leave counts int64 and rates float32.
+
+    With other parts of torchmetrics:
+
+    - `metric["balanced_error"]` is a metric of one number. Arithmetic (`a["balanced_error"] - b["balanced_error"]`),
+      `MetricTracker` (with `maximize=False`), `MinMaxMetric`, `BootStrapper` and `MultioutputWrapper` need that, and
+      `ClasswiseWrapper` needs `metric["class_error"]`. It updates the metric that it is made from, so two made from one
+      would count every batch twice: give each its own. It can be cloned but not pickled.
+    - `MetricCollection`, `Running`, `MultitaskWrapper` and `LambdaInputTransformer` take the metric itself.
+      `MetricCollection.plot` needs `together=True`.
+    - Metrics of a collection share no counts unless its `compute_groups` say so. Counts that are shared, merged, loaded
+      or summed over ranks must have the same `ignore_index` and number of classes; else `compute()` is a ValueError.
+    - TorchScript cannot compile it.
 
     Args:
         class_counts: (C,) *training* examples a class, from which the number of classes and many/medium/few follow: a
@@ -87,6 +101,7 @@ class BalancedError(Metric):
     plot_lower_bound = 0.0
     plot_upper_bound = 1.0
 
+    fingerprint: Tensor
     n_correct: Tensor
     n_examples: Tensor
 
@@ -111,9 +126,30 @@ class BalancedError(Metric):
             "confidence", confidence, math.nextafter(0, 1), math.nextafter(1, 0), "between 0 and 1"
         )
         self.seed = _checks.check_int("seed", seed, 0)
+        # The fingerprint goes where the counts go and says what they are of, in bytes, which any floating dtype holds.
+        # Its NaN keeps a collection from merging metrics whose states are equal, within a tolerance, after the first
+        # batch. It comes first because torchmetrics before 1.7 compares the first state alone.
+        self._fingerprint = [
+            *self.ignore_index.to_bytes(8, "little", signed=True),
+            *self.n_classes.to_bytes(8, "little"),
+        ]
+        self.add_state("fingerprint", torch.tensor([math.nan, *self._fingerprint]), dist_reduce_fx=_agreed)
         # The column behind the classes counts labels that are neither a class nor ignored.
         self.add_state("n_correct", torch.zeros(self.n_classes + 1, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("n_examples", torch.zeros(self.n_classes + 1, dtype=torch.int64), dist_reduce_fx="sum")
+        # In place of deepcopies: that of a fake tensor has a fake mode of its own.
+        self._defaults = {name: getattr(self, name).clone() for name in self._defaults}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("prefix", "postfix") and value is None:
+            value = ""  # what a collection in a collection sets, and then takes for a string
+        super().__setattr__(name, value)
+        if name in self.__dict__.get("_defaults", ()):
+            self._computed = None  # torchmetrics keeps it when it loads or merges counts
+
+    def _apply(self, fn: Any, exclude_state: Sequence[str] = "") -> Any:
+        """Follow `fn` to another device, but to no other dtype: counts are integers."""
+        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), exclude_state)
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Count a batch.
@@ -121,7 +157,7 @@ class BalancedError(Metric):
         Args:
             preds: logits (or any scores) (N, C), (C,) or (N, C, d1, ..., dk), floating; or predicted classes, integer,
                 of the shape of `target`.
-            target: int64 classes, (N,), () or (N, d1, ..., dk).
+            target: int64 or uint8 classes, (N,), () or (N, d1, ..., dk).
         """
         _checks.check_tensor("preds", preds)
         _checks.check_tensor("target", target)
@@ -136,28 +172,35 @@ class BalancedError(Metric):
             predictions = preds
         if preds.device != self.n_correct.device:
             raise ValueError(f"preds must be on the device of the metric, {self.n_correct.device}, got {preds.device}")
-        count_predictions(self.n_correct, self.n_examples, predictions.flatten(), target.flatten(), self.ignore_index)
+        # Not in place: counts may be those of a checkpoint that others load too, or tensors of inference mode.
+        n_correct, n_examples = self.n_correct.clone(), self.n_examples.clone()
+        count_predictions(n_correct, n_examples, predictions.flatten(), target.flatten(), self.ignore_index)
+        self.n_correct, self.n_examples = n_correct, n_examples
 
     def compute(self) -> dict[str, Tensor]:
         """The rates of all that was counted; see the class."""
+        fingerprint = read_value(self.fingerprint[1:].cpu())
+        if fingerprint is not None and fingerprint != self._fingerprint:
+            raise ValueError(
+                f"counts must be of ignore_index={self.ignore_index} and {self.n_classes} classes, "
+                "got those of a metric with others"
+            )
         n_correct, n_examples = read_counts(self.n_correct, self.n_examples, self.ignore_index)
         rates = mean_rates(n_correct, n_examples, self.groups)
         rates["balanced_error_low"], rates["balanced_error_high"] = self._interval(n_correct, n_examples)
-        error = class_error(n_correct, n_examples)
-        known = error.nan_to_num(nan=-1.0)
-        worst = known.argmax()
-        rates["worst_class_error"] = error[worst]
-        rates["class_error"] = error
+        rates["class_error"] = class_error(n_correct, n_examples)
+        worst_error, worst = rates["class_error"].nan_to_num(nan=-1.0).max(0)
+        rates["worst_class_error"] = worst_error.masked_fill(worst_error < 0, math.nan)
         result = {name: rate.to(self.device, torch.float32) for name, rate in rates.items()}
-        result["worst_class"] = torch.where(known[worst] < 0, -1, worst).to(self.device)
+        result["worst_class"] = worst.masked_fill(worst_error < 0, -1).to(self.device)
         result["n_absent_classes"] = (n_examples == 0).sum().to(self.device)
         return result
 
     def _interval(self, n_correct: Tensor, n_examples: Tensor) -> tuple[Tensor, Tensor]:
+        if self.n_bootstrap == 0 or not read_value(n_examples.sum()):  # 0, or None for fake tensors
+            return torch.tensor(math.nan), torch.tensor(math.nan)
         present = n_examples > 0
         n = n_examples[present].numpy()
-        if self.n_bootstrap == 0 or len(n) == 0:
-            return torch.tensor(math.nan), torch.tensor(math.nan)
         error = 1.0 - n_correct[present].numpy() / n
         generator = np.random.default_rng(self.seed)
         means, height = [], max(1, _DRAWS // len(n))
@@ -186,6 +229,12 @@ class BalancedError(Metric):
         if isinstance(val, dict):
             return self._plot(_drawn(val), ax)
         return self._plot([_drawn(step) for step in val], ax)
+
+
+def _agreed(fingerprints: Tensor) -> Tensor:
+    """The fingerprint of all rows, (rows, bytes), with NaN where they differ."""
+    first = fingerprints[0]
+    return torch.where((fingerprints == first).all(0), first, math.nan)
 
 
 def _drawn(result: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -526,6 +526,27 @@ def test_an_input_changed_after_the_forward_pass_never_gives_a_wrong_gradient(
             assert_close(outcome, want.grad, **EXACT)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("options", [{}, dict(label_smoothing=0.1)], ids=["labels", "smoothing"])
+def test_logits_may_be_written_to_once_their_gradient_is_made(impl, device, dtype, reduction, scale, options):
+    """As where the loss is a sum of a user's own operations: `y.clamp_(-1, 1)` before backward, with fewer digits of
+    half precision where the upstream gradient is not 1."""
+    x = torch.randn(5, 4, device=device).to(dtype).requires_grad_()
+    target, log_prior = torch.tensor([0, 3, 2, -100, 1], device=device), LOG_PRIOR.to(device, torch.float32)
+    logits = x * 1.0
+    loss = logit_adjusted_cross_entropy(logits, target, log_prior, reduction=reduction, impl=impl, **options)
+    loss = loss * scale
+    kept = x.detach().double().requires_grad_()
+    want = F.cross_entropy(kept + log_prior.double(), target, reduction=reduction, **options) * scale
+    logits.clamp_(-0.1, 0.1)
+    want.backward()
+    loss.backward()
+    eps = torch.finfo(dtype).eps
+    assert_close(x.grad.double(), kept.grad, rtol=2 * eps, atol=8e-7 if dtype != torch.float64 else 1e-12)
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("learned", [[0], [1], [0, 1]], ids=["logits", "log_prior", "both"])
 def test_loss_may_be_changed_in_place_before_backward(device, impl, reduction, learned):

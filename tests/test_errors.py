@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from oracle import truth
 from torch.func import grad, vmap
 
 import fused_la
@@ -303,6 +304,74 @@ def integers(*values, dtype=torch.int64):
 )  # fmt: skip
 def test_bad_targets_are_refused(impl, device, value, error, message):
     assert_loss_refuses(impl, device, error, message, target=value(device))
+
+
+LAST = "; dimension 1 of the logits, (2, 7, 5), has the classes"
+MOVED = LAST + ", pass logits.movedim(-1, 1)"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, "log_prior must have shape (7,), got (5,)" + MOVED),
+        (dict(log_prior=torch.zeros(6)), "log_prior must have shape (7,), got (6,)" + LAST),
+        (
+            dict(log_prior=torch.zeros(7)),
+            "target must have shape (2, 5) for class indices, got (2, 7)" + MOVED,
+        ),
+        (
+            dict(log_prior=torch.zeros(7), target=torch.zeros(2, 5).long(), weight=torch.ones(5)),
+            "weight must have shape (7,), got (5,)" + MOVED,
+        ),
+        (dict(log_prior=torch.zeros(7), target=torch.zeros(2, 6).long()),
+         "target must have shape (2, 5) for class indices, got (2, 6)"),
+    ],
+)  # fmt: skip
+def test_where_classes_are_looked_for_in_the_last_dimension_the_right_one_is_named(change, message):
+    """Logits (N, L, C) with labels (N, L), as a language model has them."""
+    arguments = dict(logits=torch.randn(2, 7, 5), target=torch.zeros(2, 7).long(), log_prior=torch.zeros(5)) | change
+    assert_refused(ValueError, message, lambda: logit_adjusted_cross_entropy(**arguments))
+    if "target" not in change:
+        margin = fused_la.PairwiseMargin(negative_offset=arguments["log_prior"])
+        assert_refused(
+            ValueError,
+            message.replace("log_prior", "margin.negative_offset"),
+            lambda: fused_la.margin_cross_entropy(arguments["logits"], arguments["target"], margin),
+        )
+
+
+@pytest.mark.parametrize("ignored", [-100, 255, 2])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_labels_may_be_uint8_as_those_of_cross_entropy(impl, device, ignored, reduction):
+    """As segmentation masks are; to uint8 -100 is 156."""
+    logits, log_prior = torch.randn(6, 200, 2, device=device), torch.randn(200, device=device)
+    target = torch.tensor([[0, 156], [199, 2], [ignored % 256, 3]] * 2, device=device, dtype=torch.uint8)
+    if ignored == -100:
+        target[target == 156] = 155
+        target[0, 0] = 156  # a class like any other
+    options = dict(reduction=reduction, ignore_index=ignored)
+    loss = logit_adjusted_cross_entropy(logits, target, log_prior, impl=impl, **options)
+    want = truth(logits, target.long(), log_prior, **options).loss
+    torch.testing.assert_close(loss.double(), want, rtol=1e-6, atol=2e-6)
+    several = torch.stack([target[:, 0], target[:, 1]], 1)
+    shares = torch.rand(6, 2, device=device)
+    loss = logit_adjusted_cross_entropy(logits[..., 0], several, log_prior, target_weight=shares, impl=impl, **options)
+    want = truth(logits[..., 0], several.long(), log_prior, target_weight=shares, **options).loss
+    torch.testing.assert_close(loss.double(), want, rtol=1e-6, atol=2e-6)
+
+
+def test_uint8_labels_of_heads_and_sweeps(device):
+    features, target = torch.randn(4, 3, device=device), torch.tensor([0, 4, 255, 1], device=device).to(torch.uint8)
+    head = fused_la.LogitAdjustedLinear(3, COUNTS, ignore_index=255).to(device)
+    assert torch.equal(head(features, target), head(features, target.long()))
+    sweep = fused_la.posthoc.TauSweep(torch.zeros(5, device=device), [0.0], split="val", ignore_index=255)
+    sweep.update(head(features).detach(), target)
+    assert sweep.counts()[1].tolist() == [1, 1, 0, 0, 1]
+
+
+def test_uint8_labels_out_of_range_are_named(cpu):
+    with pytest.raises(IndexError, match="Target 156 is out of bounds"):
+        logit_adjusted_cross_entropy(torch.randn(2, 5), torch.tensor([0, 156], dtype=torch.uint8), torch.zeros(5))
 
 
 @pytest.mark.parametrize("target_kind", INTERFACES)

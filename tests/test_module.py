@@ -401,6 +401,16 @@ def test_compiled_it_is_traced_once_whatever_is_assigned(name):
     assert not any(word in target for target in targets for word in ("clone", "copy_", "to_copy"))
 
 
+def test_compiled_code_that_finds_a_module_elsewhere_breaks_or_says_so():
+    """The meta device stands for that of the logits."""
+    inputs = torch.zeros(4, 5, device="meta"), torch.zeros(4, dtype=torch.int64, device="meta")
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"move the module there first, with \.to\(\)"):
+        torch.compile(MODULES["loss"](), backend="eager", fullgraph=True)(*inputs)
+    torch._dynamo.reset()
+    assert torch.compile(MODULES["loss"](), backend="eager")(*inputs).is_meta
+
+
 @pytest.mark.gpu
 def test_a_captured_graph_goes_on_with_counts_that_are_assigned():
     criterion = LogitAdjustedCrossEntropyLoss(COUNTS).to("cuda")

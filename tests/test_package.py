@@ -168,7 +168,7 @@ MAY_IMPORT = {
         "_problem",
     },
     "distributed": {"_agreement", "_call", "_checks", "_margin", "_no_classes"},
-    "_dtensor": {"distributed", "_checks", "_margin", "_ranks"},
+    "_dtensor": {"distributed", "_checks", "_head", "_head_call", "_margin", "_ranks"},
     "_agreement": {
         "_autograd",
         "_call",
@@ -185,20 +185,20 @@ MAY_IMPORT = {
     "_ranks": set(),
     "_head_call": {"_checks"},
     "_call": {"_checks", "_margin", "_problem"},
-    "_choice": {"_autograd", "_call", "_checks", "_transforms", "_triton"},
-    "_options": {"_checks", "prior"},
-    "margins": {"_checks", "_consistency", "_margin"},
-    "_consistency": {"_checks", "_margin"},
+    "_choice": {"_autograd", "_call", "_checks", "_transforms", "_triton", "_values"},
+    "_options": {"_checks", "_margin", "_values", "prior"},
+    "margins": {"_checks", "_consistency", "_margin", "_values"},
+    "_consistency": {"_checks", "_margin", "_values"},
     "_margin": {"_checks"},
-    "posthoc": {"_checks", "_problem", "_sweep"},
-    "metrics": {"_checks", "_per_class"},
-    "prior": {"_ranks"},
-    "_sweep": {"_checks", "_problem", "_argmax", "_triton", "_per_class", "prior"},
-    "_per_class": {"prior"},
+    "posthoc": {"_checks", "_problem", "_sweep", "_values"},
+    "metrics": {"_checks", "_per_class", "_values"},
+    "prior": {"_ranks", "_values"},
+    "_sweep": {"_checks", "_problem", "_argmax", "_triton", "_per_class", "_values", "prior"},
+    "_per_class": {"_values", "prior"},
     "_checks": {"_values"},
     "_values": set(),
-    "_autograd": {"reference", "_problem"},  # and implementations by name, see below
-    "_head_autograd": {"_autograd", "_head", "reference", "_problem"},
+    "_autograd": {"reference", "_problem", "_values"},  # and implementations by name, see below
+    "_head_autograd": {"_autograd", "_head", "reference", "_problem", "_values"},
     "_head": {"_blocks", "_problem", "_rows"},  # and epilogues of implementations by name
     "_transforms": {"_autograd", "reference", "_problem"},
     "reference": {"_problem"},
@@ -206,7 +206,7 @@ MAY_IMPORT = {
     "_one_label": {"_blocks", "_problem", "_values"},
     "_blocked_head": {"_blocked", "_blocks", "_rows"},
     "_rows": {"_problem", "_blocks"},
-    "_argmax": {"_blocks"},
+    "_argmax": {"_blocks", "_values"},
     "_blocks": {"_problem"},
     "_triton": {"_blocks", "_problem", "_rows", "_triton"},
     "_problem": set(),
@@ -340,14 +340,16 @@ INTERFACE = {
     ),
     "linear_margin_cross_entropy": f"(features, weight, target, margin, *, bias=None, {CLASS_OPTIONS})",
     "LogitAdjustedCrossEntropyLoss": (
-        f"(class_counts, tau=1.0, *, pseudocount=0.0, {OPTIONS.removeprefix('target_weight=None, ')})"
+        "(class_counts, tau=1.0, *, pseudocount=0.0, exclude_absent=False, "
+        f"{OPTIONS.removeprefix('target_weight=None, ')})"
     ),
+    "MarginCrossEntropyLoss": f"(margin, *, {OPTIONS.removeprefix('target_weight=None, ')})",
     "LogitAdjustedLinear": (
         "(in_features, class_counts, tau=1.0, *, bias=True, cosine=False, scale=30.0, pseudocount=0.0, "
-        f"{CLASS_OPTIONS.removeprefix('target_weight=None, ').removesuffix(')')}, device=None, dtype=None)"
+        f"exclude_absent=False, {CLASS_OPTIONS.removeprefix('target_weight=None, ').removesuffix(')')}, device=None, dtype=None)"
     ),
     "count_classes": "(target, n_classes, *, ignore_index=-100, group=None)",
-    "log_prior_from_counts": "(class_counts, *, pseudocount=0.0)",
+    "log_prior_from_counts": "(class_counts, *, pseudocount=0.0, exclude_absent=False)",
     "adjust_logits": "(logits, log_prior, tau=1.0, *, target_log_prior=None)",
     "normalize_classifier": "(weight, tau=1.0)",
     "PairwiseMargin": None,
@@ -367,6 +369,7 @@ WRITTEN = {
     "logit_adjusted_cross_entropy",
     "LogitAdjustedCrossEntropyLoss",
     "LogitAdjustedLinear",
+    "MarginCrossEntropyLoss",
     "count_classes",
     "linear_logit_adjusted_cross_entropy",
     "linear_margin_cross_entropy",
