@@ -44,12 +44,15 @@ def logit_adjusted_cross_entropy(
 
     Train with it and predict with the raw logits, `logits.argmax(1)`: adjusting again post hoc corrects twice.
 
+    A mean or sum makes the gradient of logits that are not float16 in its forward pass: they may then be written to before
+    backward, as by `clamp_`. Elsewhere (reduction "none", float16, a learned prior) autograd raises if they were.
+
     Args:
         logits: (C,), (N, C) or (N, C, d1, ..., dk); float16, bfloat16, float32 or float64; any strides; N may be 0.
             Or a DTensor with its classes sharded over one mesh dimension: what is per class is then a DTensor that is
             sharded alike, or a whole tensor, and the loss a DTensor that is the same everywhere (see `distributed`).
-        target: int64 class indices of shape (), (N,) or (N, d1, ..., dk); or class probabilities, floating, of the
-            shape of the logits; or with `target_weight` indices of shape (N, K) ((K,), (N, K, d1, ..., dk)).
+        target: int64 or uint8 class indices of shape (), (N,) or (N, d1, ..., dk); or class probabilities, floating, of
+            the shape of the logits; or with `target_weight` indices of shape (N, K) ((K,), (N, K, d1, ..., dk)).
         log_prior: (C,) floating, log class frequencies up to any constant, as `log_prior_from_counts` makes them. A
             class at -inf has probability 0 and gradient 0. It gets a gradient if it requires one.
         tau: strength of the adjustment, >= 0. 1 is consistent for the balanced error, 0 is plain cross entropy.
