@@ -23,8 +23,10 @@ Learning rate, momentum and weight decay are those of Menon et al. for ImageNet-
 """
 
 import argparse
+import io
 import json
 import platform
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -358,6 +360,8 @@ def plot_weight_norms(norms: dict[str, dict[str, np.ndarray]], profile: list[int
 
 
 def main() -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # it may be ASCII, and --out is any name
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=10, help="number of repetitions (default: %(default)s)")
     parser.add_argument(

@@ -19,9 +19,11 @@ losses are those of one process but for rounding. Written to --out: extreme_clas
 import argparse
 import contextlib
 import ctypes
+import io
 import json
 import math
 import os
+import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -214,6 +216,8 @@ def show(report: dict) -> None:
 
 
 def main() -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # it may be ASCII, and --out is any name
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     positive = {"type": int, "metavar": "N"}
     parser.add_argument("--classes", default=100_000, help="(default: %(default)s)", **positive)

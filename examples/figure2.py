@@ -26,9 +26,11 @@ convergence here: it is what two epochs make of each loss. No method can know th
 """
 
 import argparse
+import io
 import json
 import math
 import platform
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -495,6 +497,8 @@ def write(report: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # it may be ASCII, and --out is any name
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=100, help="repetitions of Figure 2 (default: %(default)s)")
     parser.add_argument("--prior", type=float, default=0.05, help="share of the last class (default: %(default)s)")

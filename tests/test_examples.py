@@ -3,6 +3,7 @@
 Few seeds, trials and steps are enough: they are deterministic, and logit adjustment wins by several points.
 """
 
+import io
 import json
 import math
 import os
@@ -367,6 +368,26 @@ def test_examples_refuse_options_before_they_train(
         main()
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        ("digits_lt.py", "--seeds 1 --steps 1"),
+        ("figure2.py", "--trials 1"),
+        ("extreme_classes.py", "--classes 20 --features 4 --batch 8 --steps 1 --eval 100"),
+    ],
+)
+def test_examples_print_in_ascii_and_write_to_a_folder_of_any_name(script, options, tmp_path, monkeypatch):
+    """Where stdout is ASCII, and a name is Latin-1. Nothing is lost for a character that cannot be shown."""
+    out = tmp_path / os.fsdecode(b"caf\xe9")
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "argv", [script, *options.split(), "--out", str(out)])
+    monkeypatch.setattr(sys, "stdout", stdout)
+    runpy.run_path(str(EXAMPLES / script))["main"]()
+    stdout.flush()
+    assert b"Written to " + str(tmp_path).encode() + rb"/caf\udce9: " in stdout.buffer.getvalue()
+    assert {path.suffix for path in out.iterdir()} == {".json", ".png"}
 
 
 GROUP_ENDS = """

@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import io
 import json
 import os
 import re
@@ -105,6 +106,13 @@ def stopped(capsys, argv: list[str]) -> str:
     return f"{raised.value.code} {capsys.readouterr().err}"
 
 
+def in_ascii(monkeypatch) -> io.TextIOWrapper:
+    """stdout from now on, as LC_ALL=C or PYTHONIOENCODING=ascii make it."""
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    return stdout
+
+
 @pytest.fixture(scope="module")
 def erm(listed, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("erm") / "run"
@@ -137,6 +145,10 @@ def test_a_table_has_mean_and_deviation_over_seeds(tmp_path, capsys, monkeypatch
     lines = printed("a", "b", "c").splitlines()
     assert lines[2] == "| d, test | m | erm | raw | 2 | 20.0 ± 14.1 | - | 20.0 ± 14.1 | 20.0 ± 14.1 | 20.0 ± 14.1 |"
     assert lines[3] == "| d, test | m | logit_adjusted | raw | 1 | 5.0 | - | 5.0 | 5.0 | 5.0 |"
+    stdout = in_ascii(monkeypatch)
+    printed("a", "b")
+    stdout.flush()
+    assert rb"| 20.0 \xb1 14.1 |" in stdout.buffer.getvalue()
     report("again", 0, "erm", 0.1)
     with pytest.raises(SystemExit, match=r"two runs have one seed: \[0, 0\]"):
         printed("a", "again")
@@ -941,6 +953,40 @@ def test_the_scale_of_the_loss_and_the_events_are_resumed(listed, tmp_path):
     assert steps_of_events(out) == [1, 2]  # the second epoch, which there was twice, is there once
 
 
+def test_a_run_has_names_that_cannot_be_encoded(listed, tmp_path, monkeypatch, capsys):
+    """Latin-1 in the path of the data, of a class and of a file that is skipped, and a stdout that is ASCII."""
+    root, out = tmp_path / os.fsdecode(b"caf\xe9"), tmp_path / "run"
+    names = ["ant", "caf\u00e9", os.fsdecode(b"caf\xe9")]
+    for split, counts in COUNTS.items():
+        for label, n in enumerate(counts):
+            (root / split / names[label]).mkdir(parents=True)
+            for i in range(n):
+                shutil.copy(listed / split / f"{label}_{i}.png", root / split / names[label])
+        (root / split / names[2] / "\u00e9.txt").touch()
+    stdout = in_ascii(monkeypatch)
+    train.main(command(root, "--dataset", "folder", "--out", out))
+    first = content(out)
+    train.main(["--resume", "--out", str(out)])
+    stdout.flush()
+    skipped = "files without an image's extension are skipped: 3 (3 .txt; {0}, {1}, {2})"
+    said = skipped.format(*(rf"{split}/caf\xe9/\xe9.txt" for split in ("test", "train", "val")))
+    written = skipped.format(*(f"{split}/caf\\xe9/\u00e9.txt" for split in ("test", "train", "val")))
+    assert said in stdout.buffer.getvalue().decode("ascii")
+    report = json.loads(first["report.json"])
+    assert report["class_names"] == ["ant", "caf\u00e9", r"caf\xe9"]
+    assert report["notes"] == [written]
+    assert written in first["report.md"].decode()
+    assert content(out) == first
+    monkeypatch.undo()
+    (root / "train" / names[2] / "2_0.png").write_bytes(b"no image")
+    assert rf"{tmp_path}/caf\xe9/train/caf\xe9/2_0.png cannot be read" in stopped(
+        capsys, command(root, "--dataset", "folder", "--out", tmp_path / "other", "--workers", 1, "--batch-size", 41)
+    )
+    # TensorBoard's files can only be opened by names in UTF-8.
+    message = stopped(capsys, command(listed, "--out", tmp_path / os.fsdecode(b"caf\xe9")))
+    assert rf"--out must be a path in UTF-8, got {tmp_path}/caf\xe9" in message
+
+
 def test_a_run_is_not_overwritten(listed, whole, capsys):
     assert "has a run already: --resume continues it" in stopped(capsys, command(listed, "--out", whole, *STATEFUL))
 
@@ -1149,3 +1195,17 @@ def test_two_processes_train_as_one(listed, tmp_path):
     in_two([*spread_argv, "--resume"])
     resumed = json.loads((tmp_path / "spread" / "report.json").read_text())
     assert resumed["models"]["last epoch"]["results"]["raw"]["n_images"] == 17
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_unit_vectors_of_the_cosine_head_are_finite_where_the_features_are_zeros(dtype):
+    features = torch.randn(3, 8).to(dtype)
+    features[1] = 0.0
+    features.requires_grad_()
+    unit = models.unit_vectors(features)
+    unit.square().sum().backward()
+    wide = features.detach().double()
+    want = wide / wide.norm(dim=1, keepdim=True).clamp_min(1e-300)
+    assert unit.dtype == dtype
+    torch.testing.assert_close(unit.double(), want, rtol=torch.finfo(dtype).eps, atol=0.0)
+    assert features.grad.isfinite().all()

@@ -3,10 +3,13 @@
 Every message names the file and the line, or the option; the tables below pair a fault with what must be said of it.
 """
 
+import errno
 import io
 import json
+import os
 import pickle
 import re
+import shutil
 import struct
 import sys
 from pathlib import Path
@@ -215,6 +218,18 @@ def test_cifar_carves_validation_from_train(tmp_path):
     assert "4 of 10 classes have fewer than 5 images" in data.notes[0]
 
 
+def test_cifar_images_that_repeat_others_are_told(tmp_path):
+    folder, batches = write_cifar10(tmp_path)
+    assert load("cifar10-lt", tmp_path, imb_factor=1.0, val_fraction=0).notes[:-1] == []
+    pixels, labels = batches["data_batch_2"]
+    pixels[10] = pixels[0]
+    pixels[21] = pixels[0]
+    (folder / "data_batch_2").write_bytes(pickle.dumps({"data": pixels, "labels": labels}))
+    (folder / "data_batch_3").write_bytes((folder / "data_batch_1").read_bytes())
+    notes = load("cifar10-lt", tmp_path, imb_factor=1.0, val_fraction=0).notes
+    assert notes[0] == "training images that repeat another, pixel by pixel: 42, 1 with another label"
+
+
 def test_cifar100_uses_fine_labels(tmp_path):
     folder = tmp_path / "cifar-100-python"
     folder.mkdir()
@@ -396,6 +411,48 @@ def test_images_in_two_lists(tmp_path):
     refuse(r"1 image \(ImageNet_LT_test.txt:2 .*\), in val and in test", "imagenet-lt", tmp_path)
 
 
+TWO_LABELS = {  # lines, the list that they are added to, and what is said
+    "same path": (
+        "train/my image 3.jpg 2",
+        "train",
+        r"_train.txt:21: image .* label 2, .* 0 in .*_train.txt:4$",
+    ),
+    "other path": (
+        "./train/my image 3.jpg 2",
+        "train",
+        r"_train.txt:21: .* label 2, .* 0 in .*_train.txt:4$",
+    ),
+    "symbolic link": ("symbolic.jpg 1", "train", r"_train.txt:21: .*/symbolic.jpg .* label 1, .* 0 in .*_train.txt:4$"),
+    "hard link": ("hard.jpg 1", "train", r"_train.txt:21: .*/hard.jpg .* label 1, .* label 0 in .*_train.txt:4$"),
+    "other split": ("train/my image 3.jpg 2", "test", r"_test.txt:4: .* label 2, but the label 0 in .*_train.txt:4$"),
+    "val and test": ("val/my image 1.jpg 2", "test", r"_val.txt:2: .* label 1, but the label 2 in .*_test.txt:4$"),
+    "twice": ("val/my image 1.jpg 0\nval/my image 2.jpg 0", "train", r"_val.txt:2: .*_train.txt:21, and 1 more$"),
+}
+
+
+@pytest.mark.parametrize("case", TWO_LABELS)
+def test_an_image_with_two_labels_is_refused(case, tmp_path):
+    """In one list or in two, by whatever path."""
+    write_lists(tmp_path)
+    (tmp_path / "symbolic.jpg").symlink_to("train/my image 3.jpg")
+    os.link(tmp_path / "train/my image 3.jpg", tmp_path / "hard.jpg")
+    lines, split, match = TWO_LABELS[case]
+    with open(tmp_path / f"ImageNet_LT_{split}.txt", "a") as file:
+        file.write(lines + "\n")
+    refuse(match, "imagenet-lt", tmp_path)
+
+
+def test_repeated_lines_are_told(tmp_path):
+    """They count as often as they are trained on."""
+    write_lists(tmp_path)
+    with open(tmp_path / "ImageNet_LT_train.txt", "a") as file:
+        file.write("train/my image 13.jpg 1\n./train/my image 13.jpg 1\n")
+    data = load("imagenet-lt", tmp_path)
+    assert data.class_counts.tolist() == [12, 8, 2]
+    again = "ImageNet_LT_train.txt:21 repeats ImageNet_LT_train.txt:14, and 1 more"
+    assert data.notes == [f"images that are listed again count again: 2 ({again})"]
+
+
 BAD_LINES = {
     "no label": (b"train/a.jpg", r"_train.txt:21: expected 'path label', got 'train/a.jpg'"),
     "label alone": (b"7", r"_train.txt:21: expected 'path label', got '7'"),
@@ -509,11 +566,18 @@ BAD_COMPETITIONS = {
     ),
     "two annotations": (
         lambda train, val: train["annotations"].append({"image_id": 101, "category_id": 20}),
-        r"train2018.json: annotations\[8\]: image 101 has an annotation already; train2018.json: images\[1\]",
+        r"annotations\[8\]: image 101 has an annotation of another category; train2018.json: images\[1\]$",
     ),
     "same image id": (
         lambda train, val: train["images"].append({"id": 100, "file_name": "x"}),
         r"train2018.json: images\[8\]: another image has the id 100",
+    ),
+    "same file, other category": (
+        lambda train, val: [
+            train["images"].append({"id": 7, "file_name": "train2018/../train2018/0.jpg"}),
+            train["annotations"].append({"image_id": 7, "category_id": 20}),
+        ],
+        r"images\[8\]: image .*/0.jpg has the label species 1, but the label species 0 in train2018.json: images\[0\]$",
     ),
     "same category id": (
         lambda train, val: train["categories"].append({"id": 10, "name": "x"}),
@@ -543,6 +607,21 @@ def test_bad_competition(fault, tmp_path):
     change, match = BAD_COMPETITIONS[fault]
     write_competition(tmp_path, change)
     refuse(match, "inaturalist2018", tmp_path)
+
+
+def test_repeats_in_a_competition_are_told(tmp_path):
+    def repeat(train, val):
+        train["annotations"] += train["annotations"][:2]
+        train["images"].append({"id": 7, "file_name": "train2018/0.jpg"})
+        train["annotations"].append({"image_id": 7, "category_id": 10})
+
+    write_competition(tmp_path, repeat)
+    data = load("inaturalist2018", tmp_path)
+    assert data.shots_counts.tolist() == [7, 2]
+    assert data.notes[:2] == [
+        "repeated annotations count once: 2 (train2018.json: annotations[8], and 1 more)",
+        "images that are listed again count again: 1 (train2018.json: images[8] repeats train2018.json: images[0])",
+    ]
 
 
 def test_bad_json(tmp_path):
@@ -590,6 +669,219 @@ def test_folder(tmp_path):
     assert isinstance(data.train.images, FileImages)
     assert data.train.images.origin(0) == data.train.images.path(0) == str(tmp_path / "train/ant/0.PNG")
     assert (data.val.name, data.test.name) == ("val", "test")
+    assert data.notes == ["files without an image's extension are skipped: 1 (1 .txt; train/ant/notes.txt)"]
+
+
+def test_images_of_a_folder_come_in_the_order_of_torchvision(tmp_path):
+    """By which the validation images are drawn."""
+    write_folder(tmp_path)
+    for name in ("b/1", "b/a/1", "b.c/1", "B/1", "10", "9", "é", "z"):
+        write_image(tmp_path / "train" / "ant" / f"{name}.png")
+    images = load("folder", tmp_path).train.images
+    expected = torchvision.datasets.ImageFolder(tmp_path / "train").samples
+    assert [(images.path(i), int(images.target[i])) for i in range(len(images))] == expected
+
+
+@pytest.mark.parametrize("extension", [".jpg", ".JPEG", ".jpe", ".jfif", ".JFIF", ".png", ".Gif", ".webp", ".TIF"])
+def test_images_of_every_usual_extension_count(extension, tmp_path):
+    write_folder(tmp_path)
+    path = tmp_path / "train" / "ant" / f"x{extension}"
+    kind = {".jfif": ".jpg", ".jpe": ".jpg"}.get(extension.lower(), extension)
+    write_image(tmp_path / f"x{kind}")
+    (tmp_path / f"x{kind}").rename(path)
+    data = load("folder", tmp_path, check_images=True)
+    assert (data.class_counts.tolist(), data.notes) == ([7, 3], [])
+
+
+HIDDEN, NOT_IMAGE = "hidden and system files", "files without an image's extension"
+COPY, NO_CLASS = "copies of an image beside them", "files and folders of no class"
+LEFTOVERS = {  # where it lies, and how it is told
+    ".ipynb_checkpoints/0-checkpoint.png": (HIDDEN, "train/.ipynb_checkpoints"),
+    "ant/.ipynb_checkpoints/0-checkpoint.png": (HIDDEN, "train/ant/.ipynb_checkpoints"),
+    "ant/._0.PNG": (HIDDEN, "train/ant/._0.PNG"),
+    "ant/.DS_Store": (HIDDEN, "train/ant/.DS_Store"),
+    ".Trash-1000/files/0.png": (HIDDEN, "train/.Trash-1000"),
+    "__MACOSX/ant/0.png": (HIDDEN, "train/__MACOSX"),
+    "ant/@eaDir/0.PNG/SYNOPHOTO_THUMB_M.jpg": (HIDDEN, "train/ant/@eaDir"),
+    "$RECYCLE.BIN/0.png": (HIDDEN, "train/$RECYCLE.BIN"),
+    "lost+found/0.png": (HIDDEN, "train/lost+found"),
+    "ant/Thumbs.db": (NOT_IMAGE, "1 .db; train/ant/Thumbs.db"),
+    "ant/desktop.ini": (NOT_IMAGE, "1 .ini; train/ant/desktop.ini"),
+    "ant/Icon\r": (NOT_IMAGE, r"1 without any; train/ant/Icon\r"),
+    "ant/0.PNG.crdownload": (NOT_IMAGE, "1 .crdownload; train/ant/0.PNG.crdownload"),
+    "ant/1.HEIC": (NOT_IMAGE, "1 .heic; train/ant/1.HEIC"),
+    "ant/sub/1.svg": (NOT_IMAGE, "1 .svg; train/ant/sub/1.svg"),
+    os.fsdecode(b"ant/caf\xe9.txt"): (NOT_IMAGE, r"1 .txt; train/ant/caf\xe9.txt"),
+    "ant/0 (1).PNG": (COPY, "train/ant/0 (1).PNG"),
+    "ant/0(1).PNG": (COPY, "train/ant/0(1).PNG"),
+    "ant/0 - Copy.PNG": (COPY, "train/ant/0 - Copy.PNG"),
+    "ant/0 - Kopie (2).PNG": (COPY, "train/ant/0 - Kopie (2).PNG"),
+    "ant/0-Copy1.PNG": (COPY, "train/ant/0-Copy1.PNG"),
+    "ant/Copie de 0.PNG": (COPY, "train/ant/Copie de 0.PNG"),
+    "0.png": (NO_CLASS, "train/0.png"),
+    "labels.csv": (NO_CLASS, "train/labels.csv"),
+    "../val/New folder/desktop.ini": (NO_CLASS, "val/New folder"),
+}
+
+
+@pytest.mark.parametrize("name", LEFTOVERS, ids=ascii)
+def test_leftovers_are_skipped_and_named(name, tmp_path):
+    """Of file managers, systems, archives, browsers and notebooks. The counts are the prior, and stay what they are."""
+    write_folder(tmp_path)
+    path = tmp_path / "train" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes((tmp_path / "train" / "ant" / "0.PNG").read_bytes())
+    data = load("folder", tmp_path, check_images=True)
+    assert (data.class_names, data.class_counts.tolist()) == (["ant", "bee"], [6, 3])
+    why, what = LEFTOVERS[name]
+    assert f"{why} are skipped: 1 ({what})" in data.notes
+
+
+def test_lists_of_what_is_skipped_are_short(tmp_path):
+    write_folder(tmp_path)
+    for i, extension in enumerate("abcdefgg"):
+        (tmp_path / "train" / "ant" / f"{i}.{extension}").touch()
+        write_image(tmp_path / "val" / ".trash" / f"{i}.png")
+        (tmp_path / "test" / "ant" / f".{i}").touch()
+    assert load("folder", tmp_path).notes == [
+        "hidden and system files are skipped: 9 (test/ant/.0, test/ant/.1, test/ant/.2, and 6 more)",
+        "files without an image's extension are skipped: 8 (2 .g, 1 .a, 1 .b, 1 .c, 1 .d, and 2 more; train/ant/0.a, "
+        "train/ant/1.b, train/ant/2.c, and 5 more)",
+    ]
+
+
+def test_images_that_are_only_named_like_copies_count(tmp_path):
+    """As a browser names the second image.jpg that it saves, and Windows all that it renames at once."""
+    write_folder(tmp_path)
+    for name in ("ant/0 (1)", "ant/my 0", "ant/photo (1)", "ant/photo (2)", "ant sub/00", "ant sub/1"):
+        write_image(tmp_path / "train" / f"{name}.PNG", 7)
+    data = load("folder", tmp_path)
+    assert (data.class_names, data.class_counts.tolist()) == (["ant", "ant sub", "bee"], [10, 2, 3])
+    assert data.notes == []
+
+
+DOUBLED = {
+    "folder of itself": (lambda train: (train / "ant/x").symlink_to("."), "ant/x and .*/train/ant are one folder"),
+    "parent": (lambda train: (train / "ant/x").symlink_to(".."), "train/ant/x and .*/train are one folder"),
+    "root": (lambda train: (train / "ant/x").symlink_to("../.."), "train/ant/x and .* are one folder"),
+    "class": (lambda train: (train / "cat").symlink_to("ant"), "train/cat and .*/train/ant are one folder"),
+    "class of val": (
+        lambda train: (train / "cat").symlink_to("../val/ant"),
+        "val/ant/0.PNG: image has the label ant, but the label cat in .*/train/cat/0.PNG, and 5 more$",
+    ),
+    "image": (lambda train: (train / "ant/x.png").symlink_to("0.PNG"), "x.png and .*/0.PNG are one file, .* twice$"),
+    "hard link": (lambda train: os.link(train / "ant/0.PNG", train / "ant/x.png"), "x.png and .*/0.PNG are one file"),
+    "two classes": (
+        lambda train: (train / "bee/x.png").symlink_to("../ant/0.PNG"),
+        "bee/x.png: image has the label bee, but the label ant in .*/ant/0.PNG$",
+    ),
+    "two splits": (
+        lambda train: os.link(train / "ant/0.PNG", train / "../val/bee/x.png"),
+        "val/bee/x.png: image has the label bee, but the label ant in .*/train/ant/0.PNG$",
+    ),
+    "copied class": (
+        lambda train: shutil.copytree(train / "ant", train / "ant - Copy"),
+        "train/ant - Copy is a copy of .*/train/ant: its images would count twice$",
+    ),
+    "copied folder": (
+        lambda train: [shutil.copytree(train / "bee", train / "ant" / name) for name in ("sub", "sub (2)")],
+        r"train/ant/sub \(2\) is a copy of .*/train/ant/sub:",
+    ),
+    "accents": (
+        lambda train: [(train / name).mkdir() for name in ("caf\u00e9", "cafe\u0301")],
+        "train/caf.* is there twice, its accents encoded in two ways",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DOUBLED)
+def test_what_would_count_twice_is_refused(case, tmp_path):
+    write_folder(tmp_path)
+    change, match = DOUBLED[case]
+    change(tmp_path / "train")
+    refuse(match, "folder", tmp_path)
+
+
+def test_images_with_one_inode_by_mistake_are_two(tmp_path, monkeypatch):
+    """As on some network file systems: sizes and times differ, unlike those of one file by two names."""
+    write_folder(tmp_path)
+    for i, path in enumerate(tmp_path.glob("*/*/*.PNG")):
+        os.utime(path, ns=(i, i))
+    stat = os.stat
+
+    def same_inode(path, **options):
+        fields, more = stat(path, **options).__reduce__()[1]
+        is_image = str(path).endswith("PNG")
+        return os.stat_result((fields[0], 1 if is_image else fields[1], *fields[2:]), more)
+
+    monkeypatch.setattr(os, "stat", same_inode)
+    assert load("folder", tmp_path).class_counts.tolist() == [6, 3]
+
+
+UNREACHABLE = {
+    "class": ("cat", "gone", "train/cat is a link to nothing$"),
+    "folder": ("ant/more", "gone", "train/ant/more is a link to nothing$"),
+    "image": ("ant/x.png", "gone", "train/ant/x.png: image does not exist"),
+    "itself": ("ant/x", "x", "train/ant/x cannot be read: Too many levels of symbolic links$"),
+}
+
+
+@pytest.mark.parametrize("case", UNREACHABLE)
+def test_links_that_lead_nowhere_are_refused(case, tmp_path):
+    """They may have been a class. A hidden one, as editors lock files by, is none."""
+    write_folder(tmp_path)
+    (tmp_path / "train" / ".#lock").symlink_to("user@host.1234")
+    load("folder", tmp_path)
+    name, to, match = UNREACHABLE[case]
+    (tmp_path / "train" / name).symlink_to(to)
+    refuse(match, "folder", tmp_path)
+
+
+def test_a_folder_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
+    """Its images would not be counted, and nothing would say so."""
+    write_folder(tmp_path)
+    write_image(tmp_path / "train" / "ant" / "sub" / "0.png")
+    scandir = os.scandir
+
+    def denied(path):
+        if str(path).endswith("sub"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    refuse("^/.*/train/ant/sub cannot be read: Permission denied$", "folder", tmp_path)
+
+
+def test_accents_that_macos_takes_apart_are_the_same_class(tmp_path):
+    write_folder(tmp_path)
+    (tmp_path / "train" / "ant").rename(tmp_path / "train" / "cafe\u0301")
+    for split in ("val", "test"):
+        (tmp_path / split / "ant").rename(tmp_path / split / "caf\u00e9")
+    data = load("folder", tmp_path)
+    assert (data.class_names, data.test.images.target.tolist()) == (["bee", "caf\u00e9"], [0] * 3 + [1] * 6)
+
+
+def test_names_that_cannot_be_encoded_can_be_printed_and_written(tmp_path):
+    """Class names, notes and messages: bytes of Latin-1, a line break. Paths stay what they are."""
+    name = os.fsdecode(b"caf\xe9\n")
+    for split in ("train", "val", "test"):
+        for label in (name, "bee"):
+            write_image(tmp_path / split / label / f"{name}.png")
+    (tmp_path / "train" / name / name).touch()
+    os.link(tmp_path / "train" / name / f"{name}.png", tmp_path / "test" / name / "x.png")
+    data = load("folder", tmp_path)
+    assert data.class_names == ["bee", r"caf\xe9\n"]
+    assert (
+        data.notes[0] == r"files without an image's extension are skipped: 1 (1 without any; train/caf\xe9\n/caf\xe9\n)"
+    )
+    assert data.notes[-1] == rf"1 image ({tmp_path}/test/caf\xe9\n/x.png) in train and in test"
+    assert data.train.images.path(1) == str(tmp_path / "train" / name / f"{name}.png")
+    assert data.train.images[1].size == (5, 6)
+    (tmp_path / "train" / name / f"{name}.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"caf\\xe9\\n/caf\\xe9\\n.png cannot be read"):
+        data.train.images[1]
+    (tmp_path / "val" / name / f"{name}.png").write_bytes(b"")
+    refuse(r"caf\\xe9\\n/caf\\xe9\\n.png: image is an empty file$", "folder", tmp_path)
 
 
 @pytest.mark.parametrize(("held_out", "name"), [("val", "val (no test split)"), ("test", "test")])

@@ -9,7 +9,9 @@
     folder           ROOT/{train,val,test}/CLASS/**/*.jpg and so on; val or test may be missing
 
 A list has a line `path label` for each image, the path relative to ROOT. Class counts come from labels alone: no image
-is opened before training unless `check_images` asks for it, but each must exist and not be empty.
+is decoded before training unless `check_images` asks for it, but each must exist and not be empty. The counts are the
+prior, so a file counts in one class and, in folders, once, whatever links lead to it. What folders have beside images
+is skipped, and `notes` name it: hidden files, those of other extensions, copies as a file manager makes them.
 
 The split that results are reported on is "test", or "val" where a data set has no test split. What is tuned (tau, the
 best epoch) is chosen on another: the official "val" if there are both, else a part of every training class.
@@ -17,7 +19,6 @@ best epoch) is chosen on another: the official "val" if there are both, else a p
 
 import hashlib
 import os
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,8 +34,10 @@ from formats import (
     and_more,
     check_decoding,
     is_json,
+    printable,
     read_folder,
     read_listings,
+    repeats,
 )
 from torch import Tensor
 from torchvision.transforms.v2 import functional
@@ -142,8 +145,8 @@ def load(
         if dataset in CIFARS:
             parts = read_long_tailed_cifar(dataset, root, imb_type, imb_factor, download)
         elif dataset == "folder":
-            images, class_names = read_folder(root)
-            parts = Parts(images["train"], images.get("val"), images.get("test"), class_names, [])
+            images, class_names, notes = read_folder(root)
+            parts = Parts(images["train"], images.get("val"), images.get("test"), class_names, notes)
         else:
             parts = read_lists(dataset, root, lists)
     if check_images:
@@ -188,8 +191,8 @@ def read_lists(dataset: str, root: Path, given: dict[str, Path]) -> Parts:
     for split in ("train", reported):
         if split not in files:
             raise DataError(f"{dataset} from JSON files needs --{split}-list")
-    images, class_names = read_listings(files, root, n_classes)
-    return Parts(images["train"], images.get("val"), images.get("test"), class_names, notes)
+    images, class_names, more_notes = read_listings(files, root, n_classes)
+    return Parts(images["train"], images.get("val"), images.get("test"), class_names, notes + more_notes)
 
 
 # ---- Which split is for what
@@ -223,6 +226,7 @@ def assign_splits(parts: Parts, val_fraction: float) -> Data:
         if split is not None and (shared := shared_images(train, split.images)):
             notes.append(f"{shared} in train and in {split.name}")
     class_counts = count_classes(train.target, n_classes)
+    class_names, notes = (list(map(printable, of)) for of in (class_names, notes))
     return Data(Split("train", train), choosing, reported, n_classes, class_names, shots_counts, class_counts, notes)
 
 
@@ -259,16 +263,11 @@ def shared_images(a: Images, b: Images) -> str:
     """How many files are in both, and the first; "" if none is, or if images are not files."""
     if not (isinstance(a, FileImages) and isinstance(b, FileImages)):
         return ""
-    resolved = cache(os.path.realpath)  # of folders, which are few
-
-    def real(path: str) -> str:
-        return os.path.join(resolved(os.path.dirname(path)), os.path.basename(path))
-
-    of_a = {real(a.path(i)) for i in range(len(a))}
-    shared = [i for i in range(len(b)) if real(b.path(i)) in of_a]
-    if not shared:
+    shared = np.flatnonzero(np.isin(b.ids, a.ids))
+    if not len(shared):
         return ""
-    first = f"{b.origin(shared[0])} {b.path(shared[0])}"
+    origin, path = b.origin(shared[0]), b.path(shared[0])
+    first = path if origin == path else f"{origin} {path}"
     return f"1 image ({first})" if len(shared) == 1 else f"{len(shared)} images ({first}{and_more(len(shared))})"
 
 
@@ -302,7 +301,13 @@ def read_long_tailed_cifar(dataset: str, root: Path, imb_type: str, imb_factor: 
         members = np.where(train.target.numpy() == c)[0]
         state.shuffle(members)
         kept.append(members[:n])
-    return Parts(train.subset(torch.from_numpy(np.concatenate(kept))), None, test, class_names, [])
+    train = train.subset(torch.from_numpy(np.concatenate(kept)))
+    again, first = repeats(np.array([hash(image.tobytes()) for image in train.images.numpy()]))
+    notes = []
+    if len(again):  # told, not refused: the originals may have some
+        n_other = int((train.target[again] != train.target[first]).sum())
+        notes.append(f"training images that repeat another, pixel by pixel: {len(again)}, {n_other} with another label")
+    return Parts(train, None, test, class_names, notes)
 
 
 def read_digits(imb_type: str, imb_factor: float) -> Parts:

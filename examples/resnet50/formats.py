@@ -1,14 +1,18 @@
 """Images in files: what list files, the competition's JSON and folders hold, and what is wrong with them.
 
-No image file is opened here but by FileImages, when an image is asked for, and by check_decoding.
+No image file is opened here but by FileImages, when an image is asked for, by check_decoding, and by read_folder to
+compare a file that is named like a copy with the file that it is named after.
 """
 
 import codecs
+import filecmp
 import json
 import os
 import re
 import stat
+import unicodedata
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -19,7 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from fused_la import count_classes
@@ -32,7 +36,17 @@ class DataError(Exception):
     """What is wrong with the data; the message names the file and the line, or the option."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(message.split("DataError: ")[-1].strip())  # a worker's has its traceback before it
+        super().__init__(printable(message.split("DataError: ")[-1].strip()))  # a worker's has its traceback before it
+
+
+def printable(text: str) -> str:
+    r"""Control characters, and bytes that are not UTF-8, as escapes (\xe9): a file's name may hold both."""
+
+    def escape(match: re.Match[str]) -> str:
+        byte = ord(match[0]) - 0xDC00  # as os.fsdecode keeps one that it cannot decode
+        return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else repr(match[0])[1:-1]
+
+    return re.sub("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", escape, text)
 
 
 class Images(Dataset, ABC):
@@ -61,15 +75,15 @@ class ArrayImages(Images):
 
 
 class FileImages(Images):
-    """Images in files; `origins` says where each was listed, as in ImageNet_LT_train.txt:17.
+    """Images in files; `origins` says where each was listed, as in ImageNet_LT_train.txt:17, `ids` which file it is.
 
     Paths and origins are kept as arrays of bytes. Reading one from a list would write to its reference count, and so
     in time copy the whole list into every worker process of a loader.
     """
 
-    def __init__(self, paths: Sequence[str], target: Tensor, origins: Sequence[str]) -> None:
+    def __init__(self, paths: Sequence[str], target: Tensor, origins: Sequence[str], ids: np.ndarray) -> None:
         self._paths, self._origins = (np.array([os.fsencode(s) for s in of]) for of in (paths, origins))
-        self.target = target
+        self.target, self.ids = target, ids
 
     def path(self, i: int) -> str:
         return os.fsdecode(self._paths[i])
@@ -85,7 +99,7 @@ class FileImages(Images):
             raise DataError(f"{self.origin(i)}: image {self.path(i)} cannot be read ({reason})") from error
 
     def subset(self, index: Tensor) -> "FileImages":
-        part = FileImages([], self.target[index], [])
+        part = FileImages([], self.target[index], [], self.ids[index.numpy()])
         part._paths, part._origins = self._paths[index.numpy()], self._origins[index.numpy()]
         return part
 
@@ -98,9 +112,9 @@ def load_rgb(path: str) -> Any:
         return image.convert("RGB")
 
 
-def and_more(n: int) -> str:
-    """After the first of n."""
-    return f", and {n - 1} more" if n > 1 else ""
+def and_more(n: int, n_named: int = 1) -> str:
+    """After the first `n_named` of n."""
+    return f", and {n - n_named} more" if n > n_named else ""
 
 
 # ---- List files and JSON: what each says, with every path joined to the root
@@ -111,11 +125,12 @@ class Listing(NamedTuple):
     paths: list[str]
     target: list[int]
     origins: list[str]
+    notes: list[str]
 
 
 def read_list(path: Path, name: str, root: Path, n_classes: int) -> Listing:
     """Lines `path label`; the path may hold spaces, blank lines are skipped."""
-    listing = Listing(name, [], [], [])
+    listing = Listing(name, [], [], [], [])
     for number, line in enumerate(read_text(path, name).split("\n"), 1):
         if not (line := line.strip()):
             continue
@@ -167,7 +182,7 @@ def read_json(path: Path, name: str, root: Path) -> tuple[Listing, dict[int, str
         categories[key] = field(where, entry, "name", str)
     label_of = {key: label for label, key in enumerate(sorted(categories))}
 
-    listing = Listing(name, [], [], [])
+    listing = Listing(name, [], [], [], [])
     index_of: dict[int, int] = {}
     for where, entry in entries("images"):
         key = field(where, entry, "id", int)
@@ -177,6 +192,7 @@ def read_json(path: Path, name: str, root: Path) -> tuple[Listing, dict[int, str
         listing.paths.append(os.path.join(root, field(where, entry, "file_name", str)))
         listing.target.append(-1)
         listing.origins.append(where)
+    repeated: list[str] = []
     for where, entry in entries("annotations"):
         image, category = field(where, entry, "image_id", int), field(where, entry, "category_id", int)
         if image not in index_of:
@@ -184,9 +200,15 @@ def read_json(path: Path, name: str, root: Path) -> tuple[Listing, dict[int, str
         if category not in label_of:
             raise DataError(f"{where}: no category has the id {category}")
         i = index_of[image]
-        if listing.target[i] != -1:
-            raise DataError(f"{where}: image {image} has an annotation already; {listing.origins[i]}")
+        if listing.target[i] == label_of[category]:
+            repeated.append(where)
+        elif listing.target[i] != -1:
+            raise DataError(f"{where}: image {image} has an annotation of another category; {listing.origins[i]}")
         listing.target[i] = label_of[category]
+    if repeated:
+        listing.notes.append(
+            f"repeated annotations count once: {len(repeated)} ({repeated[0]}{and_more(len(repeated))})"
+        )
     if not listing.paths:
         raise DataError(f"{name} lists no image ({path})")
     if n_without := listing.target.count(-1):
@@ -197,8 +219,8 @@ def read_json(path: Path, name: str, root: Path) -> tuple[Listing, dict[int, str
 
 def read_listings(
     files: dict[str, tuple[Path, str]], root: Path, n_classes: int
-) -> tuple[dict[str, Images], list[str]]:
-    """Images of each split, and the names of classes, from files by split: where each lies and what to call it."""
+) -> tuple[dict[str, Images], list[str], list[str]]:
+    """Images of each split, names of classes and notes, from files by split: where each lies and what to call it."""
     listings: dict[str, Listing] = {}
     if all(is_json(path) for path, _ in files.values()):
         categories: dict[str, dict[int, str]] = {}
@@ -233,9 +255,14 @@ def read_listings(
         first = ", ".join(str(c) if class_names[c] == str(c) else f"{c} ({class_names[c]})" for c in without[:10])
         first += f" and {len(without) - 10} more" if len(without) > 10 else ""
         raise DataError(f"{train.name}: no image of class {first}, {reason}")
-    check_files([pair for listing in listings.values() for pair in zip(listing.origins, listing.paths, strict=True)])
-    images = {split: FileImages(of.paths, torch.tensor(of.target), of.origins) for split, of in listings.items()}
-    return dict(images), class_names
+    images = as_images(listings, class_names)
+    notes = [note for listing in listings.values() for note in listing.notes]
+    for of in images.values():
+        again, first = repeats(of.ids)
+        if len(again):
+            example = f"{of.origin(again[0])} repeats {of.origin(first[0])}{and_more(len(again))}"
+            notes.append(f"images that are listed again count again: {len(again)} ({example})")
+    return dict(images), class_names, notes
 
 
 def is_json(path: Path) -> bool:
@@ -260,50 +287,200 @@ def read_bytes(path: Path) -> bytes:
 
 # ---- A folder a class
 
+EXTENSIONS = (*IMG_EXTENSIONS, ".jfif", ".jpe", ".gif")  # of an animation the first frame
+SYSTEM_FOLDERS = {  # that are not hidden: of macOS's archives, Synology, QNAP, Windows, Linux, Python
+    "__macosx", "@eadir", "#recycle", "#snapshot", "@recycle", "@__thumb", "$recycle.bin", "system volume information",
+    "lost+found", "__pycache__",
+}  # fmt: skip
+REASONS = HIDDEN, NOT_IMAGE, COPY, NO_CLASS = (
+    "hidden and system files", "files without an image's extension", "copies of an image beside them",
+    "files and folders of no class",
+)  # fmt: skip
+Skipped = dict[str, list[str]]  # paths by reason
 
-def read_folder(root: Path) -> tuple[dict[str, Images], list[str]]:
-    """Images of each split that there is, and the names of classes: those of train."""
+
+def read_folder(root: Path) -> tuple[dict[str, Images], list[str], list[str]]:
+    """Images of each split that there is, the names of classes, which are train's, and notes of what is skipped."""
     splits = [split for split in SPLITS if (root / split).is_dir()]
     if "train" not in splits:
         raise DataError(f"{root / 'train'} is no folder; expected {root}/train/CLASS/*.jpg, and val or test beside it")
     if len(splits) == 1:
         raise DataError(f"{root} has neither a folder val nor test to report results on")
-    class_to_idx: dict[str, int] = {}
-    samples: dict[str, list[tuple[str, int]]] = {}
+    skipped: Skipped = {why: [] for why in REASONS}
+    label_of: dict[str, int] = {}
+    listings: dict[str, Listing] = {}
     for split in splits:
         folder = root / split
         try:
-            classes, ranks = find_classes(folder)
-        except OSError as error:  # also where there is no class
-            raise DataError(f"{folder} has no class folders that can be read") from error
-        class_to_idx = class_to_idx or ranks
-        if unknown := [c for c in classes if c not in class_to_idx]:
+            classes = find_classes(folder, skipped)
+        except OSError as error:
+            raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
+        if not classes:
+            raise DataError(f"{folder} has no class folders")
+        label_of = label_of or {name: label for label, name in enumerate(classes)}
+        unknown = [name for name in classes if name not in label_of]
+        skipped[NO_CLASS] += [str(folder / name) for name in unknown if not classes[name]]
+        if unknown := [name for name in unknown if classes[name]]:
             raise DataError(f"{folder / unknown[0]} is a class that train does not have{and_more(len(unknown))}")
-        samples[split] = make_dataset(folder, {c: class_to_idx[c] for c in classes}, IMG_EXTENSIONS, allow_empty=True)
-        if not samples[split]:
-            raise DataError(f"{folder} holds no image ({', '.join(IMG_EXTENSIONS)})")
-    if len(class_to_idx) < 2:
-        raise DataError(f"{root / 'train'} has one class only: there is nothing to tell apart")
-    has_image = {label for _, label in samples["train"]}
-    if without := [c for c, label in class_to_idx.items() if label not in has_image]:
-        raise DataError(
-            f"{root / 'train' / without[0]} holds no image ({', '.join(IMG_EXTENSIONS)}){and_more(len(without))}"
-        )
-    check_files([(path, path) for of in samples.values() for path, _ in of])
-    images: dict[str, Images] = {}
-    for split, of in samples.items():
-        paths = [path for path, _ in of]
-        images[split] = FileImages(paths, torch.tensor([label for _, label in of]), paths)
-    return images, list(class_to_idx)
+        paths = [path for of in classes.values() for path in of]
+        if not paths:
+            raise DataError(f"{folder} holds no image ({', '.join(EXTENSIONS)})")
+        if split == "train" and len(classes) < 2:
+            raise DataError(f"{folder} has one class only: there is nothing to tell apart")
+        if split == "train" and (without := [name for name, of in classes.items() if not of]):
+            raise DataError(
+                f"{folder / without[0]} holds no image ({', '.join(EXTENSIONS)}){and_more(len(without))}; "
+                "a folder that is no class has to be taken out of there"
+            )
+        target = [label_of[name] for name, of in classes.items() for _ in of]
+        listings[split] = Listing(split, paths, target, paths, [])
+    images = as_images(listings, list(label_of))
+    for of in images.values():
+        again, first = repeats(of.ids)
+        if len(again):
+            both = f"{of.path(again[0])} and {of.path(first[0])} are one file, through a link"
+            raise DataError(f"{both}: it would count twice{and_more(len(again))}")
+    return dict(images), list(label_of), [skip_note(root, why, paths) for why, paths in skipped.items() if paths]
+
+
+def find_classes(folder: Path, skipped: Skipped) -> dict[str, list[str]]:
+    """The image files of each class, both in the order of their names."""
+    classes: dict[str, list[str]] = {}
+    reached = {file_id(os.stat(above)): str(above) for above in (folder, *folder.resolve().parents)}
+    for entry in sorted(entries(folder, skipped), key=lambda entry: entry.name):
+        if not entry.is_dir():
+            skip_file(entry, NO_CLASS, skipped)
+            continue
+        name = unicodedata.normalize("NFC", entry.name)  # macOS takes letters and their accents apart
+        if name in classes:
+            raise DataError(f"{entry.path} is there twice, its accents encoded in two ways: it would be two classes")
+        classes[name] = find_images(entry.path, reached, skipped)
+    paths = [path for of in classes.values() for path in of]
+    folders = set(reached.values())
+    for copy in sorted(folders):
+        above, name = os.path.split(copy)
+        for original in {os.path.join(above, named) for named in originals(name)} & folders:
+            if is_copied(copy, original, paths):
+                raise DataError(f"{copy} is a copy of {original}: its images would count twice")
+    return classes
+
+
+def find_images(folder: str, reached: dict[int, str], skipped: Skipped) -> list[str]:
+    """The image files below a folder; `reached` has the folders that were read, and grows."""
+    found: list[tuple[str, str]] = []
+    folders = [folder]
+    while folders:
+        folder = folders.pop()
+        other = reached.setdefault(file_id(os.stat(folder)), folder)
+        if other != folder:
+            raise DataError(f"{folder} and {other} are one folder, through a link: its images would count twice")
+        names: set[str] = set()
+        for entry in entries(folder, skipped):
+            if entry.is_dir():
+                folders.append(entry.path)
+            elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
+                names.add(entry.name)
+            else:
+                skip_file(entry, NOT_IMAGE, skipped)
+        for name in names:
+            path = os.path.join(folder, name)
+            stem, extension = os.path.splitext(name)
+            others = {named + extension for named in originals(stem)} & names
+            if any(same_bytes(path, os.path.join(folder, other)) for other in others):
+                skipped[COPY].append(path)
+            else:
+                found.append((folder, name))
+    return [os.path.join(*pair) for pair in sorted(found)]
+
+
+def entries(folder: Path | str, skipped: Skipped) -> Iterator[os.DirEntry[str]]:
+    """What is in a folder, but for what systems, archives and notebooks leave there."""
+    with os.scandir(folder) as found:
+        for entry in found:
+            if entry.name.startswith(".") or entry.name.lower() in SYSTEM_FOLDERS:
+                skipped[HIDDEN].append(entry.path)
+            else:
+                yield entry
+
+
+def skip_file(entry: os.DirEntry[str], why: str, skipped: Skipped) -> None:
+    if entry.is_symlink() and not os.path.exists(entry.path):
+        raise DataError(f"{entry.path} is a link to nothing")  # which may have been a folder of images
+    skipped[why].append(entry.path)
+
+
+def originals(name: str) -> Iterator[str]:
+    """What a copy of this name may be named after, in any language: 3 for 3 (1), 3 - Copy, 3-Copy1 and Copy of 3."""
+    for cut in re.finditer(r"[ (-]", name):
+        yield name[: cut.start()]
+        yield name[cut.end() :]
+
+
+def is_copied(copy: str, original: str, paths: list[str]) -> bool:
+    """Whether each image below one folder is also below the other."""
+    inside, known = [path for path in paths if path.startswith(os.path.join(copy, ""))], set(paths)
+    twins = [original + path[len(copy) :] for path in inside]
+    return bool(twins) and known.issuperset(twins) and all(map(same_bytes, inside, twins))
+
+
+def same_bytes(path: str, other: str) -> bool:
+    return filecmp.cmp(path, other, shallow=False)
+
+
+def skip_note(root: Path, why: str, paths: list[str]) -> str:
+    first = ", ".join(os.path.relpath(path, root) for path in sorted(paths)[:3]) + and_more(len(paths), 3)
+    if why == NOT_IMAGE:
+        tally = Counter(os.path.splitext(path)[1].lower() or "without any" for path in paths)
+        common = sorted(tally, key=lambda extension: (-tally[extension], extension))
+        kinds = ", ".join(f"{tally[extension]:,} {extension}" for extension in common[:5]) + and_more(len(common), 5)
+        first = f"{kinds}; {first}"
+    return f"{why} are skipped: {len(paths):,} ({first})"
 
 
 # ---- Image files
 
 
-def check_files(files: Sequence[tuple[str, str]]) -> None:
-    """Each (origin, path) is a file and not empty."""
+def as_images(listings: dict[str, Listing], class_names: list[str]) -> dict[str, FileImages]:
+    """Images of each split. Each file is there, and has one label, however often and by whatever path it is listed."""
+    files = [pair for listing in listings.values() for pair in zip(listing.origins, listing.paths, strict=True)]
+    ids = check_files(files)
+    target = np.array([label for listing in listings.values() for label in listing.target])
+    again, first = repeats(ids)
+    differ = target[again] != target[first]
+    if differ.any():
+        (origin, path), (other, _) = files[again[differ][0]], files[first[differ][0]]
+        image = "" if origin == path else f" {path}"
+        label, before = (class_names[target[of[differ][0]]] for of in (again, first))
+        more = and_more(int(differ.sum()))
+        raise DataError(f"{origin}: image{image} has the label {label}, but the label {before} in {other}{more}")
+    parts = np.split(ids, np.cumsum([len(listing.paths) for listing in listings.values()])[:-1])
+    return {
+        split: FileImages(of.paths, torch.tensor(of.target), of.origins, part)
+        for (split, of), part in zip(listings.items(), parts, strict=True)
+    }
 
-    def fault(file: tuple[str, str]) -> str:
+
+def repeats(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of those whose id was there before, and for each the index of the first that has it."""
+    _, index, inverse = np.unique(ids, return_index=True, return_inverse=True)
+    first = index[inverse]
+    again = np.flatnonzero(first != np.arange(len(ids)))
+    return again, first[again]
+
+
+def file_id(status: os.stat_result) -> int:
+    """The same for all paths to one file or folder, through links of either kind.
+
+    Device and inode would do, but some network file systems make up inodes that are not unique.
+    """
+    return hash((status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
+
+
+def check_files(files: Sequence[tuple[str, str]]) -> np.ndarray:
+    """Each (origin, path) is a file and not empty. Returns the id of each file."""
+
+    def look(file: tuple[str, str]) -> str | int:
+        """What is wrong, or the id."""
         origin, path = file
         image = "" if origin == path else f" {path}"
         try:
@@ -312,12 +489,14 @@ def check_files(files: Sequence[tuple[str, str]]) -> None:
             return f"{origin}: image{image} does not exist or cannot be reached ({error})"
         if not stat.S_ISREG(status.st_mode):
             return f"{origin}: image{image} is not a file"
-        return "" if status.st_size else f"{origin}: image{image} is an empty file"
+        return file_id(status) if status.st_size else f"{origin}: image{image} is an empty file"
 
     with ThreadPool(N_THREADS) as pool:
-        faults = [found for found in pool.map(fault, files, chunksize=256) if found]
+        seen = pool.map(look, files, chunksize=256)
+    faults = [found for found in seen if isinstance(found, str)]
     if faults:
         raise DataError(faults[0] + and_more(len(faults)))
+    return np.array(seen, dtype=np.int64)
 
 
 def check_decoding(images: Sequence[Images]) -> None:

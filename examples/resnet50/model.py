@@ -59,6 +59,12 @@ def loss_of_options(args: Any, class_counts: Tensor, device: torch.device) -> Lo
     return Loss(margin, class_weight, args.smoothing, log_prior.exp(), args.loss_impl)
 
 
+def unit_vectors(vectors: Tensor) -> Tensor:
+    """Of the last dimension, in the vectors' dtype; zeros of zeros, which in float16 are NaN to `F.normalize`."""
+    norm = torch.linalg.vector_norm(vectors.float(), dim=-1, keepdim=True)
+    return (vectors / norm.masked_fill(norm == 0, 1.0)).to(vectors.dtype)
+
+
 class Classifier(nn.Module):
     """Called with images and labels, it gives the mean loss of the batch; `logits` is for evaluation.
 
@@ -100,7 +106,7 @@ class Classifier(nn.Module):
         features = self.trunk(images)
         if self.cosine_scale is None:
             return features, weight
-        return F.normalize(features, dim=-1) * self.cosine_scale, F.normalize(weight, dim=-1)
+        return unit_vectors(features) * self.cosine_scale, unit_vectors(weight)
 
     @property
     def is_spread(self) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data import DATASETS
+from formats import printable
 
 from fused_la import margins
 
@@ -253,6 +254,10 @@ def resolve(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     refuse_what_does_not_combine(parser, args)
     if args.out is None:
         args.out = Path("runs") / f"{args.dataset}-{args.model}-{args.loss}-seed{args.seed}"
+    try:
+        str(args.out).encode()
+    except UnicodeEncodeError:  # which TensorBoard would meet when it opens its file
+        parser.error(f"--out must be a path in UTF-8, got {printable(str(args.out))}")
 
 
 def made_long_tailed(args: argparse.Namespace) -> bool:

@@ -9,6 +9,7 @@ the model that its validation split chose, or the last one where there is none.
 """
 
 import argparse
+import io
 import json
 import statistics
 import sys
@@ -61,6 +62,8 @@ def mean_and_deviation(values: list[float | None]) -> str:
 
 
 def main() -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # it may be ASCII
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="directories of runs")
     print(table([read(path) for path in parser.parse_args().runs]))

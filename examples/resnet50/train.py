@@ -368,6 +368,8 @@ def quiet(world: World) -> bool:
 
 
 def main(argv: list[str] | None = None) -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # it may be ASCII, and names of files are anything
     args = parse(__doc__, argv)
     try:
         run(args, start(args.device, args.seed, args.cudnn_benchmark))
