@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fused_la import _one_label
-from fused_la._blocks import Block, Scratch, choose_blocking, class_chunks, row_blocks, row_sum
+from fused_la._blocks import Block, Scratch, choose_blocking, class_chunks, combine, row_blocks, row_sum
 from fused_la._one_label import is_one_label
 from fused_la._problem import Problem, reduce_rows
 from fused_la._rows import (
@@ -215,14 +215,12 @@ def _adjusted(rows: Rows, block: Block, chunk: slice, scratch: Scratch, into: Te
     else:
         z = scratch.view(0, logits.shape)
     offset = None if rows.offset is None else rows.offset[chunk]
-    if rows.scale is not None:
-        torch.mul(logits, rows.scale[chunk], out=z)
+    if rows.scale is None:
+        combine(z, logits, offset, torch.add)
+    else:
+        combine(z, logits, rows.scale[chunk], torch.mul)
         if offset is not None:
             z.add_(offset)
-    elif offset is None:
-        z.copy_(logits)
-    else:
-        torch.add(logits, offset, out=z)
     if rows.dropped is not None:
         z.masked_fill_(rows.dropped[chunk], -math.inf)
     return z

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fused_la import _blocks
-from fused_la._blocks import Scratch, choose_blocking, row_blocks, row_sum
+from fused_la._blocks import Scratch, choose_blocking, combine, row_blocks, row_sum
 from fused_la._problem import Problem
 from fused_la._values import smallest
 
@@ -164,7 +164,7 @@ def _adjusted(logits: Tensor, offset: Tensor | None, scratch: Scratch, into: Ten
     """z of a block, written where its gradient will stand if that is fit for it, else into scratch."""
     fits = into is not None and into.dtype == scratch.dtype and into.is_contiguous()
     z = into if fits and into is not None else scratch.view(0, logits.shape)
-    return z.copy_(logits) if offset is None else torch.add(logits, offset, out=z)
+    return combine(z, logits, offset, torch.add)
 
 
 def _sums(z: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
