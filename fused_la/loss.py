@@ -44,8 +44,8 @@ def logit_adjusted_cross_entropy(
 
     Train with it and predict with the raw logits, `logits.argmax(1)`: adjusting again post hoc corrects twice.
 
-    A mean or sum makes the gradient of logits that are not float16 in its forward pass: they may then be written to before
-    backward, as by `clamp_`. Elsewhere (reduction "none", float16, a learned prior) autograd raises if they were.
+    A mean or sum makes the gradient of the logits in its forward pass: they may then be written to before backward, as
+    by `clamp_`. With reduction "none", float16 logits or a learned prior autograd raises if they were.
 
     Args:
         logits: (C,), (N, C) or (N, C, d1, ..., dk); float16, bfloat16, float32 or float64; any strides; N may be 0.

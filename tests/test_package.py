@@ -346,7 +346,8 @@ INTERFACE = {
     "MarginCrossEntropyLoss": f"(margin, *, {OPTIONS.removeprefix('target_weight=None, ')})",
     "LogitAdjustedLinear": (
         "(in_features, class_counts, tau=1.0, *, bias=True, cosine=False, scale=30.0, pseudocount=0.0, "
-        f"exclude_absent=False, {CLASS_OPTIONS.removeprefix('target_weight=None, ').removesuffix(')')}, device=None, dtype=None)"
+        "exclude_absent=False, "
+        f"{CLASS_OPTIONS.removeprefix('target_weight=None, ').removesuffix(')')}, device=None, dtype=None)"
     ),
     "count_classes": "(target, n_classes, *, ignore_index=-100, group=None)",
     "log_prior_from_counts": "(class_counts, *, pseudocount=0.0, exclude_absent=False)",
