@@ -467,17 +467,24 @@ def test_one_upstream_number_a_row(monkeypatch):
         assert_right(gradient, upstream.cpu().double()[:, None] * exact)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_logits_changed_after_the_forward_pass_are_an_error(monkeypatch, reduction):
-    """Also where the gradient is there already: it would be right, but a backward pass that recomputes would not."""
+@pytest.mark.parametrize("upstream", [1.0, 0.3])
+def test_logits_changed_after_the_forward_pass_are_an_error_where_their_gradient_is_not_made(monkeypatch, upstream):
+    """Where it is, it is right, and scaled: the pass that would make it anew for another upstream reads logits."""
     on(monkeypatch, SMALL)
     rows = make("label", 3, 600)
-    leaf = rows.logits.detach().requires_grad_()
-    x = leaf * 1
-    _, loss = rows.loss(reduction, logits=x)
-    x.mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.sum().backward()
+    for reduction in ("mean", "none"):
+        leaf = rows.logits.detach().requires_grad_()
+        x = leaf * 1
+        _, loss = rows.loss(reduction, logits=x)
+        x.mul_(2)
+        if reduction == "mean":
+            exact = truth(
+                rows.logits, rows.target, rows.log_prior, reduction="mean", grad_loss=upstream, **rows.options
+            )
+            (grad,) = torch.autograd.grad(loss * upstream, leaf, retain_graph=True)
+            torch.testing.assert_close(grad.cpu().double(), exact.grad_logits.cpu(), rtol=1e-5, atol=1e-9)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            (loss * upstream).sum().backward()
 
 
 # The edges of a row ---------------------------------------------------------------------------------------------------
