@@ -18,6 +18,7 @@ from conftest import DEVICE
 from oracle import truth
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
 from torch.func import functional_call
 from torch.nn.parallel import DataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -301,6 +302,18 @@ def test_it_goes_where_the_logits_are(make):
     inputs, target = torch.zeros(4, 5, device="meta"), torch.zeros(4, dtype=torch.int64, device="meta")
     assert module(inputs, target).is_meta
     assert_intact(module)
+
+
+@pytest.mark.parametrize(
+    "make", [MODULES["loss"], lambda: MarginCrossEntropyLoss(PairwiseMargin(scale=torch.ones(5)), weight=WEIGHT)]
+)
+def test_it_goes_where_the_module_goes(make):
+    """A fake GPU; compiled code finds everything in its place then."""
+    with FakeTensorMode():
+        module = nn.Sequential(make()).to("cuda")[0]
+        assert {value.device.type for name, value in per_class(module).items() if name != "class_counts"} == {"cuda"}
+        module.weight = torch.ones(5)
+        assert module.weight.device.type == "cuda"
 
 
 def test_options_that_are_learned_stay_the_callers_own():
