@@ -134,6 +134,7 @@ def test_fake_tensors_outlive_their_mode():
     assert logit_adjusted_cross_entropy(**arguments).shape == ()
 
 
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # torchmetrics copies its states
 def test_what_is_beside_the_losses_takes_fake_tensors():
     with FakeTensorMode():
         target = torch.tensor([0, 1, 2, 0])
