@@ -45,8 +45,9 @@ class LossOptions(nn.Module):
         label_smoothing: float,
         smoothing_distribution: Any,
         impl: str,
+        **of_module: Any,
     ):
-        super().__init__()
+        super().__init__(**of_module)
         self._per_class: dict[str, Any] = {}
         options = {self._weight_name: class_weight, "smoothing_distribution": smoothing_distribution}
         for name, value in (per_class | options).items():
@@ -83,11 +84,11 @@ class LossOptions(nn.Module):
         per_class, device = self._per_class, like.device
         for value in per_class.values():
             if not _is_on(value, device):
+                on: Any = self._on
                 if torch.compiler.is_compiling():
                     torch._dynamo.graph_break(msg=_ELSEWHERE)
-                    per_class = torch.compiler.disable(self._on)(device)
-                else:
-                    per_class = self._on(device)
+                    on = torch.compiler.disable(on)
+                per_class = on(device)
                 break
         if type(like) is not Tensor and is_fake(like):
             mode: Any = getattr(like, "fake_mode")  # noqa: B009
@@ -95,29 +96,20 @@ class LossOptions(nn.Module):
         return per_class
 
     def _hold(self, name: str, value: Any) -> None:
-        """Copy a per-class option to where the one before stands, if it fits: CUDA graphs and compiled code look there.
-
-        A tensor that requires a gradient is held itself.
-        """
-        held = self._per_class.get(name)
-        copied = torch.inference_mode(False)(lambda tensor: tensor if tensor.requires_grad else tensor.clone())
+        """Keep a per-class option: a tensor as it is, if it is where the others are, as a buffer would be."""
         others = [tensor for key, tensor in _tensors({**self._per_class, name: None})]
         n_classes = len(others[0]) if others else None
         if isinstance(value, PairwiseMargin):
             for field, vector in value.named_vectors():
                 _checks.check_class_vector(f"{name}.{field}", vector, n_classes or len(vector))
-            value = value.mapped(lambda _, vector: copied(vector))
         elif value is not None:
-            value = copied(_as_vector(name, value, n_classes))
-        if _fits(held, value):
-            with torch.no_grad():
-                for (_, old), (_, new) in zip(_tensors({"": held}), _tensors({"": value}), strict=True):
-                    old.copy_(new)
-            return
-        if others and not others[0].is_meta:
-            move = _mover(others[0].device)
-            value = _mapped({name: value}, lambda key, tensor: tensor if tensor.is_meta else move(key, tensor))[name]
-        self._per_class[name] = value
+            value = _as_vector(name, value, n_classes)
+        with torch.inference_mode(False):
+            held = _mapped({name: value}, lambda _, tensor: tensor.clone() if tensor.is_inference() else tensor)
+            if others and not others[0].is_meta:
+                move = _mover(others[0].device)
+                held = _mapped(held, lambda key, tensor: tensor if tensor.is_meta else move(key, tensor))
+        self._per_class[name] = held[name]
 
     def _on(self, device: torch.device) -> dict[str, Any]:
         """The per-class options on a device, and there from now on if they can stay."""
@@ -131,6 +123,12 @@ class LossOptions(nn.Module):
         with torch.inference_mode(False):
             return _mapped(self._per_class, _mover(device))
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Parameter) and isinstance(getattr(type(self), name, None), property):
+            object.__setattr__(self, name, value)  # held as any tensor that requires a gradient, the caller's own
+        else:
+            super().__setattr__(name, value)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LossOptions:
         super()._apply(fn, recurse)
         tensors = list(_tensors(self._per_class))
@@ -142,8 +140,8 @@ class LossOptions(nn.Module):
                 self._per_class = self._moved(device)
         return self
 
-    def _load_from_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, state_dict: dict[str, Any], prefix: str, *args: Any
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
         # What was saved as a buffer once, or by torch.nn.CrossEntropyLoss(weight=...).
         for name in ("log_prior", self._weight_name, "smoothing_distribution"):
@@ -153,7 +151,9 @@ class LossOptions(nn.Module):
                     "%s%s of the checkpoint is not used: it differs from what the module was constructed with, which "
                     "stays", prefix, name,
                 )  # fmt: skip
-        super()._load_from_state_dict(state_dict, prefix, *args)  # pyright: ignore[reportCallIssue]
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def extra_repr(self) -> str:
         n_classes = next((len(tensor) for _, tensor in _tensors(self._per_class)), None)
@@ -168,25 +168,29 @@ class CountedLossOptions(LossOptions):
     """The options of a loss that is adjusted by the log prior of class counts."""
 
     def __init__(
-        self,
-        class_counts: Any,
-        tau: float,
-        pseudocount: float,
-        exclude_absent: bool,
-        *options: Any,
+        self, class_counts: Any, tau: float, pseudocount: float, exclude_absent: bool, *options: Any, **of_module: Any
     ):
         counts = counts_of_classes(class_counts)
         log_prior = log_prior_from_counts(counts, pseudocount=pseudocount, exclude_absent=exclude_absent)
-        super().__init__({"log_prior": log_prior}, *options)
-        # Of NumPy, which no default device and no cast of tensors reaches.
-        self._class_counts = counts
-        self.pseudocount = check_pseudocount(pseudocount, exclude_absent)
-        self.exclude_absent = exclude_absent
+        if of_module:  # of a Linear
+            of_module["out_features"] = len(log_prior)
+        super().__init__({"log_prior": log_prior}, *options, **of_module)
+        self._class_counts = counts  # of NumPy, which no default device and no cast of tensors reaches
+        self._pseudocount, self._exclude_absent = check_pseudocount(pseudocount, exclude_absent), exclude_absent
         self.tau = _checks.check_tau(tau)
 
     @property
+    def pseudocount(self) -> float:
+        return self._pseudocount
+
+    @property
+    def exclude_absent(self) -> bool:
+        return self._exclude_absent
+
+    @property
     def log_prior(self) -> Tensor:
-        """(C,) float32, what `log_prior_from_counts` makes of `class_counts`."""
+        """(C,) float32, what `log_prior_from_counts` makes of `class_counts`: one tensor, written to when these are
+        assigned."""
         return self._per_class["log_prior"]
 
     @log_prior.setter
@@ -202,14 +206,36 @@ class CountedLossOptions(LossOptions):
     @class_counts.setter
     def class_counts(self, value: Any) -> None:
         counts = counts_of_classes(value)
-        log_prior = log_prior_from_counts(counts, pseudocount=self.pseudocount, exclude_absent=self.exclude_absent)
-        for name, tensor in [*_tensors({**self._per_class, "log_prior": None}), *self.named_parameters()]:
-            if len(tensor) != len(log_prior):
-                raise ValueError(
-                    f"class_counts must have shape ({len(tensor)},) as {name} has, got {tuple(log_prior.shape)}"
-                )
-        self._hold("log_prior", log_prior)
+        log_prior, held = self._prior_of(counts), self.log_prior
+        for name, n_classes in self._numbers_of_classes():
+            if n_classes != len(log_prior):
+                raise ValueError(f"class_counts must have shape ({n_classes},) as {name} has, got ({len(log_prior)},)")
+        if held.shape == log_prior.shape and not held.is_meta:
+            with torch.no_grad():
+                held.copy_(log_prior)  # where CUDA graphs and compiled code look
+        else:
+            self._hold("log_prior", log_prior)
         self._class_counts = counts
+
+    def _prior_of(self, counts: Any) -> Tensor:
+        return log_prior_from_counts(counts, pseudocount=self._pseudocount, exclude_absent=self._exclude_absent)
+
+    def _numbers_of_classes(self) -> list[tuple[str, int]]:
+        """What beside the counts says how many classes there are."""
+        return [(name, len(tensor)) for name, tensor in _tensors({**self._per_class, "log_prior": None})]
+
+    def _moved(self, device: torch.device) -> dict[str, Any]:
+        if self.log_prior.is_meta and isinstance(self._class_counts, np.ndarray):  # as torch.load(map_location=) does
+            self._per_class = {**self._per_class, "log_prior": self._prior_of(self._class_counts)}
+        return super()._moved(device)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_per_class" not in self.__dict__:  # pickled when these were buffers, and the counts were not kept
+            names = ("log_prior", self._weight_name, "smoothing_distribution")
+            self._per_class = {name: self._buffers.pop(name, None) for name in names}
+            self._class_counts = self.log_prior.detach().double().exp().cpu().numpy()
+            self._pseudocount, self._exclude_absent = 0.0, False
 
     def extra_repr(self) -> str:
         return super().extra_repr().replace(", reduction", f", tau={self.tau}, reduction")
@@ -271,22 +297,6 @@ def _as_vector(name: str, value: Any, n_classes: int | None) -> Tensor:
     if name == "smoothing_distribution":
         _checks.check_smoothing_distribution(value, len(value))
     return value
-
-
-def _fits(held: Any, value: Any) -> bool:
-    """Whether a value may be written where another is held."""
-    if isinstance(held, PairwiseMargin) and isinstance(value, PairwiseMargin):
-        if held.offsets_are_equal != value.offsets_are_equal:
-            return False
-        of_one = [margin.scale for margin in (held, value) if not isinstance(margin.scale, Tensor)]
-        if of_one and (len(of_one) == 1 or of_one[0] != of_one[1]):
-            return False
-        vectors, new = dict(held.named_vectors()), dict(value.named_vectors())
-        return vectors.keys() == new.keys() and all(_fits(vectors[name], new[name]) for name in new)
-    if not isinstance(held, Tensor) or not isinstance(value, Tensor):
-        return False
-    alike = (held.shape, held.dtype, type(held)) == (value.shape, value.dtype, type(value))
-    return alike and not (held.requires_grad or value.requires_grad or held.is_meta or value.is_meta)
 
 
 def _mover(device: torch.device) -> Callable[[str, Tensor], Tensor]:

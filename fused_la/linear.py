@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -171,10 +171,12 @@ def linear_margin_cross_entropy(
     return _loss_of(call, features, weight, bias, impl)
 
 
-class LogitAdjustedLinear(CountedLossOptions):
+class LogitAdjustedLinear(CountedLossOptions, nn.Linear):
     r"""A classifier head that is trained by the logit-adjusted loss and predicts by its raw logits.
 
     .. math:: f = W h + b, \qquad \text{or with cosine:}\quad f_c = s \, \frac{w_c \cdot h}{\|w_c\| \, \|h\|} + b_c
+
+    It is a `torch.nn.Linear`, to whoever initialises, counts or groups layers by their kind.
 
     Args:
         in_features: D.
@@ -223,8 +225,6 @@ class LogitAdjustedLinear(CountedLossOptions):
     Cao et al., "Learning imbalanced datasets with label-distribution-aware margin loss", NeurIPS 2019.
     """
 
-    weight: Tensor
-    bias: Tensor | None
     class_weight = per_class_option("class_weight")
     _weight_name = "class_weight"
 
@@ -248,24 +248,17 @@ class LogitAdjustedLinear(CountedLossOptions):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ):
+        cosine, scale = bool(cosine), _checks.check_number("scale", scale, 1e-30, 1e30, "positive and finite")
         super().__init__(
             class_counts, tau, pseudocount, exclude_absent, class_weight, ignore_index, reduction, label_smoothing,
-            smoothing_distribution, impl,
+            smoothing_distribution, impl, in_features=_checks.check_int("in_features", in_features, 1), bias=bias,
+            device=device, dtype=dtype,
         )  # fmt: skip
-        self.in_features = _checks.check_int("in_features", in_features, 1)
-        self.cosine = bool(cosine)
-        self.scale = _checks.check_number("scale", scale, 1e-30, 1e30, "positive and finite")
-        linear = nn.Linear(in_features, len(self.log_prior), bias, device, dtype)
-        self.register_parameter("weight", nn.Parameter(linear.weight.detach()))
-        self.register_parameter("bias", linear.bias)
+        self.cosine, self.scale = cosine, scale
         if device is not None and not self.weight.is_meta:
             self._per_class = self._moved(self.weight.device)
 
-    def reset_parameters(self) -> None:
-        """Initialise weight and bias anew, as `torch.nn.Linear` does."""
-        nn.Linear.reset_parameters(cast(nn.Linear, self))
-
-    def forward(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         features: Tensor | None = None,
         target: Tensor | None = None,
@@ -316,6 +309,9 @@ class LogitAdjustedLinear(CountedLossOptions):
             absent = sharded_as(self.weight, absent)
         bias = torch.zeros_like(absent, dtype=self.weight.dtype) if self.bias is None else self.bias
         return bias.masked_fill(absent, -torch.inf)
+
+    def _numbers_of_classes(self) -> list[tuple[str, int]]:
+        return [*super()._numbers_of_classes(), ("weight", self.out_features)]
 
     def _operands(self, features: Tensor) -> tuple[Tensor, Tensor]:
         if not self.cosine:

@@ -212,9 +212,12 @@ class LogitAdjustedCrossEntropyLoss(CountedLossOptions):
     Attributes:
         class_counts: what it was given, in the order of the classes. Others may be assigned between any two steps; CUDA
             graphs and compiled code then go on with them.
-        log_prior: (C,) float32, what `log_prior_from_counts` makes of the counts.
-        weight, smoothing_distribution: (C,) tensors, or None. Others may be assigned too. All three keep their digits
-            when the module is cast to half precision: at log_prior = -12 a step of bfloat16 is 0.0625.
+        log_prior: (C,) float32, what `log_prior_from_counts` makes of the counts: one tensor, which is written to when
+            others are assigned.
+        weight, smoothing_distribution: (C,) tensors, or None. Others may be assigned; a CUDA graph goes on with what is
+            written into them. One that requires a gradient stays the caller's, and is none of the module's parameters.
+            All three keep their digits when the module is cast to half precision: at log_prior = -12 a step of bfloat16
+            is 0.0625.
 
     Shape:
         logits (N, C), target (N,), and the other shapes of `logit_adjusted_cross_entropy`; a scalar unless reduction
@@ -297,9 +300,9 @@ class MarginCrossEntropyLoss(LossOptions):
         impl: as there.
 
     Attributes:
-        margin, weight, smoothing_distribution: as given. Others may be assigned between any two steps, as schedules do
-            that begin to reweight late. As in `LogitAdjustedCrossEntropyLoss` they are neither parameters nor buffers,
-            and keep their digits when the module is cast.
+        margin, weight, smoothing_distribution: as given. Others may be assigned, as schedules do that reweight late. As
+            in `LogitAdjustedCrossEntropyLoss` they are neither parameters nor buffers, and keep their digits when the
+            module is cast.
 
     Shape:
         As `LogitAdjustedCrossEntropyLoss`.

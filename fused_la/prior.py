@@ -9,6 +9,7 @@ is none to look at, with fake tensors and while a graph is recorded, they comput
 
 from __future__ import annotations
 
+import itertools
 import math
 import numbers
 import operator
@@ -241,16 +242,19 @@ def _in_order_of_classes(keys: list[Any], values: list[Any]) -> list[Any]:
             f"class_counts must have the classes 0, 1, ... as its keys, got {shown} "
             f"({len(strange)} of {len(keys)} keys); counts in the order of the classes may be a list or an array"
         )
-    by_class = {int(key): value for key, value in zip(keys, values, strict=True)}
-    if len(by_class) < len(keys):
-        twice = next(key for i, key in enumerate(keys) if key in keys[:i])
-        raise ValueError(f"class_counts must have every class once among its keys, got {twice!r} twice")
-    missing = [c for c in range(max(by_class, default=-1) + 1) if c not in by_class] if by_class else []
-    if missing:
-        shown = ", ".join(map(str, missing[:_MAX_LISTED])) + (", ..." if len(missing) > _MAX_LISTED else "")
+    by_class: dict[int, Any] = {}
+    for key, value in zip(keys, values, strict=True):
+        if int(key) in by_class:
+            raise ValueError(f"class_counts must have every class once among its keys, got {key!r} twice")
+        by_class[int(key)] = value
+    n_classes = max(by_class, default=-1) + 1
+    if n_classes > len(by_class):
+        missing = itertools.islice((c for c in range(n_classes) if c not in by_class), _MAX_LISTED)
+        n_missing = n_classes - len(by_class)
+        shown = ", ".join(map(str, missing)) + (", ..." if n_missing > _MAX_LISTED else "")
         raise ValueError(
-            f"class_counts must have a count for each class from 0 to {max(by_class)}, got none for {shown} "
-            f"({len(missing)} of {max(by_class) + 1} classes); a class without examples has the count 0"
+            f"class_counts must have a count for each class from 0 to {n_classes - 1}, got none for {shown} "
+            f"({n_missing} of {n_classes} classes); a class without examples has the count 0"
         )
     return [by_class[c] for c in range(len(by_class))]
 

@@ -212,6 +212,56 @@ def test_a_model_that_transformers_loads_has_its_prior(tmp_path, dtype):
     assert tuned.criterion.class_counts.tolist() == tuned.head.class_counts.tolist() == NEW_COUNTS
 
 
+class _Base(PreTrainedModel):
+    config_class = _Config
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.trunk = nn.Linear(5, 5)
+        self.post_init()
+
+
+class _WithHead(_Base):
+    def __init__(self, config):
+        super().__init__(config)
+        self.head = LogitAdjustedLinear(5, config.counts)
+        self.post_init()
+
+
+@pytest.mark.parametrize("saved", [_Base, _WithHead])
+def test_a_head_that_no_checkpoint_has_is_initialised_as_linear_layers_are(tmp_path, saved):
+    """Of a model without one, or with one of other classes. transformers initialises by the kind of a layer."""
+    saved(_Config()).save_pretrained(tmp_path)
+    model = _WithHead.from_pretrained(tmp_path, counts=[3, 2, 1, 1, 1, 1, 1], ignore_mismatched_sizes=True)
+    assert model.head.weight.shape == (7, 5)
+    assert 0.005 < model.head.weight.std() < 0.05  # 0.02
+    assert (model.head.bias == 0).all()
+
+
+def test_a_whole_module_that_was_pickled_with_buffers_works():
+    """With the prior that it was saved with; the counts were not kept, but for a factor."""
+    for name in ("loss", "head"):
+        module = MODULES[name]().to(DEVICE)
+        old = copy.deepcopy(module)
+        for key in ("_pseudocount", "_exclude_absent", "_class_counts", "_per_class"):
+            old.__dict__.pop(key)
+        for key, value in module._per_class.items():
+            old._buffers[key] = value
+        loaded = pickle.loads(pickle.dumps(old))
+        assert torch.equal(loss_of(loaded), loss_of(module))
+        assert list(loaded.buffers()) == []
+        torch.testing.assert_close(loaded.class_counts * sum(COUNTS), torch.tensor(COUNTS).double(), rtol=1e-5, atol=0)
+
+
+def test_a_module_that_was_loaded_to_the_meta_device_makes_its_prior_again():
+    file = io.BytesIO()
+    torch.save(LogitAdjustedCrossEntropyLoss(COUNTS), file)
+    file.seek(0)
+    loaded = torch.load(file, map_location="meta", weights_only=False).to_empty(device=DEVICE)
+    assert loss_of(loaded).isfinite()
+    assert torch.equal(loaded.log_prior.cpu(), log_prior_of(COUNTS).float())
+
+
 @pytest.mark.parametrize("build", ["default device", "to meta"])
 def test_a_module_built_on_the_meta_device_recovers(build):
     for make in MODULES.values():
@@ -327,6 +377,16 @@ def test_options_that_are_learned_stay_the_callers_own():
     with torch.no_grad():
         weight.mul_(torch.arange(5, device=DEVICE))
     assert not torch.equal(loss_of(criterion), before)
+
+
+def test_a_parameter_may_be_assigned_and_stays_the_callers_own():
+    head = LogitAdjustedLinear(5, COUNTS).to(DEVICE)
+    for module, name in ((LogitAdjustedCrossEntropyLoss(COUNTS).to(DEVICE), "weight"), (head, "class_weight")):
+        weight = nn.Parameter(torch.ones(5, device=DEVICE))
+        setattr(module, name, weight)
+        loss_of(module).backward()
+        assert weight.grad.abs().sum() > 0
+        assert not any(parameter is weight for parameter in module.parameters())
 
 
 @pytest.mark.parametrize("name", ["loss", "margin"])
@@ -473,8 +533,20 @@ def test_counts_of_more_classes_may_be_assigned_unless_something_else_says_how_m
     assert weighted.log_prior.isfinite().all()
 
 
+def test_a_module_may_have_other_parameters_than_of_classes():
+    criterion = LogitAdjustedCrossEntropyLoss([3, 2, 1])
+    criterion.temperature = nn.Parameter(torch.ones(()))
+    head = torch.nn.utils.parametrizations.weight_norm(LogitAdjustedLinear(2, [3, 2, 1]), dim=None)
+    for module in (criterion, head):
+        module.class_counts = [1, 1, 2]
+        assert module.class_counts.tolist() == [1, 1, 2]
+
+
 def test_what_follows_from_counts_is_not_assigned():
     criterion = LogitAdjustedCrossEntropyLoss(COUNTS)
+    for name, value in (("pseudocount", 1.0), ("exclude_absent", True)):
+        with pytest.raises(AttributeError):
+            setattr(criterion, name, value)
     with pytest.raises(AttributeError, match="log_prior must not be assigned, it follows from class_counts"):
         criterion.log_prior = torch.zeros(5)
 
@@ -484,9 +556,12 @@ def test_weights_and_distributions_may_be_assigned():
     logits, target = inputs_of()
     given = torch.tensor(WEIGHT)
     criterion.weight, criterion.smoothing_distribution = given, DISTRIBUTION
-    given.zero_()  # the module's is a copy
     kwargs = dict(label_smoothing=0.1, weight=torch.tensor(WEIGHT), smoothing_distribution=torch.tensor(DISTRIBUTION))
     want = truth(logits.cpu(), target.cpu(), log_prior_of(COUNTS), **kwargs).loss
+    torch.testing.assert_close(criterion(logits, target).cpu().double(), want, rtol=1e-6, atol=1e-6)
+    before = criterion.weight
+    criterion.weight = torch.ones(5)
+    criterion.weight = before  # what was read may be put back
     torch.testing.assert_close(criterion(logits, target).cpu().double(), want, rtol=1e-6, atol=1e-6)
     criterion.weight = criterion.smoothing_distribution = None
     want = truth(logits.cpu(), target.cpu(), log_prior_of(COUNTS), label_smoothing=0.1).loss
@@ -537,8 +612,10 @@ def test_a_margin_whose_offsets_are_one_tensor_keeps_them_so():
     assert criterion.margin.offsets_are_equal
     criterion.margin = margins.vector_scaling(log_prior_from_counts(NEW_COUNTS), gamma=0.2, tau=1.0)
     assert criterion.margin.offsets_are_equal
-    criterion.margin = MARGIN
+    before, criterion.margin = criterion.margin, MARGIN
     assert not criterion.margin.offsets_are_equal
+    criterion.margin = before
+    assert criterion.margin.offsets_are_equal
 
 
 # Called ---------------------------------------------------------------------------------------------------------------

@@ -603,6 +603,11 @@ def test_every_class_counts_takes_them(kind):
             pd.Series([3, 1, 2], index=[0, 1, 1]),
             "class_counts must have every class once among its keys, got 1 twice",
         ),
+        (
+            {0: 4, 10**12: 1},
+            "class_counts must have a count for each class from 0 to 1000000000000, got none for 1, 2, 3, 4, 5, 6, 7, "
+            "8, 9, 10, ... (999999999999 of 1000000000001 classes); a class without examples has the count 0",
+        ),
         ({}, "class_counts must have at least one class, got shape (0,)"),
         (Counter(), "class_counts must have at least one class, got shape (0,)"),
         ({0: 2, 1: -1}, "class_counts must be non-negative, got -1 for class 1 (1 of 2 classes)"),
