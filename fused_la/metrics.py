@@ -60,7 +60,7 @@ class BalancedError(Metric):
     - `MetricCollection`, `Running`, `MultitaskWrapper` and `LambdaInputTransformer` take the metric itself.
       `MetricCollection.plot` needs `together=True`.
     - Metrics of a collection share no counts unless its `compute_groups` say so. Counts that are shared, merged, loaded
-      or summed over ranks must have the same `ignore_index` and number of classes; else `compute()` is a ValueError.
+      or summed over ranks must have the same `ignore_index` and number of classes; else `compute()` raises.
     - TorchScript cannot compile it.
 
     Args:
@@ -133,12 +133,16 @@ class BalancedError(Metric):
             *self.ignore_index.to_bytes(8, "little", signed=True),
             *self.n_classes.to_bytes(8, "little"),
         ]
-        self.add_state("fingerprint", torch.tensor([math.nan, *self._fingerprint]), dist_reduce_fx=_agreed)
-        # The column behind the classes counts labels that are neither a class nor ignored.
-        self.add_state("n_correct", torch.zeros(self.n_classes + 1, dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("n_examples", torch.zeros(self.n_classes + 1, dtype=torch.int64), dist_reduce_fx="sum")
+        for name, start in self._starts().items():
+            self.add_state(name, start, dist_reduce_fx=_agreed if name == "fingerprint" else "sum")
         # In place of deepcopies: that of a fake tensor has a fake mode of its own.
         self._defaults = {name: getattr(self, name).clone() for name in self._defaults}
+
+    def _starts(self) -> dict[str, Tensor]:
+        # The column behind the classes counts labels that are neither a class nor ignored.
+        n_correct, n_examples = torch.zeros((2, self.n_classes + 1), dtype=torch.int64)
+        fingerprint = torch.tensor([math.nan, *self._fingerprint])
+        return {"fingerprint": fingerprint, "n_correct": n_correct.clone(), "n_examples": n_examples.clone()}
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("prefix", "postfix") and value is None:
@@ -148,8 +152,19 @@ class BalancedError(Metric):
             self._computed = None  # torchmetrics keeps it when it loads or merges counts
 
     def _apply(self, fn: Any, exclude_state: Sequence[str] = "") -> Any:
-        """Follow `fn` to another device, but to no other dtype: counts are integers."""
-        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), exclude_state)
+        """Follow `fn` to another device, but to no other dtype: counts are integers. Behind the meta device, from which
+        `to_empty` brings memory alone, counting begins anew."""
+        had_values = not self.n_correct.is_meta
+
+        def follow(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if tensor.is_meta else tensor.to(moved.device)
+
+        super()._apply(follow, exclude_state)
+        if not had_values and not self.n_correct.is_meta:
+            self._defaults = {name: start.to(self.n_correct.device) for name, start in self._starts().items()}
+            self.reset()
+        return self
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Count a batch.

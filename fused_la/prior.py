@@ -297,7 +297,10 @@ def _to_array(value: Any, name: str, kinds: str, expected: str) -> np.ndarray:
     if array.size == 0 and not hasattr(value, "dtype"):
         array = array.astype(np.int64)  # an empty list has no dtype of its own; NumPy calls it float64
     if array.dtype.kind not in kinds:
-        got = type(value).__name__ if array.dtype.kind == "O" else array.dtype
+        got = array.dtype
+        if array.dtype.kind == "O":  # of what is no number, or of one that is too large
+            strange = (type(entry).__name__ for entry in array.flat if not isinstance(entry, (int, float)))
+            got = next(strange, type(value).__name__)
         raise TypeError(f"{name} must be {expected}, got {got}")
     return array
 

@@ -859,3 +859,21 @@ def test_wrong_batches_are_named(preds, target, error, message):
         metric.update(preds, target)
     assert str(caught.value) == message
     assert metric.n_examples.sum().item() == 0
+
+
+@pytest.mark.parametrize("build", ["to meta", "default device"])
+def test_a_metric_that_was_built_on_the_meta_device_begins_to_count_once_it_has_memory(build):
+    """As a part of a model, whose `to_empty` finds whatever memory held before."""
+    if build == "to meta":
+        metric = BalancedError([200, 50, 5], ignore_index=7)
+        metric.update(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 2]))
+        model = torch.nn.Sequential(metric).to("meta")
+    else:
+        with torch.device("meta"):
+            model = torch.nn.Sequential(BalancedError([200, 50, 5], ignore_index=7))
+    metric = model.half().to_empty(device="cpu")[0]
+    for _ in range(2):
+        metric.update(torch.tensor([0, 1, 1, 0]), torch.tensor([0, 1, 2, 7]))
+        assert metric.compute()["class_error"].tolist() == [0.0, 0.0, 1.0]
+        assert metric.n_examples.tolist() == [1, 1, 1, 0]
+        metric.reset()

@@ -441,6 +441,8 @@ MANY_ZEROS = ", ".join(f"0 for class {c}" for c in range(1, 11)) + " and 2 more 
         (torch.tensor([1j]), TypeError, "class_counts must be integer or floating, got complex64"),
         ([1j], TypeError, "class_counts must be integer or floating, got complex128"),
         (["9"], TypeError, "class_counts must be integer or floating, got <U1"),
+        ({0: 1, 1: Fraction(1, 2)}, TypeError, "class_counts must be integer or floating, got Fraction"),
+        ([3, None], TypeError, "class_counts must be integer or floating, got NoneType"),
         ({0: "9"}, TypeError, "class_counts must be integer or floating, got <U1"),
         (None, TypeError, "class_counts must be integer or floating, got NoneType"),
         (
