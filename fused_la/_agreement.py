@@ -28,6 +28,7 @@ from fused_la._ranks import (
     rows_of_all,
 )
 from fused_la._shards import Plan, sharded_loss
+from fused_la._values import check_has_values
 
 F = TypeVar("F", bound=Callable[..., Any])
 _PRODUCT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -67,6 +68,7 @@ def class_parallel_loss(caller: str, group: Any, ask: Callable[[], Asked]) -> Te
 
     def check() -> tuple[tuple[Asked, str], dict[str, Number], list[Tensor]]:
         asked = ask()
+        check_has_values("logits", asked.own, "ranks that exchange them")
         impl = _implementation(ranks, asked)
         return (asked, impl), _numbers(ranks, asked), _own_rows(asked)
 

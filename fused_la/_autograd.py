@@ -75,14 +75,19 @@ class _Loss(torch.autograd.Function):
         numbers, reduction, run, state, memo = ctx.rest
         # Handed over, not kept: a caller may write into it, and a second backward recomputes.
         made_for_one, ctx.gradient = ctx.gradient, None
-        differentiable = torch.is_grad_enabled() or under_transform() or is_legacy_batchedtensor(upstream)
+        by_formula = (
+            torch.compiler.is_compiling()  # compiled autograd
+            or torch.is_grad_enabled()
+            or under_transform()
+            or is_legacy_batchedtensor(upstream)
+        )
         try:
             problem = Problem(*ctx.saved_tensors, *numbers)
-        except RuntimeError:  # someone has written to the logits since, as `clamp_` does
-            if made_for_one is None or differentiable:
+        except RuntimeError as error:  # someone has written to the logits since, as `clamp_` does
+            if made_for_one is None or by_formula or "modified by an inplace operation" not in str(error):
                 raise
             return made_for_one.mul_(upstream), None, None
-        if differentiable:
+        if by_formula:
             return *differentiable_gradient(problem, upstream, reduction), None
         needs_logits, needs_log_prior, _ = ctx.needs_input_grad
         grad_logits, grad_log_prior = run.backward(

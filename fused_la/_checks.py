@@ -194,14 +194,15 @@ def check_label(label: int, n_classes: int, ignore_index: int) -> None:
         )
 
 
+_LEARN_TAU = "; to learn tau, or keep it in a tensor, pass tau * log_prior as log_prior and leave tau at 1"
+
+
 def check_number(name: str, value: Any, low: float, high: float, expected: str) -> float:
     """A Python or NumPy real number in [low, high], as a float."""
     if type(value) is float and low <= value <= high:
         return value
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-        hint = ""
-        if name == "tau" and isinstance(value, Tensor):
-            hint = "; to learn tau, or keep it in a tensor, pass tau * log_prior as log_prior and leave tau at 1"
+        hint = _LEARN_TAU if name == "tau" and isinstance(value, Tensor) else ""
         raise TypeError(f"{name} must be a number, got {type(value).__name__}{hint}")
     if not low <= value <= high:
         raise ValueError(f"{name} must be {expected}, got {value}")

@@ -29,8 +29,9 @@ def choose_implementation(impl: str, call: Call, differentiable: Sequence[Tensor
     if transformed:
         needs_formula = is_recorded(logits) or of_head or not folds()
     else:
-        needs_formula = forward_ad._current_level >= 0 and any(
-            t is not None and _has_tangent(t) for t in (*differentiable, *call.of_target, *call.of_margin)
+        needs_formula = torch._C._get_tracing_state() is not None or (
+            forward_ad._current_level >= 0
+            and any(t is not None and _has_tangent(t) for t in (*differentiable, *call.of_target, *call.of_margin))
         )
     only_reference = "" if needs_formula else why_only_reference(call, transformed)
     if impl == "auto":

@@ -93,8 +93,6 @@ def predict_sharded(features: Any, weight: DTensor, bias: Any) -> Tensor:
     whole, here, of_bias = _copy("features", features), _here(weight), _classes(layout, "bias", bias)
     check_head(whole, weight, bias)
     rows = feature_rows(whole)
-    if len(here) == 0:  # where another rank has classes
-        here, of_bias = here.new_zeros(1, here.shape[1]), here.new_full((1,), -torch.inf)
     found = predict(Head(rows, here, of_bias, product_dtype(rows, here)))
     logits = [torch.empty_like(found.logits) for _ in range(layout.group.size())]
     classes = [torch.empty_like(found.classes) for _ in logits]

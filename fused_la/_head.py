@@ -203,7 +203,7 @@ def predict(head: Head) -> Predictions:
     products = Products(head, dtype, by_class=head.features.device.type == "cpu")
     best = head.features.new_full((len(head.features),), -torch.inf, dtype=dtype)
     classes = torch.zeros_like(best, dtype=torch.int64)
-    for chunk in class_chunks(len(head.weight), products.tiles.classes):
+    for chunk in class_chunks(len(head.weight), products.tiles.classes or 1):  # 0 where a rank has no classes
         weight = products.of_classes(chunk)
         for block in products.blocks:
             rows = block[0]

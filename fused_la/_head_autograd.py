@@ -64,7 +64,8 @@ class _HeadLoss(torch.autograd.Function):
         grad_rows = _over_rows(grad_outputs[0], saved, ctx.reduction)
         needs = ctx.needs_input_grad[2:]
         wanted = (needs[0], needs[1], needs[2], needs[4])
-        if torch.is_grad_enabled() or under_transform() or is_legacy_batchedtensor(grad_rows):
+        recorded = torch.compiler.is_compiling() or torch.is_grad_enabled()  # by compiled autograd, for a second one
+        if recorded or under_transform() or is_legacy_batchedtensor(grad_rows):
             grads = _differentiable_gradients(head, problem, grad_rows, wanted)
         else:
             grads = _run_backward(head, problem, saved, grad_rows, wanted, ctx.impl)

@@ -32,11 +32,11 @@ def feature_rows(features: Tensor) -> Tensor:
 
 
 def unit_vectors(vectors: Tensor, scale: float = 1.0) -> Tensor:
-    """`scale` times the last dimension's unit vectors, in the dtype of the vectors; zeros of zeros, with their gradient
-    divided by nothing. Norms are float32 or wider: the 1e-12 of `F.normalize` is 0 in float16."""
+    """`scale` times the last dimension's unit vectors, in the dtype of the vectors. Norms are float32 or wider, for the
+    1e-12 of `F.normalize` is 0 in float16; a vector below that is divided by nothing, and so is its gradient."""
     wide = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    return (wide * (scale / norm.masked_fill(norm == 0, 1.0))).to(vectors.dtype)
+    return (wide * (scale / norm.masked_fill(norm < 1e-12, 1.0))).to(vectors.dtype)
 
 
 def _flat(labels: Any, name: str, shape: torch.Size, several: bool, n_classes: int) -> Tensor:
@@ -72,8 +72,8 @@ def check_placed_alike(features: Tensor, weight: Tensor) -> None:
     if _checks.is_dtensor(weight) and not _checks.is_dtensor(features):
         raise TypeError(
             "features must be a DTensor with Replicate(), the same on all ranks, for a weight that is a DTensor, got a "
-            "torch.Tensor; under fully_shard call the head itself, which gathers the weight, or first "
-            'torch.distributed.fsdp.register_fsdp_forward_method(head, "predict")'
+            "torch.Tensor; under FSDP2 give the head a fully_shard(head) of its own and call it, or for predict call "
+            'torch.distributed.fsdp.register_fsdp_forward_method(head, "predict") first'
         )
 
 

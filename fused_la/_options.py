@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fused_la import _checks
 from fused_la._margin import PairwiseMargin
-from fused_la._values import is_fake, is_traced
+from fused_la._values import is_fake, is_traced, read_value
 from fused_la.prior import check_pseudocount, counts_of_classes, log_prior_from_counts
 
 _log = logging.getLogger("fused_la")
@@ -76,12 +76,14 @@ class LossOptions(nn.Module):
             label_smoothing=self.label_smoothing, impl=self.impl,
         )  # fmt: skip
         if isinstance(num_items_in_batch, Tensor):
-            num_items_in_batch = num_items_in_batch.to(loss.device)
+            num_items_in_batch = num_items_in_batch.to(loss.device).reshape(())
         return loss if num_items_in_batch is None else loss / num_items_in_batch
 
     def _placed(self, like: Tensor) -> dict[str, Any]:
         """The per-class options where a tensor is."""
         per_class, device = self._per_class, like.device
+        if type(like) is not Tensor and not torch.compiler.is_compiling() and hasattr(like, "fake_mode"):
+            return _mapped(per_class, lambda _, tensor: _as_fake(tensor, like))
         for value in per_class.values():
             if not _is_on(value, device):
                 on: Any = self._on
@@ -90,9 +92,6 @@ class LossOptions(nn.Module):
                     on = torch.compiler.disable(on)
                 per_class = on(device)
                 break
-        if type(like) is not Tensor and is_fake(like):
-            mode: Any = getattr(like, "fake_mode")  # noqa: B009
-            return _mapped(per_class, lambda _, tensor: tensor if is_fake(tensor) else mode.from_tensor(tensor))
         return per_class
 
     def _hold(self, name: str, value: Any) -> None:
@@ -175,6 +174,16 @@ class CountedLossOptions(LossOptions):
         if of_module:  # of a Linear
             of_module["out_features"] = len(log_prior)
         super().__init__({"log_prior": log_prior}, *options, **of_module)
+        if exclude_absent and tau == 0.0:
+            raise ValueError(
+                "tau must be positive with exclude_absent=True, got 0: what is left out is log_prior times tau"
+            )
+        is_out = exclude_absent and self.label_smoothing > 0.0 and self.smoothing_distribution is None
+        if is_out and read_value((log_prior == -torch.inf).any()):
+            raise ValueError(
+                "smoothing_distribution must be given with label_smoothing and exclude_absent=True, such as the prior: the "
+                "uniform one asks for absent classes"
+            )
         self._class_counts = counts  # of NumPy, which no default device and no cast of tensors reaches
         self._pseudocount, self._exclude_absent = check_pseudocount(pseudocount, exclude_absent), exclude_absent
         self.tau = _checks.check_tau(tau)
@@ -245,7 +254,9 @@ def _check_num_items(num_items_in_batch: Any, reduction: str) -> None:
     if reduction != "mean":
         raise ValueError(f"num_items_in_batch must be None unless reduction is 'mean', got it with {reduction!r}")
     is_number = isinstance(num_items_in_batch, numbers.Real) and not isinstance(num_items_in_batch, bool)
-    if not is_number and not (isinstance(num_items_in_batch, Tensor) and num_items_in_batch.dim() == 0):
+    if isinstance(num_items_in_batch, Tensor) and num_items_in_batch.numel() == 1:
+        is_number = not (num_items_in_batch.is_complex() or num_items_in_batch.dtype == torch.bool)
+    if not is_number:
         raise TypeError(
             "num_items_in_batch must be a number or a tensor of one number, "
             f"got {type(num_items_in_batch).__name__}"
@@ -273,6 +284,18 @@ def _mapped(per_class: dict[str, Any], fn: Callable[[str, Tensor], Tensor]) -> d
         else:
             result[name] = None if value is None else fn(name, value)
     return result
+
+
+def _as_fake(tensor: Tensor, like: Any) -> Tensor:
+    """A tensor where fake logits are, and of their kind; while a graph is recorded, one of its constants."""
+    if not hasattr(tensor, "fake_mode"):
+        if is_fake(like):
+            tensor = like.fake_mode.from_tensor(tensor)
+        else:
+            with torch._C._DisableTorchDispatch():
+                values = tensor.detach().cpu().numpy()
+            tensor = torch.tensor(values)
+    return tensor.to(like.device)
 
 
 def _is_on(value: Any, device: torch.device) -> bool:
@@ -316,7 +339,8 @@ def first_argument(name: str, value: Any, input: Any) -> Tensor:
         if value is not None:
             raise TypeError(f"{name} must be given once, got {name} and input")
         value = input
-    _checks.check_tensor(name, value)
+    if value is None:
+        raise TypeError(f"{name} must be a torch.Tensor, got NoneType")
     return value
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 
 from fused_la import _head
 from fused_la._blocks import Block, class_chunks
@@ -89,6 +90,10 @@ class _ShardedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple:
+        if is_legacy_batchedtensor(grad_outputs[0]):
+            raise RuntimeError(
+                "a loss over ranks has no gradients in batches (is_grads_batched): backward communicates"
+            )
         grads = _gradients(ctx, grad_outputs[0])
         if not torch.is_grad_enabled():
             return grads

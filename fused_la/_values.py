@@ -16,21 +16,24 @@ FEW = 64
 # Modes under which an operation gives a shape alone, or a node of a graph beside its result.
 _TRACERS = tuple(getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL"))
 
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
+
 
 def is_traced(tensor: Tensor) -> bool:
     """Whether a tensor is recorded by `make_fx` or its like, or has a shape alone (fake)."""
     if torch._C._len_torch_dispatch_stack() > 0 and any(map(torch._C._get_dispatch_mode, _TRACERS)):
+        return True
+    if torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH):  # make_fx(pre_dispatch=True)
         return True
     return type(tensor) is not Tensor and hasattr(tensor, "fake_mode")
 
 
 def is_fake(tensor: Tensor) -> bool:
     """Whether the tensor is a shape alone, and no graph is recorded that could need it."""
-    return (
-        not torch.compiler.is_compiling()
-        and hasattr(tensor, "fake_mode")
-        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
-    )
+    if torch.compiler.is_compiling() or not hasattr(tensor, "fake_mode"):
+        return False
+    recording = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    return not recording and not torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
 
 
 def is_recorded(tensor: Tensor) -> bool:

@@ -205,9 +205,10 @@ class LogitAdjustedLinear(CountedLossOptions, nn.Linear):
         features (..., D), target as in `linear_logit_adjusted_cross_entropy`; with a target the loss, without one the
         raw logits (..., C).
 
-    Under `fully_shard` call `torch.distributed.fsdp.register_fsdp_forward_method(head, "predict")` once, for `predict`
-    gathers the weight only then. With a weight whose classes are sharded (a DTensor), the raw logits and `predict` need
-    features that are a DTensor with Replicate(). The logits are sharded as the weight is, the predictions replicated.
+    Under FSDP2 give the head a `fully_shard(head)` of its own, and for `predict` call
+    `torch.distributed.fsdp.register_fsdp_forward_method(head, "predict")` once: the weight is gathered only then. With a
+    weight whose classes are sharded (a DTensor), the raw logits and `predict` need features that are a DTensor with
+    Replicate(). The logits are sharded as the weight is, the predictions replicated.
 
     Raises:
         TypeError, ValueError: on construction for unusable sizes, counts and options, in a call for unusable inputs.
@@ -275,10 +276,17 @@ class LogitAdjustedLinear(CountedLossOptions, nn.Linear):
             input: another name for `features`, as `torch.nn.Linear` has it.
             reduction, num_items_in_batch: of the loss, as in `LogitAdjustedCrossEntropyLoss.forward`.
         """
-        features, weight = self._operands(first_argument("features", features, input))
+        features = first_argument("features", features, input)
         if target is None:
+            for name, value in (("target_weight", target_weight), ("reduction", reduction),
+                                ("num_items_in_batch", num_items_in_batch)):  # fmt: skip
+                if value is not None:
+                    raise TypeError(f"{name} must be None without a target, got it for raw logits")
+            features, weight = self._operands(features)
             check_placed_alike(features, weight)
             return F.linear(features, weight, self._bias(features))
+        _checks.check_tensor("features", features)
+        features, weight = self._operands(features)
         return self._loss(
             linear_logit_adjusted_cross_entropy, features, weight, target, tau=self.tau, bias=self.bias,
             target_weight=target_weight, reduction=reduction, num_items_in_batch=num_items_in_batch,

@@ -44,8 +44,9 @@ def logit_adjusted_cross_entropy(
 
     Train with it and predict with the raw logits, `logits.argmax(1)`: adjusting again post hoc corrects twice.
 
-    A mean or sum makes the gradient of the logits in its forward pass: they may then be written to before backward, as
-    by `clamp_`. With reduction "none", float16 logits or a learned prior autograd raises if they were.
+    A mean or sum mostly makes the gradient of the logits in its forward pass: they may then be written to before the
+    first backward, as by `clamp_`. Otherwise (reduction "none", float16, a learned prior, `torch.compile`, rows beyond
+    what a GPU's L2 holds) autograd raises if they were.
 
     Args:
         logits: (C,), (N, C) or (N, C, d1, ..., dk); float16, bfloat16, float32 or float64; any strides; N may be 0.
@@ -281,8 +282,10 @@ class LogitAdjustedCrossEntropyLoss(CountedLossOptions):
                 as `transformers.Trainer` passes it to its `compute_loss_func` when it accumulates gradients. Labels
                 that it counted and `ignore_index` leaves out are its own.
         """
+        logits = first_argument("logits", getattr(logits, "logits", logits), input)
+        _checks.check_tensor("logits", logits)
         return self._loss(
-            logit_adjusted_cross_entropy, first_argument("logits", getattr(logits, "logits", logits), input), target,
+            logit_adjusted_cross_entropy, logits, target,
             reduction=reduction, num_items_in_batch=num_items_in_batch, tau=self.tau, target_weight=target_weight,
         )  # fmt: skip
 
@@ -301,8 +304,8 @@ class MarginCrossEntropyLoss(LossOptions):
 
     Attributes:
         margin, weight, smoothing_distribution: as given. Others may be assigned, as schedules do that reweight late. As
-            in `LogitAdjustedCrossEntropyLoss` they are neither parameters nor buffers, and keep their digits when the
-            module is cast.
+            in `LogitAdjustedCrossEntropyLoss` they are neither parameters nor buffers, what requires a gradient stays the
+            caller's own, and nothing loses digits when the module is cast.
 
     Shape:
         As `LogitAdjustedCrossEntropyLoss`.
@@ -358,7 +361,9 @@ class MarginCrossEntropyLoss(LossOptions):
         num_items_in_batch: Tensor | float | None = None,
     ) -> Tensor:
         """The loss; arguments as of `LogitAdjustedCrossEntropyLoss.forward`."""
+        logits = first_argument("logits", getattr(logits, "logits", logits), input)
+        _checks.check_tensor("logits", logits)
         return self._loss(
-            margin_cross_entropy, first_argument("logits", getattr(logits, "logits", logits), input), target,
+            margin_cross_entropy, logits, target,
             reduction=reduction, num_items_in_batch=num_items_in_batch, target_weight=target_weight,
         )  # fmt: skip

@@ -117,7 +117,7 @@ def ldam(log_prior: Tensor, max_margin: float = 0.5, scale: float = 30.0) -> Pai
     max_margin = _checks.check_number("max_margin", max_margin, 0.0, 1e30, "finite and not negative")
     scale = _checks.check_number("scale", scale, 1e-30, 1e30, "finite and positive")
     prior = normalized_prior(log_prior)
-    rarest = prior[prior > -math.inf].amin()
+    rarest = prior.masked_fill(prior == -math.inf, math.inf).amin()
     of_class = max_margin * ((rarest - prior) / 4.0).exp() if max_margin > 0.0 else torch.zeros_like(prior)
     return PairwiseMargin(target_offset=rounded(-scale * of_class, log_prior), scale=scale)
 

@@ -547,6 +547,21 @@ def test_logits_may_be_written_to_once_their_gradient_is_made(impl, device, dtyp
     assert_close(x.grad.double(), kept.grad, rtol=2 * eps, atol=8e-7 if dtype != torch.float64 else 1e-12)
 
 
+def test_what_a_hook_of_saved_tensors_raises_is_not_lost(impl, device):
+    class Lost(RuntimeError):
+        pass
+
+    def unpack(tensor):
+        raise Lost
+
+    x = torch.randn(3, 4, device=device, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack):
+        loss = logit_adjusted_cross_entropy(x, torch.tensor([0, 1, 2], device=device), torch.zeros(4, device=device),
+                                            impl=impl)  # fmt: skip
+    with pytest.raises(Lost):
+        loss.backward()
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("learned", [[0], [1], [0, 1]], ids=["logits", "log_prior", "both"])
 def test_loss_may_be_changed_in_place_before_backward(device, impl, reduction, learned):

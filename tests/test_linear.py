@@ -654,6 +654,21 @@ def test_a_cosine_head_of_zeros_has_a_loss_and_gradients(dtype, zeros):
     assert head.predict(features).tolist() == logits.argmax(1).tolist()
 
 
+@pytest.mark.parametrize("size", [1e-13, 1e-20, 1e-23, 1e-38])
+def test_a_cosine_head_of_next_to_nothing_has_finite_gradients(size):
+    """Where the squares of a norm underflow before it does."""
+    head = LogitAdjustedLinear(8, [900, 90, 10], cosine=True).to(DEVICE)
+    features = torch.full((3, 8), size, device=DEVICE)
+    features[2] = 1.0
+    features.requires_grad_()
+    with torch.no_grad():
+        head.weight[1] = size
+    head(features, torch.tensor([-100, 1, 2], device=DEVICE)).backward()
+    assert features.grad.isfinite().all()
+    assert head.weight.grad.isfinite().all()
+    assert (features.grad[0] == 0).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_float32_cosine_head_under_autocast_has_a_loss_of_zeros(dtype):
     head = LogitAdjustedLinear(8, [900, 90, 10], cosine=True).to(DEVICE)

@@ -644,7 +644,7 @@ def test_a_call_may_have_a_reduction_of_its_own(module, reduction):
         loss_of(module, reduction="batchmean")
 
 
-@pytest.mark.parametrize("number", [7, 7.0, torch.tensor(7), torch.tensor(7.0)], ids=repr)
+@pytest.mark.parametrize("number", [7, 7.0, torch.tensor(7), torch.tensor(7.0), torch.tensor([7])], ids=repr)
 def test_a_mean_may_be_over_a_given_number_of_items(module, number):
     """Two halves of a batch, accumulated, are the batch."""
     torch.testing.assert_close(loss_of(module, num_items_in_batch=number), loss_of(module, reduction="sum") / 7)
@@ -661,6 +661,7 @@ def test_a_mean_may_be_over_a_given_number_of_items(module, number):
         (dict(num_items_in_batch="3"), TypeError, "must be a number or a tensor of one number, got str"),
         (dict(num_items_in_batch=True), TypeError, "must be a number or a tensor of one number, got bool"),
         (dict(num_items_in_batch=torch.ones(2)), TypeError, "must be a number or a tensor of one number, got Tensor"),
+        (dict(num_items_in_batch=torch.tensor(True)), TypeError, "must be a number or a tensor of one number, got"),
     ],
 )
 def test_a_number_of_items_that_means_nothing_is_refused(module, options, error, message):
@@ -690,6 +691,30 @@ def test_a_class_without_examples_may_take_no_part(impl):
     assert (logits.grad[:, 1::2] == 0).all()
     criterion.class_counts = [0, 5, 0, 3]
     assert criterion.log_prior.isinf().tolist() == [True, False, True, False]
+
+
+def test_classes_that_take_no_part_are_not_asked_for():
+    for options, message in (
+        (
+            dict(label_smoothing=0.1),
+            "smoothing_distribution must be given with label_smoothing and exclude_absent=True",
+        ),
+        (dict(tau=0.0), "tau must be positive with exclude_absent=True, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            LogitAdjustedCrossEntropyLoss([5, 0, 3], exclude_absent=True, **options)
+    smoothed = LogitAdjustedCrossEntropyLoss(
+        [5, 0, 3], exclude_absent=True, label_smoothing=0.1, smoothing_distribution=[0.5, 0.0, 0.5]
+    )
+    assert smoothed(torch.randn(2, 3), torch.tensor([0, 2])).isfinite()
+    LogitAdjustedCrossEntropyLoss([5, 1, 3], exclude_absent=True, label_smoothing=0.1)
+
+
+def test_options_of_a_loss_are_refused_for_raw_logits():
+    head = LogitAdjustedLinear(3, [5, 1])
+    for option in (dict(reduction="none"), dict(num_items_in_batch=3), dict(target_weight=torch.ones(2, 1))):
+        with pytest.raises(TypeError, match=f"{next(iter(option))} must be None without a target"):
+            head(torch.randn(2, 3), **option)
 
 
 @pytest.mark.parametrize("bias", [True, False])

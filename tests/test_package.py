@@ -179,6 +179,7 @@ MAY_IMPORT = {
         "_problem",
         "_ranks",
         "_shards",
+        "_values",
     },
     "_no_classes": {"_call", "_checks", "_head_call", "_margin"},
     "_shards": {"_blocks", "_head", "_problem", "_ranks", "_rows"},

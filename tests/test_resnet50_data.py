@@ -22,6 +22,7 @@ pytest.importorskip("sklearn")
 torchvision = pytest.importorskip("torchvision")
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "resnet50"))
 
+import formats  # noqa: E402
 import PIL.Image  # noqa: E402
 from data import DATASETS, ArrayImages, DataError, FileImages, carve, fingerprint, load, long_tailed_counts  # noqa: E402
 
@@ -377,6 +378,17 @@ def test_lists_as_they_come(tmp_path):
     assert (val.path(1), val.origin(1)) == (str(tmp_path / "é.jpg"), "ImageNet_LT_val.txt:4")
 
 
+@pytest.mark.parametrize("end", ["\r", "\r\n"])
+def test_lines_of_a_list_may_end_in_any_way(end, tmp_path):
+    write_lists(tmp_path)
+    path = tmp_path / "ImageNet_LT_train.txt"
+    path.write_bytes(path.read_bytes().replace(b"\n", end.encode()))
+    data = load("imagenet-lt", tmp_path)
+    assert (data.class_counts.tolist(), data.train.images.origin(3)) == ([12, 6, 2], "ImageNet_LT_train.txt:4")
+    path.write_bytes(path.read_bytes() + b"\xe9.jpg 0")
+    refuse("ImageNet_LT_train.txt:21: not UTF-8", "imagenet-lt", tmp_path)
+
+
 def test_other_lists(tmp_path, monkeypatch):
     write_lists(tmp_path)
     elsewhere = tmp_path / "elsewhere"
@@ -653,7 +665,7 @@ def write_folder(root, splits=("train", "val", "test")):
     for split in splits:
         for c, n in (("ant", 6), ("bee", 3)):
             for i in range(n):
-                write_image(root / split / c / f"{i}.PNG", i)
+                write_image(root / split / c / f"{i}.PNG", list(f"{split}/{c}/{i}".encode()))
 
 
 def test_folder(tmp_path):
@@ -675,8 +687,8 @@ def test_folder(tmp_path):
 def test_images_of_a_folder_come_in_the_order_of_torchvision(tmp_path):
     """By which the validation images are drawn."""
     write_folder(tmp_path)
-    for name in ("b/1", "b/a/1", "b.c/1", "B/1", "10", "9", "é", "z"):
-        write_image(tmp_path / "train" / "ant" / f"{name}.png")
+    for seed, name in enumerate(("b/1", "b/a/1", "b.c/1", "B/1", "10", "9", "é", "z")):
+        write_image(tmp_path / "train" / "ant" / f"{name}.png", seed)
     images = load("folder", tmp_path).train.images
     expected = torchvision.datasets.ImageFolder(tmp_path / "train").samples
     assert [(images.path(i), int(images.target[i])) for i in range(len(images))] == expected
@@ -693,7 +705,7 @@ def test_images_of_every_usual_extension_count(extension, tmp_path):
     assert (data.class_counts.tolist(), data.notes) == ([7, 3], [])
 
 
-HIDDEN, NOT_IMAGE = "hidden and system files", "files without an image's extension"
+HIDDEN, NOT_IMAGE = "hidden and system files and folders", "files without an image's extension"
 COPY, NO_CLASS = "copies of an image beside them", "files and folders of no class"
 LEFTOVERS = {  # where it lies, and how it is told
     ".ipynb_checkpoints/0-checkpoint.png": (HIDDEN, "train/.ipynb_checkpoints"),
@@ -705,6 +717,13 @@ LEFTOVERS = {  # where it lies, and how it is told
     "ant/@eaDir/0.PNG/SYNOPHOTO_THUMB_M.jpg": (HIDDEN, "train/ant/@eaDir"),
     "$RECYCLE.BIN/0.png": (HIDDEN, "train/$RECYCLE.BIN"),
     "lost+found/0.png": (HIDDEN, "train/lost+found"),
+    "RECYCLER/0.png": (HIDDEN, "train/RECYCLER"),
+    "FOUND.000/0.png": (HIDDEN, "train/FOUND.000"),
+    "Network Trash Folder/0.png": (HIDDEN, "train/Network Trash Folder"),
+    "Temporary Items/0.png": (HIDDEN, "train/Temporary Items"),
+    "@tmp/0.png": (HIDDEN, "train/@tmp"),
+    "~snapshot/0.png": (HIDDEN, "train/~snapshot"),
+    "_gsdata_/0.png": (HIDDEN, "train/_gsdata_"),
     "ant/Thumbs.db": (NOT_IMAGE, "1 .db; train/ant/Thumbs.db"),
     "ant/desktop.ini": (NOT_IMAGE, "1 .ini; train/ant/desktop.ini"),
     "ant/Icon\r": (NOT_IMAGE, r"1 without any; train/ant/Icon\r"),
@@ -718,6 +737,15 @@ LEFTOVERS = {  # where it lies, and how it is told
     "ant/0 - Kopie (2).PNG": (COPY, "train/ant/0 - Kopie (2).PNG"),
     "ant/0-Copy1.PNG": (COPY, "train/ant/0-Copy1.PNG"),
     "ant/Copie de 0.PNG": (COPY, "train/ant/Copie de 0.PNG"),
+    "ant/0.sync-conflict-20200101-120000-ABC.PNG": (COPY, "train/ant/0.sync-conflict-20200101-120000-ABC.PNG"),
+    "ant/0.png": (COPY, "train/ant/0.png"),
+    "ant/0.jpeg": (COPY, "train/ant/0.jpeg"),
+    "ant/0 (1).png": (COPY, "train/ant/0 (1).png"),
+    "ant/0.PNG.PNG": (COPY, "train/ant/0.PNG.PNG"),
+    "ant/0[1].PNG": (COPY, "train/ant/0[1].PNG"),
+    "ant/0_1.PNG": (COPY, "train/ant/0_1.PNG"),
+    "ant/0.copy.PNG": (COPY, "train/ant/0.copy.PNG"),
+    "ant/0\u526f\u672c.PNG": (COPY, "train/ant/0\u526f\u672c.PNG"),
     "0.png": (NO_CLASS, "train/0.png"),
     "labels.csv": (NO_CLASS, "train/labels.csv"),
     "../val/New folder/desktop.ini": (NO_CLASS, "val/New folder"),
@@ -744,7 +772,7 @@ def test_lists_of_what_is_skipped_are_short(tmp_path):
         write_image(tmp_path / "val" / ".trash" / f"{i}.png")
         (tmp_path / "test" / "ant" / f".{i}").touch()
     assert load("folder", tmp_path).notes == [
-        "hidden and system files are skipped: 9 (test/ant/.0, test/ant/.1, test/ant/.2, and 6 more)",
+        "hidden and system files and folders are skipped: 9 (test/ant/.0, test/ant/.1, test/ant/.2, and 6 more)",
         "files without an image's extension are skipped: 8 (2 .g, 1 .a, 1 .b, 1 .c, 1 .d, and 2 more; train/ant/0.a, "
         "train/ant/1.b, train/ant/2.c, and 5 more)",
     ]
@@ -755,8 +783,9 @@ def test_images_that_are_only_named_like_copies_count(tmp_path):
     write_folder(tmp_path)
     for name in ("ant/0 (1)", "ant/my 0", "ant/photo (1)", "ant/photo (2)", "ant sub/00", "ant sub/1"):
         write_image(tmp_path / "train" / f"{name}.PNG", 7)
+    write_image(tmp_path / "train" / "Ant" / "my photo (1).PNG", 7)  # a copy, but in another folder
     data = load("folder", tmp_path)
-    assert (data.class_names, data.class_counts.tolist()) == (["ant", "ant sub", "bee"], [10, 2, 3])
+    assert (data.class_names, data.class_counts.tolist()) == (["Ant", "ant", "ant sub", "bee"], [1, 10, 2, 3])
     assert data.notes == []
 
 
@@ -781,17 +810,66 @@ DOUBLED = {
     ),
     "copied class": (
         lambda train: shutil.copytree(train / "ant", train / "ant - Copy"),
-        "train/ant - Copy is a copy of .*/train/ant: its images would count twice$",
+        "ant - Copy/0.PNG: image has the label ant - Copy, but the label ant in .*/ant/0.PNG, of the same bytes, and 5",
     ),
     "copied folder": (
-        lambda train: [shutil.copytree(train / "bee", train / "ant" / name) for name in ("sub", "sub (2)")],
-        r"train/ant/sub \(2\) is a copy of .*/train/ant/sub:",
+        lambda train: [write_image(train / "ant/sub/x.PNG"), shutil.copytree(train / "ant/sub", train / "ant/sub (2)")],
+        r"ant/sub \(2\)/x.PNG and .*/train/ant/sub/x.PNG hold the same bytes: the image would count twice$",
+    ),
+    "copied into itself": (
+        lambda train: shutil.copytree(train / "bee", train / "bee/bee"),
+        "bee/bee/0.PNG and .*/train/bee/0.PNG hold the same bytes: the image would count twice, and 2 more$",
+    ),
+    "copied into another class": (
+        lambda train: shutil.copytree(train / "ant", train / "bee/ant"),
+        "bee/ant/0.PNG: image has the label bee, but the label ant in .*/train/ant/0.PNG, .* and 5 more$",
+    ),
+    "copied image": (
+        lambda train: shutil.copy(train / "ant/5.PNG", train / "bee"),
+        "bee/5.PNG: image has the label bee, but the label ant in .*/train/ant/5.PNG, of the same bytes$",
+    ),
+    "copied image, other case": (
+        lambda train: shutil.copy(train / "ant/5.PNG", train / "bee/5.png"),
+        "bee/5.png: image has the label bee, but the label ant in .*/train/ant/5.PNG, of the same bytes$",
+    ),
+    "copied split": (
+        lambda train: [shutil.copytree(train, train.parent / "x"), (train.parent / "x").rename(train / "train")],
+        "train/train/ant/0.PNG: image has the label train, but the label ant in .*/train/ant/0.PNG, .* and 8 more$",
+    ),
+    "val inside train": (
+        lambda train: shutil.copytree(train.parent / "val", train / "val"),
+        "val/ant/0.PNG: image has the label ant, but the label val in .*/train/val/ant/0.PNG, of the same bytes, and 8",
+    ),
+    "part of a class": (
+        lambda train: [
+            shutil.copytree(train / "ant", train / "ant copy"),
+            (train / "ant copy/0.PNG").unlink(),
+            (train / "ant/5.PNG").unlink(),
+            write_image(train / "ant copy/1.PNG"),
+            write_image(train / "ant copy/9.PNG"),
+        ],
+        "ant copy/2.PNG: image has the label ant copy, but the label ant in .*/train/ant/2.PNG, .* and 2 more$",
+    ),
+    "linked and copied": (
+        lambda train: [
+            os.link(train / "ant/0.PNG", train / "ant/x.PNG"),
+            (train / "bee/more").mkdir(),
+            shutil.copy(train / "ant/0.PNG", train / "bee/more/x.PNG"),
+        ],
+        "bee/more/x.PNG: image has the label bee, but the label ant in",
     ),
     "accents": (
         lambda train: [(train / name).mkdir() for name in ("caf\u00e9", "cafe\u0301")],
         "train/caf.* is there twice, its accents encoded in two ways",
     ),
 }  # fmt: skip
+
+
+for name in ("Ant", "ANT", "ant_copy", "ant.bak", "ant~", "ant_backup", "backup"):
+    DOUBLED[f"copied class {name}"] = (
+        lambda train, name=name: shutil.copytree(train / "ant", train / name),
+        "/0.PNG: image has the label .*, but the label .*, of the same bytes, and 5 more$",
+    )
 
 
 @pytest.mark.parametrize("case", DOUBLED)
@@ -802,20 +880,79 @@ def test_what_would_count_twice_is_refused(case, tmp_path):
     refuse(match, "folder", tmp_path)
 
 
-def test_images_with_one_inode_by_mistake_are_two(tmp_path, monkeypatch):
-    """As on some network file systems: sizes and times differ, unlike those of one file by two names."""
+def test_images_of_two_splits_of_the_same_bytes_are_shared(tmp_path):
+    """As if one were a link to the other."""
     write_folder(tmp_path)
-    for i, path in enumerate(tmp_path.glob("*/*/*.PNG")):
-        os.utime(path, ns=(i, i))
+    shutil.copy(tmp_path / "train/ant/0.PNG", tmp_path / "test/ant/0.PNG")
+    assert load("folder", tmp_path).notes == [f"1 image ({tmp_path}/test/ant/0.PNG) in train and in test"]
+    shutil.copytree(tmp_path / "test", tmp_path / "val", dirs_exist_ok=True)
+    refuse("9 images .*, in val and in test: what is chosen", "folder", tmp_path)
+
+
+def test_images_of_one_name_and_size_count_where_their_bytes_differ(tmp_path):
+    """At their middle, at their end, or at their begin; numbered names begin and end with each other."""
+    write_folder(tmp_path)
+    whole = bytes(20_000)
+    for i, name in enumerate(("ant/x", "bee/x", "ant/sub/x", "ant/x1", "ant/x12", "ant/2", "../val/bee/x")):
+        path = tmp_path / "train" / f"{name}.bmp"
+        path.parent.mkdir(exist_ok=True)
+        place = (0, 10_000, 19_999)[i % 3]
+        path.write_bytes(whole[:place] + bytes([i + 1]) + whole[place + 1 :])
+    data = load("folder", tmp_path)
+    assert (data.class_counts.tolist(), data.notes) == ([11, 4], [])
+
+
+def test_names_and_sizes_choose_the_files_that_are_read(tmp_path, monkeypatch):
+    """None, if names or sizes differ; else 4 KB, and the rest only where these agree."""
+    write_folder(tmp_path)
+
+    def write(name, seed, size=20_000):
+        path = tmp_path / "train" / f"{name}.bmp"
+        path.write_bytes(np.random.default_rng(seed).bytes(size))
+        return str(path)
+
+    for i in range(10, 20):
+        write(f"ant/{i}", i)
+        write(f"bee/{i}", 0, 20_000 + i)
+    parts, read_bytes = [], formats.read_bytes
+
+    def read(*part):
+        if part[0].endswith(".bmp"):
+            parts.append(part)
+        return read_bytes(*part)
+
+    monkeypatch.setattr(formats, "read_bytes", read)
+    load("folder", tmp_path)
+    assert parts == []
+    numbered = [write("ant/1", 1), *(str(tmp_path / f"train/ant/{i}.bmp") for i in range(10, 20))]
+    named = [write("ant/x", 2), write("bee/x", 3)]
+    load("folder", tmp_path)
+    assert sorted(parts) == sorted((path, 10_000, 4096) for path in numbered + named)
+    parts.clear()
+    write("ant/1", 15)
+    load("folder", tmp_path)
+    whole = {path for path, begin, length in parts if length == -1}
+    assert whole == {numbered[0], numbered[6]}
+
+
+@pytest.mark.parametrize("suffix", [".PNG", ""], ids=["files", "files and folders"])
+def test_images_with_one_inode_by_mistake_are_two(suffix, tmp_path, monkeypatch):
+    """As on some file systems; sizes and times may be the same too, as of an archive's uncompressed images."""
+    write_folder(tmp_path)
+    for path in tmp_path.glob("*/*/*.PNG"):
+        path.write_bytes(path.read_bytes().ljust(500, b"\0"))
+    for path in (tmp_path, *tmp_path.rglob("*")):
+        os.utime(path, ns=(1, 1))
     stat = os.stat
 
     def same_inode(path, **options):
         fields, more = stat(path, **options).__reduce__()[1]
-        is_image = str(path).endswith("PNG")
-        return os.stat_result((fields[0], 1 if is_image else fields[1], *fields[2:]), more)
+        inode = 1 if str(path).endswith(suffix) else fields[1]
+        return os.stat_result((fields[0], inode, *fields[2:]), more)
 
     monkeypatch.setattr(os, "stat", same_inode)
-    assert load("folder", tmp_path).class_counts.tolist() == [6, 3]
+    data = load("folder", tmp_path)
+    assert (data.class_counts.tolist(), data.notes) == ([6, 3], [])
 
 
 UNREACHABLE = {
@@ -864,9 +1001,9 @@ def test_accents_that_macos_takes_apart_are_the_same_class(tmp_path):
 def test_names_that_cannot_be_encoded_can_be_printed_and_written(tmp_path):
     """Class names, notes and messages: bytes of Latin-1, a line break. Paths stay what they are."""
     name = os.fsdecode(b"caf\xe9\n")
-    for split in ("train", "val", "test"):
-        for label in (name, "bee"):
-            write_image(tmp_path / split / label / f"{name}.png")
+    for i, split in enumerate(("train", "val", "test")):
+        for j, label in enumerate((name, "bee")):
+            write_image(tmp_path / split / label / f"{name}.png", [i, j])
     (tmp_path / "train" / name / name).touch()
     os.link(tmp_path / "train" / name / f"{name}.png", tmp_path / "test" / name / "x.png")
     data = load("folder", tmp_path)

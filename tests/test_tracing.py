@@ -7,6 +7,7 @@ recorded with. So graphs are run on labels and priors of another kind than those
 
 import itertools
 import math
+import warnings
 
 import pytest
 import torch
@@ -87,7 +88,8 @@ def test_losses_of_fake_heads_have_the_shapes_of_real_ones(impl, kind):
 
 
 def test_fake_tensors_of_a_gpu_need_none():
-    """As an estimator has them on a machine without one."""
+    """As an estimator has them on a machine without one; a module may have been built before."""
+    before = LogitAdjustedCrossEntropyLoss([1] * 5)
     with FakeTensorMode():
         logits, target = torch.empty(4, 5, device="cuda"), torch.empty(4, dtype=torch.int64, device="cuda")
         log_prior = torch.empty(5, device="cuda")
@@ -96,6 +98,8 @@ def test_fake_tensors_of_a_gpu_need_none():
         assert head(logits, target).device.type == "cuda"
         criterion = LogitAdjustedCrossEntropyLoss([1] * 5)
         assert criterion(logits, target).device.type == "cuda"
+        assert before(logits, target).device.type == "cuda"
+    assert before.log_prior.device.type == "cpu"
 
 
 def test_a_model_is_built_and_trained_under_a_fake_mode():
@@ -146,7 +150,7 @@ def test_what_is_beside_the_losses_takes_fake_tensors():
         assert divide_by_prior(logits, log_prior).shape == (4, 3)
         assert normalize_classifier(logits).shape == (4, 3)
         assert estimate_prior(logits, log_prior).shape == (3,)
-        for make in (margins.balanced, margins.adaptive, margins.equalised, margins.logit_adjusted):
+        for make in (margins.balanced, margins.adaptive, margins.equalised, margins.logit_adjusted, margins.ldam):
             assert all(vector.shape == (3,) for _, vector in make(log_prior).named_vectors())
         margins.fisher_consistent(log_prior, log_prior)
         sweep = TauSweep(log_prior, [0.0, 1.0], split="val", class_counts=[9, 2, 1])
@@ -276,12 +280,58 @@ def test_counts_and_priors_are_recorded():
         graph(torch.tensor([0, 1, 3]))
 
 
-def test_a_module_is_recorded():
+@pytest.mark.parametrize("pre_dispatch", [False, True])
+@pytest.mark.parametrize("tracing", TRACING)
+def test_a_module_is_recorded(tracing, pre_dispatch):
     criterion = LogitAdjustedCrossEntropyLoss([900, 90, 10])
-    graph = make_fx(criterion)(torch.randn(4, 3), torch.tensor([0, 1, 2, 0]))
+    graph = make_fx(criterion, tracing_mode=tracing, pre_dispatch=pre_dispatch)(
+        torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    )
     logits, target = torch.randn(4, 3), torch.tensor([-100, 1, 2, 0])
     want = truth(logits, target, torch.tensor([math.log(p) for p in (0.9, 0.09, 0.01)])).loss
     torch.testing.assert_close(graph(logits, target).double(), want, rtol=1e-6, atol=1e-6)
+
+
+def test_raw_logits_of_a_head_are_traced_by_torch_fx():
+    """As torchvision's create_feature_extractor does."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), LogitAdjustedLinear(3, [9, 5, 1]))
+    x = torch.randn(4, 3)
+
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, m, qualified_name):
+            return False
+
+    graph = torch.fx.GraphModule(model, Tracer().trace(model))
+    assert torch.equal(graph(x), model(x))
+
+
+def test_torch_jit_trace_takes_a_criterion():
+    criterion = LogitAdjustedCrossEntropyLoss([900, 90, 10])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tracing, and of its end
+        traced = torch.jit.trace(criterion, (torch.randn(4, 3), torch.tensor([0, 1, 2, 0])), check_trace=False)
+    logits, target = torch.randn(4, 3), torch.tensor([-100, 1, 2, 0])
+    torch.testing.assert_close(traced(logits, target), criterion(logits, target))
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch's, of what it does itself
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("kind", ["logits", "head"])
+def test_compiled_autograd_records_backward(kind, reduction):
+    torch._dynamo.reset()
+    features, weight = (torch.randn(n, 8, requires_grad=True) for n in (4, 5))
+    target, log_prior = torch.tensor([0, 4, -100, 1]), torch.zeros(5)
+
+    def loss():
+        options = dict(reduction=reduction)
+        if kind == "head":
+            return linear_logit_adjusted_cross_entropy(features, weight, target, log_prior, **options).sum()
+        return logit_adjusted_cross_entropy(features @ weight.T, target, log_prior, **options).sum()
+
+    want = torch.autograd.grad(loss() * 2, weight)[0]
+    with torch._dynamo.compiled_autograd._enable(lambda graph: torch.compile(graph, backend="eager")):
+        (loss() * 2).backward()
+    torch.testing.assert_close(weight.grad, want)
 
 
 def test_what_goes_on_as_values_tell_it_cannot_be_recorded():

@@ -10,8 +10,9 @@
 
 A list has a line `path label` for each image, the path relative to ROOT. Class counts come from labels alone: no image
 is decoded before training unless `check_images` asks for it, but each must exist and not be empty. The counts are the
-prior, so a file counts in one class and, in folders, once, whatever links lead to it. What folders have beside images
-is skipped, and `notes` name it: hidden files, those of other extensions, copies as a file manager makes them.
+prior, so a file counts in one class and, in folders, once, whatever links lead to it. Files of one name and the same
+bytes in two folders are taken for one file. What folders have beside images is skipped, and `notes` name it: hidden
+files, those of other extensions, copies in the folder of their image under a name that begins or ends with its name.
 
 The split that results are reported on is "test", or "val" where a data set has no test split. What is tuned (tau, the
 best epoch) is chosen on another: the official "val" if there are both, else a part of every training class.
@@ -94,7 +95,7 @@ def load(
     check_images: bool = False,
     download: bool = False,
 ) -> Data:
-    """Read a data set's labels and check all that can be checked without opening an image.
+    """Read a data set's labels and check all that can be checked without decoding an image.
 
     Args:
         dataset: one of DATASETS.

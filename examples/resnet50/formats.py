@@ -1,11 +1,10 @@
 """Images in files: what list files, the competition's JSON and folders hold, and what is wrong with them.
 
-No image file is opened here but by FileImages, when an image is asked for, by check_decoding, and by read_folder to
-compare a file that is named like a copy with the file that it is named after.
+No image is decoded here but by FileImages, when it is asked for, and by check_decoding. Of folders,
+find_copies also reads the files whose names and sizes suggest copies.
 """
 
 import codecs
-import filecmp
 import json
 import os
 import re
@@ -255,7 +254,7 @@ def read_listings(
         first = ", ".join(str(c) if class_names[c] == str(c) else f"{c} ({class_names[c]})" for c in without[:10])
         first += f" and {len(without) - 10} more" if len(without) > 10 else ""
         raise DataError(f"{train.name}: no image of class {first}, {reason}")
-    images = as_images(listings, class_names)
+    images = as_images(listings, class_names, None)
     notes = [note for listing in listings.values() for note in listing.notes]
     for of in images.values():
         again, first = repeats(of.ids)
@@ -270,7 +269,7 @@ def is_json(path: Path) -> bool:
 
 
 def read_text(path: Path, name: str) -> str:
-    content = read_bytes(path).removeprefix(codecs.BOM_UTF8)
+    content = re.sub(rb"\r\n?", b"\n", read_bytes(path).removeprefix(codecs.BOM_UTF8))
     try:
         return content.decode()
     except UnicodeDecodeError as error:
@@ -278,9 +277,11 @@ def read_text(path: Path, name: str) -> str:
         raise DataError(f"{name}:{line}: not UTF-8 ({error.reason} {content[error.start]:#04x})") from error
 
 
-def read_bytes(path: Path) -> bytes:
+def read_bytes(path: Path | str, start: int = 0, length: int = -1) -> bytes:
     try:
-        return path.read_bytes()
+        with open(path, "rb") as file:
+            file.seek(start)
+            return file.read(length)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
 
@@ -288,12 +289,13 @@ def read_bytes(path: Path) -> bytes:
 # ---- A folder a class
 
 EXTENSIONS = (*IMG_EXTENSIONS, ".jfif", ".jpe", ".gif")  # of an animation the first frame
-SYSTEM_FOLDERS = {  # that are not hidden: of macOS's archives, Synology, QNAP, Windows, Linux, Python
-    "__macosx", "@eadir", "#recycle", "#snapshot", "@recycle", "@__thumb", "$recycle.bin", "system volume information",
+SYSTEM_FOLDERS = {  # that are not hidden: of macOS, Synology, QNAP, NetApp, Windows, GoodSync, Linux, Python
+    "__macosx", "network trash folder", "temporary items", "@eadir", "@tmp", "#recycle", "#snapshot", "@recycle",
+    "@__thumb", "~snapshot", "$recycle.bin", "recycler", "found.000", "system volume information", "_gsdata_",
     "lost+found", "__pycache__",
 }  # fmt: skip
 REASONS = HIDDEN, NOT_IMAGE, COPY, NO_CLASS = (
-    "hidden and system files", "files without an image's extension", "copies of an image beside them",
+    "hidden and system files and folders", "files without an image's extension", "copies of an image beside them",
     "files and folders of no class",
 )  # fmt: skip
 Skipped = dict[str, list[str]]  # paths by reason
@@ -334,19 +336,20 @@ def read_folder(root: Path) -> tuple[dict[str, Images], list[str], list[str]]:
             )
         target = [label_of[name] for name, of in classes.items() for _ in of]
         listings[split] = Listing(split, paths, target, paths, [])
-    images = as_images(listings, list(label_of))
+    images = as_images(listings, list(label_of), skipped)
     for of in images.values():
         again, first = repeats(of.ids)
         if len(again):
-            both = f"{of.path(again[0])} and {of.path(first[0])} are one file, through a link"
-            raise DataError(f"{both}: it would count twice{and_more(len(again))}")
+            path, other = of.path(again[0]), of.path(first[0])
+            why = "are one file, through a link" if os.path.samefile(path, other) else "hold the same bytes"
+            raise DataError(f"{path} and {other} {why}: the image would count twice{and_more(len(again))}")
     return dict(images), list(label_of), [skip_note(root, why, paths) for why, paths in skipped.items() if paths]
 
 
 def find_classes(folder: Path, skipped: Skipped) -> dict[str, list[str]]:
     """The image files of each class, both in the order of their names."""
     classes: dict[str, list[str]] = {}
-    reached = {file_id(os.stat(above)): str(above) for above in (folder, *folder.resolve().parents)}
+    reached = {os.path.realpath(above): str(above) for above in (folder, *folder.resolve().parents)}
     for entry in sorted(entries(folder, skipped), key=lambda entry: entry.name):
         if not entry.is_dir():
             skip_file(entry, NO_CLASS, skipped)
@@ -355,41 +358,25 @@ def find_classes(folder: Path, skipped: Skipped) -> dict[str, list[str]]:
         if name in classes:
             raise DataError(f"{entry.path} is there twice, its accents encoded in two ways: it would be two classes")
         classes[name] = find_images(entry.path, reached, skipped)
-    paths = [path for of in classes.values() for path in of]
-    folders = set(reached.values())
-    for copy in sorted(folders):
-        above, name = os.path.split(copy)
-        for original in {os.path.join(above, named) for named in originals(name)} & folders:
-            if is_copied(copy, original, paths):
-                raise DataError(f"{copy} is a copy of {original}: its images would count twice")
     return classes
 
 
-def find_images(folder: str, reached: dict[int, str], skipped: Skipped) -> list[str]:
+def find_images(folder: str, reached: dict[str, str], skipped: Skipped) -> list[str]:
     """The image files below a folder; `reached` has the folders that were read, and grows."""
     found: list[tuple[str, str]] = []
     folders = [folder]
     while folders:
         folder = folders.pop()
-        other = reached.setdefault(file_id(os.stat(folder)), folder)
+        other = reached.setdefault(os.path.realpath(folder), folder)
         if other != folder:
             raise DataError(f"{folder} and {other} are one folder, through a link: its images would count twice")
-        names: set[str] = set()
         for entry in entries(folder, skipped):
             if entry.is_dir():
                 folders.append(entry.path)
             elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
-                names.add(entry.name)
+                found.append((folder, entry.name))
             else:
                 skip_file(entry, NOT_IMAGE, skipped)
-        for name in names:
-            path = os.path.join(folder, name)
-            stem, extension = os.path.splitext(name)
-            others = {named + extension for named in originals(stem)} & names
-            if any(same_bytes(path, os.path.join(folder, other)) for other in others):
-                skipped[COPY].append(path)
-            else:
-                found.append((folder, name))
     return [os.path.join(*pair) for pair in sorted(found)]
 
 
@@ -409,24 +396,6 @@ def skip_file(entry: os.DirEntry[str], why: str, skipped: Skipped) -> None:
     skipped[why].append(entry.path)
 
 
-def originals(name: str) -> Iterator[str]:
-    """What a copy of this name may be named after, in any language: 3 for 3 (1), 3 - Copy, 3-Copy1 and Copy of 3."""
-    for cut in re.finditer(r"[ (-]", name):
-        yield name[: cut.start()]
-        yield name[cut.end() :]
-
-
-def is_copied(copy: str, original: str, paths: list[str]) -> bool:
-    """Whether each image below one folder is also below the other."""
-    inside, known = [path for path in paths if path.startswith(os.path.join(copy, ""))], set(paths)
-    twins = [original + path[len(copy) :] for path in inside]
-    return bool(twins) and known.issuperset(twins) and all(map(same_bytes, inside, twins))
-
-
-def same_bytes(path: str, other: str) -> bool:
-    return filecmp.cmp(path, other, shallow=False)
-
-
 def skip_note(root: Path, why: str, paths: list[str]) -> str:
     first = ", ".join(os.path.relpath(path, root) for path in sorted(paths)[:3]) + and_more(len(paths), 3)
     if why == NOT_IMAGE:
@@ -440,24 +409,60 @@ def skip_note(root: Path, why: str, paths: list[str]) -> str:
 # ---- Image files
 
 
-def as_images(listings: dict[str, Listing], class_names: list[str]) -> dict[str, FileImages]:
-    """Images of each split. Each file is there, and has one label, however often and by whatever path it is listed."""
+def as_images(listings: dict[str, Listing], class_names: list[str], skipped: Skipped | None) -> dict[str, FileImages]:
+    """Images of each split. Each file is there, and has one label, however often and by whatever path it is listed.
+
+    In folders, which give `skipped`, files of one name and the same bytes are one image; copies beside it are skipped.
+    """
     files = [pair for listing in listings.values() for pair in zip(listing.origins, listing.paths, strict=True)]
-    ids = check_files(files)
+    ids, sizes = check_files(files)
+    split_of = np.repeat(np.arange(len(listings)), [len(listing.paths) for listing in listings.values()])
+    if skipped is not None:
+        copies, again, first = find_copies([path for _, path in files], sizes)
+        ids[again], split_of[copies] = ids[first], -1
+        skipped[COPY] += [files[i][1] for i in copies]
     target = np.array([label for listing in listings.values() for label in listing.target])
     again, first = repeats(ids)
     differ = target[again] != target[first]
     if differ.any():
-        (origin, path), (other, _) = files[again[differ][0]], files[first[differ][0]]
+        (origin, path), (other, other_path) = files[again[differ][0]], files[first[differ][0]]
         image = "" if origin == path else f" {path}"
         label, before = (class_names[target[of[differ][0]]] for of in (again, first))
-        more = and_more(int(differ.sum()))
+        more = ("" if os.path.samefile(path, other_path) else ", of the same bytes") + and_more(int(differ.sum()))
         raise DataError(f"{origin}: image{image} has the label {label}, but the label {before} in {other}{more}")
-    parts = np.split(ids, np.cumsum([len(listing.paths) for listing in listings.values()])[:-1])
-    return {
-        split: FileImages(of.paths, torch.tensor(of.target), of.origins, part)
-        for (split, of), part in zip(listings.items(), parts, strict=True)
-    }
+    origins, paths = zip(*files, strict=True)
+    images = FileImages(paths, torch.from_numpy(target), origins, ids)
+    return {split: images.subset(torch.from_numpy(split_of == i).nonzero()[:, 0]) for i, split in enumerate(listings)}
+
+
+def find_copies(paths: list[str], sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Indices of copies beside their image; of files with the name and bytes of an earlier one, and of those.
+
+    The stem of a copy's name begins or ends with that of its image in the same folder. The case of letters is ignored.
+    Of files whose names and sizes go together 4 KB are read, and the whole of those that still agree.
+    """
+    places = [(folder, *os.path.splitext(name.lower())) for folder, name in map(os.path.split, paths)]
+    keys = [(hash((place[0], n)), hash((*place[1:], n))) for place, n in zip(places, sizes.tolist(), strict=True)]
+    folders, names = np.array(keys, dtype=np.int64).T
+    index_of: dict[tuple[int, str], list[int]] = {}
+    found: list[tuple[int, int]] = []
+    for i in sorted(np.union1d(*repeats(folders)).tolist(), key=lambda i: len(places[i][1])):
+        key, stem = keys[i][0], places[i][1]
+        parts = (part for cut in range(len(stem)) for part in (stem[cut:], stem[: cut + 1]))
+        found += [(i, original) for part in parts for original in index_of.get((key, part), ())]
+        index_of.setdefault((key, stem), []).append(i)
+    pairs = np.array(found, dtype=np.int64).reshape(-1, 2)
+    again, first = repeats(names)
+    contents = np.zeros(len(paths), dtype=np.int64)
+    with ThreadPool(N_THREADS) as pool:
+        for begin, length in ((0.5, 4096), (0, -1)):  # uncompressed images begin alike, and differ in the middle
+            named = np.union1d(again, first)
+            index = np.union1d(named, pairs)
+            parts = [(paths[i], int(begin * sizes[i]), length) for i in index]
+            contents[index] = pool.starmap(lambda *part: hash(read_bytes(*part)), parts, chunksize=256)
+            pairs = pairs[contents[pairs[:, 0]] == contents[pairs[:, 1]]]
+            again, first = (named[of] for of in repeats(names[named] ^ contents[named]))
+    return np.unique(pairs[:, 0]), again, first
 
 
 def repeats(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -468,19 +473,11 @@ def repeats(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return again, first[again]
 
 
-def file_id(status: os.stat_result) -> int:
-    """The same for all paths to one file or folder, through links of either kind.
+def check_files(files: Sequence[tuple[str, str]]) -> tuple[np.ndarray, np.ndarray]:
+    """Each (origin, path) is a file and not empty. Returns ids, the same for all paths to one file, and sizes."""
 
-    Device and inode would do, but some network file systems make up inodes that are not unique.
-    """
-    return hash((status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
-
-
-def check_files(files: Sequence[tuple[str, str]]) -> np.ndarray:
-    """Each (origin, path) is a file and not empty. Returns the id of each file."""
-
-    def look(file: tuple[str, str]) -> str | int:
-        """What is wrong, or the id."""
+    def look(file: tuple[str, str]) -> str | tuple[int, int]:
+        """What is wrong, or the id and the size."""
         origin, path = file
         image = "" if origin == path else f" {path}"
         try:
@@ -489,14 +486,22 @@ def check_files(files: Sequence[tuple[str, str]]) -> np.ndarray:
             return f"{origin}: image{image} does not exist or cannot be reached ({error})"
         if not stat.S_ISREG(status.st_mode):
             return f"{origin}: image{image} is not a file"
-        return file_id(status) if status.st_size else f"{origin}: image{image} is an empty file"
+        identity = hash((status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
+        return (identity, status.st_size) if status.st_size else f"{origin}: image{image} is an empty file"
 
     with ThreadPool(N_THREADS) as pool:
         seen = pool.map(look, files, chunksize=256)
     faults = [found for found in seen if isinstance(found, str)]
     if faults:
         raise DataError(faults[0] + and_more(len(faults)))
-    return np.array(seen, dtype=np.int64)
+    ids, sizes = np.array(seen, dtype=np.int64).T
+    for i, first in zip(*repeats(ids), strict=True):  # some network file systems make up inodes that are not unique
+        path, other = files[i][1], files[first][1]
+        if path == other or os.path.realpath(path) == os.path.realpath(other):
+            continue
+        if read_bytes(path) != read_bytes(other):
+            ids[i] = hash(os.path.realpath(path))
+    return ids, sizes
 
 
 def check_decoding(images: Sequence[Images]) -> None:

@@ -62,7 +62,7 @@ def loss_of_options(args: Any, class_counts: Tensor, device: torch.device) -> Lo
 def unit_vectors(vectors: Tensor) -> Tensor:
     """Of the last dimension, in the vectors' dtype; zeros of zeros, which in float16 are NaN to `F.normalize`."""
     norm = torch.linalg.vector_norm(vectors.float(), dim=-1, keepdim=True)
-    return (vectors / norm.masked_fill(norm == 0, 1.0)).to(vectors.dtype)
+    return (vectors / norm.masked_fill(norm < 1e-12, 1.0)).to(vectors.dtype)
 
 
 class Classifier(nn.Module):
