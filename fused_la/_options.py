@@ -181,8 +181,8 @@ class CountedLossOptions(LossOptions):
         is_out = exclude_absent and self.label_smoothing > 0.0 and self.smoothing_distribution is None
         if is_out and read_value((log_prior == -torch.inf).any()):
             raise ValueError(
-                "smoothing_distribution must be given with label_smoothing and exclude_absent=True, such as the prior: the "
-                "uniform one asks for absent classes"
+                "smoothing_distribution must be given with label_smoothing and exclude_absent=True, such as the prior: "
+                "the uniform one asks for absent classes"
             )
         self._class_counts = counts  # of NumPy, which no default device and no cast of tensors reaches
         self._pseudocount, self._exclude_absent = check_pseudocount(pseudocount, exclude_absent), exclude_absent

@@ -206,8 +206,8 @@ class LogitAdjustedLinear(CountedLossOptions, nn.Linear):
         raw logits (..., C).
 
     Under FSDP2 give the head a `fully_shard(head)` of its own, and for `predict` call
-    `torch.distributed.fsdp.register_fsdp_forward_method(head, "predict")` once: the weight is gathered only then. With a
-    weight whose classes are sharded (a DTensor), the raw logits and `predict` need features that are a DTensor with
+    `torch.distributed.fsdp.register_fsdp_forward_method(head, "predict")` once: the weight is gathered only then. With
+    a weight whose classes are sharded (a DTensor), the raw logits and `predict` need features that are a DTensor with
     Replicate(). The logits are sharded as the weight is, the predictions replicated.
 
     Raises:

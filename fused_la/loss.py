@@ -304,8 +304,8 @@ class MarginCrossEntropyLoss(LossOptions):
 
     Attributes:
         margin, weight, smoothing_distribution: as given. Others may be assigned, as schedules do that reweight late. As
-            in `LogitAdjustedCrossEntropyLoss` they are neither parameters nor buffers, what requires a gradient stays the
-            caller's own, and nothing loses digits when the module is cast.
+            in `LogitAdjustedCrossEntropyLoss` they are neither parameters nor buffers, what requires a gradient stays
+            the caller's own, and nothing loses digits when the module is cast.
 
     Shape:
         As `LogitAdjustedCrossEntropyLoss`.
