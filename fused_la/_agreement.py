@@ -65,10 +65,10 @@ def not_compiled(function: F) -> F:
 def class_parallel_loss(caller: str, group: Any, ask: Callable[[], Asked]) -> Tensor:
     """The loss that all ranks of the group ask for."""
     ranks = ranks_of(group)
+    check_has_values("logits", torch.empty(0), "ranks")  # of every kind that a mode makes
 
     def check() -> tuple[tuple[Asked, str], dict[str, Number], list[Tensor]]:
         asked = ask()
-        check_has_values("logits", asked.own, "ranks that exchange them")
         impl = _implementation(ranks, asked)
         return (asked, impl), _numbers(ranks, asked), _own_rows(asked)
 

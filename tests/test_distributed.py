@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -889,6 +890,30 @@ def test_what_only_all_classes_show_raises_on_all_ranks(pool):
         assert len(set(answers)) == 1, answers
         assert answers[0].kind == kind
         assert answers[0].message.startswith(message), answers[0]
+
+
+def on_fake_tensors() -> None:
+    with FakeTensorMode():
+        class_parallel.class_parallel_logit_adjusted_cross_entropy(
+            torch.randn(4, 3), torch.zeros(4, dtype=torch.int64), torch.zeros(3)
+        )
+
+
+def in_batches() -> None:
+    logits = torch.randn(4, 3, requires_grad=True)
+    loss = class_parallel.class_parallel_logit_adjusted_cross_entropy(
+        logits, torch.zeros(4, dtype=torch.int64), torch.zeros(3), reduction="none"
+    )
+    torch.autograd.grad(loss, logits, torch.eye(4), is_grads_batched=True)
+
+
+def test_ranks_say_that_they_exchange_values(pools):
+    for answer in pools(2)(on_fake_tensors):
+        message = "logits must have values that ranks can look at, got a tensor that is fake or is traced"
+        assert answer == Failed("ValueError", message)
+    for answer in pools(2)(in_batches):
+        assert answer.kind == "RuntimeError"
+        assert "no gradients in batches (is_grads_batched): backward communicates" in answer.message
 
 
 def test_a_group_that_is_none_is_named():
