@@ -178,8 +178,8 @@ class CountedLossOptions(LossOptions):
             raise ValueError(
                 "tau must be positive with exclude_absent=True, got 0: what is left out is log_prior times tau"
             )
-        is_out = exclude_absent and self.label_smoothing > 0.0 and self.smoothing_distribution is None
-        if is_out and read_value((log_prior == -torch.inf).any()):
+        is_uniform = self.label_smoothing > 0.0 and self.smoothing_distribution is None
+        if is_uniform and read_value((log_prior == -torch.inf).any()):
             raise ValueError(
                 "smoothing_distribution must be given with label_smoothing and exclude_absent=True, such as the prior: "
                 "the uniform one asks for absent classes"

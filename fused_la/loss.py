@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -185,7 +186,43 @@ def _loss_of(call: Call, logits: Tensor, impl: str) -> Tensor:
     return loss.reshape(logits.shape[:dim] + logits.shape[dim + 1 :])
 
 
-class LogitAdjustedCrossEntropyLoss(CountedLossOptions):
+class _LossOfLogits(LossOptions):
+    """What a module of a loss of logits is called with; each has a `_loss_function` of its own."""
+
+    weight = per_class_option("weight")
+
+    def forward(
+        self,
+        logits: Any = None,
+        target: Any = None,
+        target_weight: Tensor | None = None,
+        *,
+        input: Tensor | None = None,
+        reduction: str | None = None,
+        num_items_in_batch: Tensor | float | None = None,
+    ) -> Tensor:
+        """The loss.
+
+        Args:
+            logits, target, target_weight: as in `logit_adjusted_cross_entropy`. A model's output that has them as its
+                `logits`, as those of Hugging Face have, may come in their place.
+            input: another name for `logits`, as the losses of `torch.nn` have it.
+            reduction: in the place of the module's, for this call.
+            num_items_in_batch: what a mean divides the sum of the losses by, in the place of this batch's own number,
+                as `transformers.Trainer` passes it to its `compute_loss_func` when it accumulates gradients. Labels
+                that it counted and `ignore_index` leaves out are its own.
+        """
+        logits = first_argument("logits", getattr(logits, "logits", logits), input)
+        _checks.check_tensor("logits", logits)
+        return self._loss(
+            self._loss_function, logits, target, target_weight=target_weight, reduction=reduction,
+            num_items_in_batch=num_items_in_batch,
+        )  # fmt: skip
+
+    _loss_function: Callable[..., Tensor]
+
+
+class LogitAdjustedCrossEntropyLoss(_LossOfLogits, CountedLossOptions):
     r"""`logit_adjusted_cross_entropy` as a module that knows the class counts of its training data.
 
     .. math:: \ell(y, f) = -\log \mathrm{softmax}(f + \tau \log \pi)_y, \qquad \pi_c = n_c / \sum_k n_k
@@ -259,38 +296,11 @@ class LogitAdjustedCrossEntropyLoss(CountedLossOptions):
             smoothing_distribution, impl,
         )  # fmt: skip
 
-    weight = per_class_option("weight")
-
-    def forward(
-        self,
-        logits: Any = None,
-        target: Any = None,
-        target_weight: Tensor | None = None,
-        *,
-        input: Tensor | None = None,
-        reduction: str | None = None,
-        num_items_in_batch: Tensor | float | None = None,
-    ) -> Tensor:
-        """The loss.
-
-        Args:
-            logits, target, target_weight: as in `logit_adjusted_cross_entropy`. A model's output that has them as its
-                `logits`, as those of Hugging Face have, may come in their place.
-            input: another name for `logits`, as the losses of `torch.nn` have it.
-            reduction: in the place of the module's, for this call.
-            num_items_in_batch: what a mean divides the sum of the losses by, in the place of this batch's own number,
-                as `transformers.Trainer` passes it to its `compute_loss_func` when it accumulates gradients. Labels
-                that it counted and `ignore_index` leaves out are its own.
-        """
-        logits = first_argument("logits", getattr(logits, "logits", logits), input)
-        _checks.check_tensor("logits", logits)
-        return self._loss(
-            logit_adjusted_cross_entropy, logits, target,
-            reduction=reduction, num_items_in_batch=num_items_in_batch, tau=self.tau, target_weight=target_weight,
-        )  # fmt: skip
+    def _loss_function(self, *inputs: Any, **options: Any) -> Tensor:
+        return logit_adjusted_cross_entropy(*inputs, tau=self.tau, **options)
 
 
-class MarginCrossEntropyLoss(LossOptions):
+class MarginCrossEntropyLoss(_LossOfLogits):
     r"""`margin_cross_entropy` as a module that takes its `PairwiseMargin` along, to every device.
 
     .. math:: \ell(y, f) = \alpha_y \log\Big[1 + \sum_{c \ne y} e^{(s_c f_c + u_c) - (s_y f_y + v_y)}\Big]
@@ -340,8 +350,6 @@ class MarginCrossEntropyLoss(LossOptions):
             smoothing_distribution, impl,
         )  # fmt: skip
 
-    weight = per_class_option("weight")
-
     @property
     def margin(self) -> PairwiseMargin:
         return self._per_class["margin"]
@@ -350,20 +358,5 @@ class MarginCrossEntropyLoss(LossOptions):
     def margin(self, value: PairwiseMargin) -> None:
         self._hold("margin", checked_margin(value))
 
-    def forward(
-        self,
-        logits: Any = None,
-        target: Any = None,
-        target_weight: Tensor | None = None,
-        *,
-        input: Tensor | None = None,
-        reduction: str | None = None,
-        num_items_in_batch: Tensor | float | None = None,
-    ) -> Tensor:
-        """The loss; arguments as of `LogitAdjustedCrossEntropyLoss.forward`."""
-        logits = first_argument("logits", getattr(logits, "logits", logits), input)
-        _checks.check_tensor("logits", logits)
-        return self._loss(
-            margin_cross_entropy, logits, target,
-            reduction=reduction, num_items_in_batch=num_items_in_batch, target_weight=target_weight,
-        )  # fmt: skip
+    def _loss_function(self, *inputs: Any, **options: Any) -> Tensor:
+        return margin_cross_entropy(*inputs, **options)

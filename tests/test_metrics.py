@@ -877,3 +877,11 @@ def test_a_metric_that_was_built_on_the_meta_device_begins_to_count_once_it_has_
         assert metric.compute()["class_error"].tolist() == [0.0, 0.0, 1.0]
         assert metric.n_examples.tolist() == [1, 1, 1, 0]
         metric.reset()
+
+
+def test_metrics_of_a_collection_share_no_counts_by_themselves():
+    """Not even those that count the same: what is done to one of them alone then stays its own."""
+    collection = MetricCollection({name: BalancedError([200, 50, 5]) for name in ("one", "two")})
+    collection.update(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 2]))
+    assert len(collection.compute_groups) == 2
+    assert collection["one"].n_examples is not collection["two"].n_examples
