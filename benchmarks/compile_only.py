@@ -118,7 +118,7 @@ def compile_only(target: str = "sm_90", *, front_end_only: bool = False) -> Iter
     """
     if knobs.runtime.interpret:
         raise RuntimeError("unset TRITON_INTERPRET: interpreted kernels are not compiled")
-    launch_module: Any = importlib.import_module("fused_la._triton.launch")
+    launch_module: Any = importlib.import_module("fused_la._triton.launch_config")
     config: Any = triton.runtime.driver
     driver = CompileOnlyDriver(target)
     before = config._active, launch_module.INTERPRETED

@@ -17,12 +17,12 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fused_la._problem import Problem
-from fused_la._rows import State, empty_part, prepare
+from fused_la._call.problem import Problem
+from fused_la._tiled.softmax import State, empty_part, prepare
 
 # Modules, where the package holds functions of the same names.
-passes_module = importlib.import_module("fused_la._triton.passes")
-launch_module = importlib.import_module("fused_la._triton.launch")
+passes_module = importlib.import_module("fused_la._triton.loss")
+launch_module = importlib.import_module("fused_la._triton.launch_config")
 argmax_module = importlib.import_module("fused_la._triton.argmax")
 head_module = importlib.import_module("fused_la._triton.head")
 variants_module = importlib.import_module("fused_la._triton.variants")

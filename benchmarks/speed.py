@@ -74,8 +74,8 @@ def host_times(step: Step, batches: int, device: str) -> list[float]:
 @contextlib.contextmanager
 def streaming() -> Iterator[None]:
     """Rows of any length are streamed within."""
-    launch: Any = importlib.import_module("fused_la._triton.launch")
-    passes: Any = importlib.import_module("fused_la._triton.passes")
+    launch: Any = importlib.import_module("fused_la._triton.launch_config")
+    passes: Any = importlib.import_module("fused_la._triton.loss")
     row_bytes = launch.ROW_BYTES
     launch.ROW_BYTES = 0
     passes.plan.cache_clear()
@@ -88,7 +88,7 @@ def streaming() -> Iterator[None]:
 
 def is_resident(case: Case) -> bool:
     """Whether the package keeps its rows on the chip, if they are many."""
-    launch = importlib.import_module("fused_la._triton.launch")
+    launch = importlib.import_module("fused_la._triton.launch_config")
     return case.n_classes * case.torch_dtype.itemsize <= launch.ROW_BYTES
 
 

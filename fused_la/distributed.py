@@ -30,11 +30,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fused_la._agreement import Asked, class_parallel_loss, not_compiled
-from fused_la._call import read_call, read_margin, read_prior
-from fused_la._checks import check_flag
-from fused_la._margin import PairwiseMargin
-from fused_la._no_classes import (
+from fused_la._call.arguments import read_call, read_margin, read_prior
+from fused_la._call.checks import check_flag
+from fused_la._call.pairwise_margin import PairwiseMargin
+from fused_la._class_parallel.agreement import Asked, class_parallel_loss, not_compiled
+from fused_la._class_parallel.empty_rank import (
     head_rows,
     logits_or_one,
     margin_or_one,

@@ -8,12 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fused_la import _checks
-from fused_la._call import Call, read_call, read_margin, read_prior
-from fused_la._choice import choose_implementation
-from fused_la._head import Head, predict
-from fused_la._head_autograd import fused_head_loss, head_formula
-from fused_la._head_call import (
+from fused_la._autograd.dispatch import choose_implementation
+from fused_la._autograd.head import fused_head_loss, head_formula
+from fused_la._call import checks
+from fused_la._call.arguments import Call, read_call, read_margin, read_prior
+from fused_la._call.head_arguments import (
     check_head,
     check_placed_alike,
     feature_rows,
@@ -21,9 +20,10 @@ from fused_la._head_call import (
     stand_in,
     unit_vectors,
 )
-from fused_la._margin import PairwiseMargin
-from fused_la._options import CountedLossOptions, first_argument, per_class_option
-from fused_la._problem import reduce_rows
+from fused_la._call.pairwise_margin import PairwiseMargin
+from fused_la._call.problem import reduce_rows
+from fused_la._modules.options import CountedLossOptions, first_argument, per_class_option
+from fused_la._tiled.head import Head, predict
 
 
 def linear_logit_adjusted_cross_entropy(
@@ -92,8 +92,8 @@ def linear_logit_adjusted_cross_entropy(
 
     Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation 10.
     """
-    if _checks.is_dtensor(weight):
-        from fused_la._dtensor import loss_of_head  # here, because not every PyTorch was built for it
+    if checks.is_dtensor(weight):
+        from fused_la._class_parallel.dtensor import loss_of_head  # here, because not every PyTorch was built for it
 
         return loss_of_head(
             features, weight, target, log_prior, (tau,), bias=bias, target_weight=target_weight,
@@ -155,8 +155,8 @@ def linear_margin_cross_entropy(
 
     Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation 11.
     """
-    if _checks.is_dtensor(weight):
-        from fused_la._dtensor import loss_of_head
+    if checks.is_dtensor(weight):
+        from fused_la._class_parallel.dtensor import loss_of_head
 
         return loss_of_head(
             features, weight, target, margin, (), bias=bias, target_weight=target_weight,
@@ -249,10 +249,10 @@ class LogitAdjustedLinear(CountedLossOptions, nn.Linear):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ):
-        cosine, scale = bool(cosine), _checks.check_number("scale", scale, 1e-30, 1e30, "positive and finite")
+        cosine, scale = bool(cosine), checks.check_number("scale", scale, 1e-30, 1e30, "positive and finite")
         super().__init__(
             class_counts, tau, pseudocount, exclude_absent, class_weight, ignore_index, reduction, label_smoothing,
-            smoothing_distribution, impl, in_features=_checks.check_int("in_features", in_features, 1), bias=bias,
+            smoothing_distribution, impl, in_features=checks.check_int("in_features", in_features, 1), bias=bias,
             device=device, dtype=dtype,
         )  # fmt: skip
         self.cosine, self.scale = cosine, scale
@@ -285,7 +285,7 @@ class LogitAdjustedLinear(CountedLossOptions, nn.Linear):
             features, weight = self._operands(features)
             check_placed_alike(features, weight)
             return F.linear(features, weight, self._bias(features))
-        _checks.check_tensor("features", features)
+        checks.check_tensor("features", features)
         features, weight = self._operands(features)
         return self._loss(
             linear_logit_adjusted_cross_entropy, features, weight, target, tau=self.tau, bias=self.bias,
@@ -298,8 +298,8 @@ class LogitAdjustedLinear(CountedLossOptions, nn.Linear):
         features, weight = self._operands(features)
         check_placed_alike(features, weight)
         bias = self._bias(features)
-        if _checks.is_dtensor(weight):
-            from fused_la._dtensor import predict_sharded
+        if checks.is_dtensor(weight):
+            from fused_la._class_parallel.dtensor import predict_sharded
 
             return predict_sharded(features, weight, bias)
         check_head(features, weight, bias)
@@ -311,8 +311,8 @@ class LogitAdjustedLinear(CountedLossOptions, nn.Linear):
         if not self.exclude_absent:
             return self.bias
         absent = self._placed(features)["log_prior"] == -torch.inf
-        if _checks.is_dtensor(self.weight):
-            from fused_la._dtensor import sharded_as
+        if checks.is_dtensor(self.weight):
+            from fused_la._class_parallel.dtensor import sharded_as
 
             absent = sharded_as(self.weight, absent)
         bias = torch.zeros_like(absent, dtype=self.weight.dtype) if self.bias is None else self.bias

@@ -7,14 +7,15 @@ from typing import Any
 
 from torch import Tensor
 
-from fused_la import _checks, reference
-from fused_la._autograd import fused_loss, under_transform
-from fused_la._call import Call, read_call, read_margin, read_prior
-from fused_la._choice import choose_implementation
-from fused_la._margin import PairwiseMargin, checked_margin
-from fused_la._options import CountedLossOptions, LossOptions, first_argument, per_class_option
-from fused_la._problem import reduce_rows
-from fused_la._transforms import folded_loss
+from fused_la import reference
+from fused_la._autograd.dispatch import choose_implementation
+from fused_la._autograd.loss import fused_loss, under_transform
+from fused_la._autograd.transforms import folded_loss
+from fused_la._call import checks
+from fused_la._call.arguments import Call, read_call, read_margin, read_prior
+from fused_la._call.pairwise_margin import PairwiseMargin, checked_margin
+from fused_la._call.problem import reduce_rows
+from fused_la._modules.options import CountedLossOptions, LossOptions, first_argument, per_class_option
 
 
 def logit_adjusted_cross_entropy(
@@ -94,15 +95,15 @@ def logit_adjusted_cross_entropy(
 
     Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation 10.
     """
-    if _checks.is_dtensor(logits):
-        from fused_la._dtensor import loss_of_logits  # here, because not every PyTorch was built for it
+    if checks.is_dtensor(logits):
+        from fused_la._class_parallel.dtensor import loss_of_logits  # here, because not every PyTorch was built for it
 
         return loss_of_logits(
             logits, target, log_prior, (tau,), target_weight=target_weight, weight=weight,
             smoothing_distribution=smoothing_distribution, ignore_index=ignore_index, reduction=reduction,
             label_smoothing=label_smoothing, impl=impl,
         )  # fmt: skip
-    _checks.check_logits(logits)
+    checks.check_logits(logits)
     offset, tau = read_prior(log_prior, tau, logits)
     call = read_call(
         logits, offset, tau, None, target, target_weight, weight, ignore_index,
@@ -157,15 +158,15 @@ def margin_cross_entropy(
 
     Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation 11.
     """
-    if _checks.is_dtensor(logits):
-        from fused_la._dtensor import loss_of_logits
+    if checks.is_dtensor(logits):
+        from fused_la._class_parallel.dtensor import loss_of_logits
 
         return loss_of_logits(
             logits, target, margin, (), target_weight=target_weight, weight=weight,
             smoothing_distribution=smoothing_distribution, ignore_index=ignore_index, reduction=reduction,
             label_smoothing=label_smoothing, impl=impl,
         )  # fmt: skip
-    _checks.check_logits(logits)
+    checks.check_logits(logits)
     call = read_call(
         logits, read_margin(margin, logits), 1.0, margin, target, target_weight, weight, ignore_index,
         reduction, label_smoothing, smoothing_distribution,
@@ -182,7 +183,7 @@ def _loss_of(call: Call, logits: Tensor, impl: str) -> Tensor:
         loss = (folded_loss if under_transform() else fused_loss)(call.problem, call.reduction, impl)
     if call.reduction != "none":
         return loss
-    dim = _checks.class_dim(logits)
+    dim = checks.class_dim(logits)
     return loss.reshape(logits.shape[:dim] + logits.shape[dim + 1 :])
 
 
@@ -213,7 +214,7 @@ class _LossOfLogits(LossOptions):
                 that it counted and `ignore_index` leaves out are its own.
         """
         logits = first_argument("logits", getattr(logits, "logits", logits), input)
-        _checks.check_tensor("logits", logits)
+        checks.check_tensor("logits", logits)
         return self._loss(
             self._loss_function, logits, target, target_weight=target_weight, reduction=reduction,
             num_items_in_batch=num_items_in_batch,

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fused_la import _checks
-from fused_la._per_class import class_error, count_predictions, mean_rates, read_counts, shot_groups
-from fused_la._values import read_value
+from fused_la._call import checks
+from fused_la._call.values import read_value
+from fused_la._evaluation.per_class import class_error, count_predictions, mean_rates, read_counts, shot_groups
 
 try:
     from torchmetrics import Metric
@@ -120,12 +120,12 @@ class BalancedError(Metric):
         self.groups = shot_groups(class_counts)
         self.n_classes = len(self.groups["many"])
         self.class_names = None if class_names is None else _checked_names(class_names, self.n_classes)
-        self.ignore_index = _checks.check_ignore_index(ignore_index)
-        self.n_bootstrap = _checks.check_int("n_bootstrap", n_bootstrap, 0)
-        self.confidence = _checks.check_number(
+        self.ignore_index = checks.check_ignore_index(ignore_index)
+        self.n_bootstrap = checks.check_int("n_bootstrap", n_bootstrap, 0)
+        self.confidence = checks.check_number(
             "confidence", confidence, math.nextafter(0, 1), math.nextafter(1, 0), "between 0 and 1"
         )
-        self.seed = _checks.check_int("seed", seed, 0)
+        self.seed = checks.check_int("seed", seed, 0)
         # The fingerprint goes where the counts go and says what they are of, in bytes, which any floating dtype holds.
         # Its NaN keeps a collection from merging metrics whose states are equal, within a tolerance, after the first
         # batch. It comes first because torchmetrics before 1.7 compares the first state alone.
@@ -174,16 +174,16 @@ class BalancedError(Metric):
                 of the shape of `target`.
             target: int64 or uint8 classes, (N,), () or (N, d1, ..., dk).
         """
-        _checks.check_tensor("preds", preds)
-        _checks.check_tensor("target", target)
+        checks.check_tensor("preds", preds)
+        checks.check_tensor("target", target)
         if preds.is_floating_point():
-            _checks.check_logits(preds, "preds")
-            if preds.shape[_checks.class_dim(preds)] != self.n_classes:
+            checks.check_logits(preds, "preds")
+            if preds.shape[checks.class_dim(preds)] != self.n_classes:
                 raise ValueError(f"preds must have {self.n_classes} classes, got shape {tuple(preds.shape)}")
-            _checks.check_labels(target, preds, self.ignore_index)
-            predictions = preds.argmax(_checks.class_dim(preds))
+            checks.check_labels(target, preds, self.ignore_index)
+            predictions = preds.argmax(checks.class_dim(preds))
         else:
-            _checks.check_predictions(preds, target, self.n_classes, self.ignore_index)
+            checks.check_predictions(preds, target, self.n_classes, self.ignore_index)
             predictions = preds
         if preds.device != self.n_correct.device:
             raise ValueError(f"preds must be on the device of the metric, {self.n_correct.device}, got {preds.device}")

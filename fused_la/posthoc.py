@@ -18,10 +18,10 @@ import warnings
 import torch
 from torch import Tensor
 
-from fused_la import _checks
-from fused_la._problem import rows_by_classes
-from fused_la._sweep import TauSweep
-from fused_la._values import check_has_values, is_fake
+from fused_la._call import checks
+from fused_la._call.problem import rows_by_classes
+from fused_la._call.values import check_has_values, is_fake
+from fused_la._evaluation.tau_sweep import TauSweep
 
 __all__ = ["TauSweep", "adjust_logits", "divide_by_prior", "estimate_prior", "normalize_classifier"]
 
@@ -67,14 +67,14 @@ def adjust_logits(
     Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation 9; the change of priors is
         that of Saerens, Latinne and Decaestecker, Neural Computation 14 (2002).
     """
-    tau = _checks.check_tau(tau)
-    _checks.check_logits(logits)
-    _checks.check_log_prior(log_prior, logits, tau)
+    tau = checks.check_tau(tau)
+    checks.check_logits(logits)
+    checks.check_log_prior(log_prior, logits, tau)
     compute_dtype = _compute_dtype(logits)
     shift = log_prior.to(torch.promote_types(log_prior.dtype, compute_dtype))
     never = log_prior == -math.inf
     if target_log_prior is not None:
-        _checks.check_log_prior(target_log_prior, logits, tau, "target_log_prior")
+        checks.check_log_prior(target_log_prior, logits, tau, "target_log_prior")
         shift = shift - target_log_prior.to(torch.promote_types(target_log_prior.dtype, compute_dtype))
         never = never | (target_log_prior == -math.inf)
     if tau == 0.0:
@@ -113,9 +113,9 @@ def divide_by_prior(logits: Tensor, log_prior: Tensor, tau: float = 1.0) -> Tens
 
     Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation 5 with nu the class prior.
     """
-    tau = _checks.check_tau(tau)
-    _checks.check_logits(logits)
-    _checks.check_log_prior(log_prior, logits, tau)
+    tau = checks.check_tau(tau)
+    checks.check_logits(logits)
+    checks.check_log_prior(log_prior, logits, tau)
     compute_dtype = _compute_dtype(logits)
     if tau == 0.0:
         return logits.to(compute_dtype, copy=True)
@@ -157,8 +157,8 @@ def normalize_classifier(weight: Tensor, tau: float = 1.0) -> Tensor:
     Source: Kang et al., "Decoupling representation and classifier for long-tailed recognition", ICLR 2020 (tau-
         normalised classifier).
     """
-    tau = _checks.check_tau(tau)
-    _checks.check_classifier(weight)
+    tau = checks.check_tau(tau)
+    checks.check_classifier(weight)
     wide = weight.to(_compute_dtype(weight))
     norm = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
     return (wide * norm.masked_fill(norm == 0, 1.0) ** -tau).to(weight.dtype)
@@ -203,10 +203,10 @@ def estimate_prior(logits: Tensor, log_prior: Tensor, *, tolerance: float = 1e-6
     Source: Saerens, Latinne and Decaestecker, "Adjusting the outputs of a classifier to new a priori probabilities",
         Neural Computation 14 (2002).
     """
-    tolerance = _checks.check_number("tolerance", tolerance, 5e-324, 1e308, "positive and finite")
-    max_iterations = _checks.check_int("max_iterations", max_iterations, 1)
-    _checks.check_logits(logits)
-    _checks.check_log_prior(log_prior, logits, 1.0)
+    tolerance = checks.check_number("tolerance", tolerance, 5e-324, 1e308, "positive and finite")
+    max_iterations = checks.check_int("max_iterations", max_iterations, 1)
+    checks.check_logits(logits)
+    checks.check_log_prior(log_prior, logits, 1.0)
     prior = log_prior.detach().double().softmax(0)
     if is_fake(logits):
         return prior.log().to(_compute_dtype(logits))  # what counts is its shape
@@ -251,4 +251,4 @@ def _compute_dtype(tensor: Tensor) -> torch.dtype:
 
 def _along_classes(vector: Tensor, logits: Tensor) -> Tensor:
     """A (C,) vector, to be broadcast over the logits."""
-    return vector.view(-1, *[1] * (logits.dim() - 1 - _checks.class_dim(logits)))
+    return vector.view(-1, *[1] * (logits.dim() - 1 - checks.class_dim(logits)))

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_la._problem import Problem, past, read_labels
+from fused_la._call.problem import Problem, past, read_labels
 
 # From this length on PyTorch splits a sum to a single number over a CPU's threads (its at::internal::GRAIN_SIZE).
 _SPLIT = 1 << 15

@@ -199,7 +199,7 @@ def test_layouts(impl, layout):
 
 def test_a_row_wider_than_a_block_of_classes(monkeypatch):
     """Blocked passes chunks of classes; the top class, the label and -inf classes may lie in any of them."""
-    monkeypatch.setattr("fused_la._blocks.BLOCK_ELEMENTS", 16)
+    monkeypatch.setattr("fused_la._tiled.blocks.BLOCK_ELEMENTS", 16)
     logits = randn(6, 100)
     logits[0, :40] = -math.inf  # whole chunks without a class
     logits[1, 99] = 50.0

@@ -21,8 +21,8 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-import fused_la._blocked
-import fused_la._one_label
+import fused_la._cpu.loss
+import fused_la._cpu.single_label
 import fused_la._triton
 import fused_la.reference
 from fused_la import logit_adjusted_cross_entropy
@@ -817,7 +817,7 @@ def test_a_named_implementation_is_the_one_that_runs(rows, monkeypatch, impl):
     logits, target, log_prior = rows
     calls = {
         "reference": count_calls(monkeypatch, fused_la.reference, "loss_rows"),
-        "blocked": count_calls(monkeypatch, fused_la._blocked, "forward"),
+        "blocked": count_calls(monkeypatch, fused_la._cpu.loss, "forward"),
         "triton": count_calls(monkeypatch, fused_la._triton, "forward"),
     }
     logit_adjusted_cross_entropy(leaf(logits), target, log_prior, impl=impl).backward()
@@ -829,8 +829,8 @@ def backward_passes(monkeypatch, device):
     """What the blocked implementation's backward had to begin with: a gradient from the forward pass, or None."""
     if device != "cpu":
         pytest.skip("impl='blocked' runs on a CPU")
-    given, backward = [], fused_la._blocked.backward
-    monkeypatch.setattr(fused_la._blocked, "backward", lambda *args: given.append(args[6]) or backward(*args))
+    given, backward = [], fused_la._cpu.loss.backward
+    monkeypatch.setattr(fused_la._cpu.loss, "backward", lambda *args: given.append(args[6]) or backward(*args))
     return given
 
 
@@ -862,7 +862,7 @@ def test_blocked_makes_no_gradient_that_nobody_asks_for(rows, monkeypatch, devic
     if device != "cpu":
         pytest.skip("impl='blocked' runs on a CPU")
     logits, target, log_prior = rows
-    calls = count_calls(monkeypatch, fused_la._one_label, "_spread")
+    calls = count_calls(monkeypatch, fused_la._cpu.single_label, "_spread")
     logit_adjusted_cross_entropy(logits, target, log_prior, impl="blocked")
     with torch.no_grad():
         logit_adjusted_cross_entropy(leaf(logits), target, log_prior, impl="blocked")

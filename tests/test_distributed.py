@@ -161,10 +161,10 @@ def shard_keywords(keywords: dict[str, Any], first: int, last: int) -> dict[str,
 @contextlib.contextmanager
 def small_tiles():
     """Several tiles of rows and classes in every case."""
-    from fused_la import _head
+    from fused_la._tiled import head as tiled_head
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_head, "choose_tiles", lambda rows, *_: _head.Tiles(max(1, min(rows, 3)), 4))
+        patch.setattr(tiled_head, "choose_tiles", lambda rows, *_: tiled_head.Tiles(max(1, min(rows, 3)), 4))
         yield
 
 
@@ -1411,7 +1411,7 @@ def test_a_compiled_step_breaks_its_graph_at_the_call_and_nowhere_else(pools):
 def test_importing_the_package_does_not_import_what_only_ranks_need():
     script = (
         "import sys, fused_la; before = set(sys.modules); fused_la.distributed; "
-        "print([m for m in before if m in ('fused_la.distributed', 'fused_la._ranks', 'torch.distributed.tensor')], "
+        "print([m for m in before if m in ('fused_la.distributed', 'fused_la._class_parallel.exchange', 'torch.distributed.tensor')], "
         "'torch._dynamo' in sys.modules)"
     )
     root = os.path.dirname(os.path.dirname(fused_la.__file__))

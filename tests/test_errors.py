@@ -23,7 +23,7 @@ from torch.func import grad, vmap
 import fused_la
 import fused_la.reference
 from fused_la import LogitAdjustedCrossEntropyLoss, logit_adjusted_cross_entropy
-from fused_la._problem import Problem
+from fused_la._call.problem import Problem
 
 N_ROWS, N_CLASSES = 3, 5
 INT64 = torch.iinfo(torch.int64)

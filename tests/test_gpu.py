@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from oracle import truth
 
-from fused_la import _head, linear_logit_adjusted_cross_entropy, logit_adjusted_cross_entropy
+from fused_la import linear_logit_adjusted_cross_entropy, logit_adjusted_cross_entropy
+from fused_la._tiled import head as tiled_head
 
 pytestmark = pytest.mark.gpu
 
@@ -143,7 +144,7 @@ def test_launches_are_two_forward_and_one_backward(device, shape):
 def test_a_head_in_tiles_is_that_of_float64_and_waits_for_nothing(device, shape, dtype):
     """More than one tile of classes, and of rows; no worse than whole logits in the same dtype."""
     n_rows, n_features, n_classes = shape
-    tiles = _head.choose_tiles(n_rows, n_classes, device)
+    tiles = tiled_head.choose_tiles(n_rows, n_classes, device)
     assert tiles.classes < n_classes or tiles.rows < n_rows
     _, target, log_prior = make(n_rows, n_classes, dtype, device)
     features = torch.randn(n_rows, n_features, device=device).to(dtype).requires_grad_()

@@ -22,12 +22,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_la import PairwiseMargin, logit_adjusted_cross_entropy, margin_cross_entropy
-from fused_la._problem import Problem
+from fused_la._call.problem import Problem
 
 pytest.importorskip("triton")
 # Modules, where the package holds functions of the same names.
 choosing, passes, variants = (
-    importlib.import_module(f"fused_la._triton.{name}") for name in ("launch", "passes", "variants")
+    importlib.import_module(f"fused_la._triton.{name}") for name in ("launch_config", "loss", "variants")
 )
 H100, SMALL = choosing.Device(132, 50 << 20), choosing.Device(1, 50 << 20)
 KINDS = ["label", "weighted labels", "smoothing and weights", "probabilities"]

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-import fused_la._blocks
+import fused_la._tiled.blocks
 from fused_la import logit_adjusted_cross_entropy
 
 LIMIT = 2**31
@@ -230,7 +230,7 @@ def test_one_row_of_more_than_2_31_classes(tmp_path, device):
     upstream = 2.0**14
     (gradient,) = torch.autograd.grad(loss, logits, torch.tensor(upstream, device=device))
 
-    n_parts = math.ceil(n_classes / fused_la._blocks.BLOCK_ELEMENTS)  # summed in order: half an ulp each at worst
+    n_parts = math.ceil(n_classes / fused_la._tiled.blocks.BLOCK_ELEMENTS)  # summed in order: half an ulp each at worst
     tolerance = n_parts * torch.finfo(torch.float32).eps
     assert abs(loss.item() / math.log1p(rest) - 1) < tolerance
     half = torch.finfo(torch.float16)
@@ -286,7 +286,7 @@ def test_blocked_takes_the_memory_of_one_block_beyond_the_gradient(dtype, learne
     assert reference_peak > 3 * whole, "the measurement sees temporaries"
 
     gradient = logits.numel() * logits.element_size()
-    block = fused_la._blocks.BLOCK_ELEMENTS * compute_size
+    block = fused_la._tiled.blocks.BLOCK_ELEMENTS * compute_size
     vectors = 8 * 8 * (n_rows + n_classes)  # a few numbers a row and a class
     assert vectors + block < whole
     peak, largest = peak_memory(lambda: step("blocked"), tmp_path / "blocked.json")

@@ -14,10 +14,10 @@ import pytest
 import torch
 from conftest import DEVICE
 
-from fused_la._problem import Problem
+from fused_la._call.problem import Problem
 
 pytest.importorskip("triton")
-choosing = importlib.import_module("fused_la._triton.launch")
+choosing = importlib.import_module("fused_la._triton.launch_config")
 operands = importlib.import_module("fused_la._triton.operands")
 Device, Layout = choosing.Device, choosing.Layout
 

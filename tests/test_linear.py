@@ -21,13 +21,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fused_la
 from fused_la import (
     LogitAdjustedLinear,
-    _head,
     linear_logit_adjusted_cross_entropy,
     linear_margin_cross_entropy,
     log_prior_from_counts,
     margin_cross_entropy,
     margins,
 )
+from fused_la._tiled import head as tiled_head
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}  # float64 on both sides
 
@@ -44,7 +44,9 @@ def unwritten_is_nan():
 def small_tiles(monkeypatch, request):
     """Tiles of 3 rows and 7 classes; of 13 for the interpreter of kernels, which takes its time for each."""
     widest = 13 if "triton" in request.node.name else 7
-    monkeypatch.setattr(_head, "choose_tiles", lambda n, c, device: _head.Tiles(max(1, min(n, 3)), min(c, widest)))
+    monkeypatch.setattr(
+        tiled_head, "choose_tiles", lambda n, c, device: tiled_head.Tiles(max(1, min(n, 3)), min(c, widest))
+    )
 
 
 def make_head(
@@ -134,7 +136,7 @@ def test_margins_are_those_of_whole_logits(impl, preset, kind):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_no_part_is_less_accurate_than_whole_logits(impl, dtype, monkeypatch):
     """Half precision is better: logits are not rounded, and gradients add up in float32 over all tiles."""
-    monkeypatch.setattr(_head, "choose_tiles", lambda n, c, device: _head.Tiles(4, 32))
+    monkeypatch.setattr(tiled_head, "choose_tiles", lambda n, c, device: tiled_head.Tiles(4, 32))
     n, d, c = 9, 16, 150
     features, weight, bias, log_prior = (t.detach().to(dtype).requires_grad_() for t in make_head(n, d, c, spread=0.5))
     log_prior = log_prior.detach().float().requires_grad_()
@@ -350,7 +352,7 @@ class Allocations(TorchDispatchMode):
 def test_no_tensor_is_larger_than_a_tile_or_a_gradient(impl, kind, monkeypatch):
     if impl == "reference":
         pytest.skip("makes whole logits, as it says")
-    monkeypatch.setattr(_head, "choose_tiles", lambda n, c, device: _head.Tiles(min(n, 8), 16))
+    monkeypatch.setattr(tiled_head, "choose_tiles", lambda n, c, device: tiled_head.Tiles(min(n, 8), 16))
     n, d, c = 10, 3, 150
     features, weight, bias, log_prior = make_head(n, d, c)
     options = make_target(kind, n, c)
@@ -386,10 +388,10 @@ def test_only_the_gradients_asked_for_are_made(impl, wanted):
 
 
 def test_tiles_stay_in_their_budget_and_cover_what_there_is():
-    for device, (elements, most_rows) in (("cpu", _head._CPU_TILE), ("cuda", _head._GPU_TILE)):
+    for device, (elements, most_rows) in (("cpu", tiled_head._CPU_TILE), ("cuda", tiled_head._GPU_TILE)):
         for n in (0, 1, 2, 63, 64, 256, 1000, 1024, 1025, 4096, 100_000):
             for c in (1, 127, 128, 1000, 8142, 100_000, 10_000_000):
-                rows, classes = _head.choose_tiles(n, c, device)
+                rows, classes = tiled_head.choose_tiles(n, c, device)
                 assert 1 <= rows <= max(1, min(n, most_rows))
                 assert 1 <= classes <= c
                 assert rows * classes <= elements
@@ -403,7 +405,7 @@ def test_real_tiles_have_more_than_one_piece(impl):
     if impl != "blocked":
         pytest.skip("the interpreter would take minutes")
     n, c = 3, 1_500_001
-    assert _head.choose_tiles(n, c, "cpu").classes < c
+    assert tiled_head.choose_tiles(n, c, "cpu").classes < c
     features, weight, _, log_prior = make_head(n, 2, c, torch.float32, spread=1.0)
     target = torch.tensor([0, 1_500_000, 1_398_100])
     loss = linear_logit_adjusted_cross_entropy(features, weight, target, log_prior)
@@ -599,7 +601,7 @@ def test_the_module_is_a_linear_layer_and_its_loss(cosine):
 
 
 def test_prediction_goes_over_tiles_and_takes_the_first_of_equals_and_nan(monkeypatch):
-    monkeypatch.setattr(_head, "choose_tiles", lambda n, c, device: _head.Tiles(2, 4))
+    monkeypatch.setattr(tiled_head, "choose_tiles", lambda n, c, device: tiled_head.Tiles(2, 4))
     head = LogitAdjustedLinear(2, torch.ones(11), bias=False, device=DEVICE)
     with torch.no_grad():
         head.weight.copy_(torch.randn(11, 2))

@@ -23,7 +23,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torchmetrics import MetricCollection, wrappers
 from torchmetrics.classification import MulticlassAccuracy, MulticlassRecall
 
-from fused_la import _checks, metrics
+from fused_la import metrics
+from fused_la._call import checks
 from fused_la.metrics import BalancedError, shot_groups
 from fused_la.posthoc import TauSweep
 
@@ -181,7 +182,7 @@ def test_uint8_labels_are_not_compared_in_uint8(kind):
 
 
 def test_labels_that_only_a_gpu_holds_are_found_by_compute(monkeypatch):
-    monkeypatch.setattr(_checks, "label_ends", lambda labels: (None, None))
+    monkeypatch.setattr(checks, "label_ends", lambda labels: (None, None))
     metric = BalancedError(COUNTS)
     metric.update(torch.tensor([0, 1, 1]), torch.tensor([0, 6, -1]))
     with pytest.raises(

@@ -24,7 +24,7 @@ from torch.nn.parallel import DataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import PretrainedConfig, PreTrainedModel
 
-import fused_la._blocked
+import fused_la._cpu.loss
 import fused_la._triton
 import fused_la.reference
 from fused_la import (
@@ -737,7 +737,7 @@ def test_a_head_predicts_no_class_that_takes_no_part(bias, cosine):
 def test_impl_of_the_module_is_the_one_that_runs(impl, monkeypatch):
     places = {
         "reference": (fused_la.reference, "loss_rows"),
-        "blocked": (fused_la._blocked, "forward"),
+        "blocked": (fused_la._cpu.loss, "forward"),
         "triton": (fused_la._triton, "forward"),
     }
     ran = []

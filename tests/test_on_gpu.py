@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from fused_la import logit_adjusted_cross_entropy
-from fused_la._problem import Problem
+from fused_la._call.problem import Problem
 
 ROOT = Path(__file__).parents[1]
 COMMAND = ["bash", str(ROOT / "benchmarks" / "on_gpu.sh")]
@@ -415,7 +415,7 @@ def test_speed_is_measured_in_order_of_value(benchmarks):
 
 
 def test_what_is_timed_as_streaming_streams(benchmarks):
-    passes = importlib.import_module("fused_la._triton.passes")
+    passes = importlib.import_module("fused_la._triton.loss")
 
     def kernel():
         logits, target = torch.zeros(2, 300), torch.zeros(2, dtype=torch.int64)

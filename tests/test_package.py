@@ -140,87 +140,46 @@ def test_metrics_are_an_attribute_of_the_package():
 
 # Imports --------------------------------------------------------------------------------------------------------------
 
-# What a module may import from the package, inside functions too. `_triton` stands for all its modules.
+# Rooms, folders and single files, from the top down: an import goes to a room further down, or stays in its room.
+LAYERS = [
+    {"__init__"},
+    {"loss", "linear", "prior", "posthoc", "metrics", "distributed"},
+    {"_evaluation"},
+    {"_class_parallel"},
+    {"_autograd"},
+    {"_cpu", "_triton"},
+    {"_tiled", "reference"},
+    {"margins", "_modules"},
+    {"_call"},
+]
+# What a room imports, inside functions too.
 MAY_IMPORT = {
-    "__init__": {"distributed", "linear", "loss", "margins", "posthoc", "metrics", "prior"},
-    "loss": {
-        "_checks",
-        "_autograd",
-        "_call",
-        "_choice",
-        "_dtensor",
-        "_margin",
-        "_options",
-        "_transforms",
-        "reference",
-        "_problem",
-    },
-    "linear": {
-        "_checks",
-        "_call",
-        "_choice",
-        "_dtensor",
-        "_head",
-        "_head_autograd",
-        "_head_call",
-        "_margin",
-        "_options",
-        "_problem",
-    },
-    "distributed": {"_agreement", "_call", "_checks", "_margin", "_no_classes"},
-    "_dtensor": {"distributed", "_checks", "_head", "_head_call", "_margin", "_ranks"},
-    "_agreement": {
-        "_autograd",
-        "_call",
-        "_checks",
-        "_choice",
-        "_head_call",
-        "_margin",
-        "_problem",
-        "_ranks",
-        "_shards",
-        "_values",
-    },
-    "_no_classes": {"_call", "_checks", "_head_call", "_margin"},
-    "_shards": {"_blocks", "_head", "_problem", "_ranks", "_rows"},
-    "_ranks": set(),
-    "_head_call": {"_checks"},
-    "_call": {"_checks", "_margin", "_problem"},
-    "_choice": {"_autograd", "_call", "_checks", "_transforms", "_triton", "_values"},
-    "_options": {"_checks", "_margin", "_values", "prior"},
-    "margins": {"_checks", "_consistency", "_margin", "_values"},
-    "_consistency": {"_checks", "_margin", "_values"},
-    "_margin": {"_checks"},
-    "posthoc": {"_checks", "_problem", "_sweep", "_values"},
-    "metrics": {"_checks", "_per_class", "_values"},
-    "prior": {"_ranks", "_values"},
-    "_sweep": {"_checks", "_problem", "_argmax", "_triton", "_per_class", "_values", "prior"},
-    "_per_class": {"_values", "prior"},
-    "_checks": {"_values"},
-    "_values": set(),
-    "_autograd": {"reference", "_problem", "_values"},  # and implementations by name, see below
-    "_head_autograd": {"_autograd", "_head", "reference", "_problem", "_values"},
-    "_head": {"_blocks", "_problem", "_rows"},  # and epilogues of implementations by name
-    "_transforms": {"_autograd", "reference", "_problem"},
-    "reference": {"_problem"},
-    "_blocked": {"_one_label", "_problem", "_blocks", "_rows"},
-    "_one_label": {"_blocks", "_problem", "_values"},
-    "_blocked_head": {"_blocked", "_blocks", "_rows"},
-    "_rows": {"_problem", "_blocks"},
-    "_argmax": {"_blocks", "_values"},
-    "_blocks": {"_problem"},
-    "_triton": {"_blocks", "_problem", "_rows", "_triton"},
-    "_problem": set(),
+    "__init__": {"distributed", "linear", "loss", "margins", "metrics", "posthoc", "prior"},
+    "loss": {"_autograd", "_call", "_class_parallel", "_modules", "reference"},
+    "linear": {"_autograd", "_call", "_class_parallel", "_modules", "_tiled"},
+    "prior": {"_call", "_class_parallel"},
+    "posthoc": {"_call", "_evaluation"},
+    "metrics": {"_call", "_evaluation"},
+    "distributed": {"_call", "_class_parallel"},
+    "_evaluation": {"_call", "_class_parallel", "_tiled", "_triton"},
+    "_class_parallel": {"_autograd", "_call", "_tiled"},
+    "_autograd": {"_call", "_tiled", "_triton", "reference"},  # and implementations by name, see below
+    "_cpu": {"_call", "_tiled"},
+    "_triton": {"_call", "_tiled"},
+    "_tiled": {"_call"},
+    "reference": {"_call"},
+    "margins": {"_call"},
+    "_modules": {"_call"},
+    "_call": set(),
 }
-# What a module may import beyond PyTorch, NumPy and Triton; without its extra, importing the package still works.
-OPTIONAL = {"metrics": {"torchmetrics"}, "_sweep": {"matplotlib"}}
-# Modules that import others by a name that they make up.
-MAY_IMPORT_BY_NAME = {"_autograd", "_head"}
-IMPLEMENTATIONS = {"reference", "_blocked", "_blocked_head", "_argmax", "_triton"}
+# What a file may import beyond PyTorch, NumPy and Triton; without its extra, importing the package still works.
+OPTIONAL = {"fused_la.metrics": {"torchmetrics"}, "fused_la._evaluation.tau_sweep": {"matplotlib"}}
+# The file that imports others by a name that it makes up.
+IMPORTS_BY_NAME = "fused_la._autograd.loss"
 
 
-def unit_of(module):
-    """The row of MAY_IMPORT that "fused_la._triton.forward" and the like belong to."""
+def room_of(module):
+    """The row of MAY_IMPORT that "fused_la._triton.loss" and the like belong to."""
     parts = module.split(".")
     return parts[1] if len(parts) > 1 else "__init__"
 
@@ -258,62 +217,61 @@ def imports_of(source):
             yield name, id(node) not in in_functions and id(node) not in typing_only
 
 
+def imported_by(source):
+    """The modules of the package that a file imports."""
+    return {name for name, _ in imports_of(source) if name.partition(".")[0] == "fused_la"}
+
+
 @pytest.mark.parametrize("source", SOURCES, ids=module_of)
 def test_imports_follow_the_one_arrow(source):
-    unit = unit_of(module_of(source))
-    assert unit in MAY_IMPORT, "a new module: say in MAY_IMPORT what it may import"
-    inside = {unit_of(name) for name, _ in imports_of(source) if name.partition(".")[0] == "fused_la"}
-    assert inside <= MAY_IMPORT[unit]
+    room = room_of(module_of(source))
+    assert room in MAY_IMPORT, "a new room: say in LAYERS and MAY_IMPORT where it stands"
+    assert {room_of(name) for name in imported_by(source)} - {room} <= MAY_IMPORT[room]
 
 
-def test_the_arrow_has_no_way_back():
-    """Nothing imports the door, implementations import neither one another nor what calls them, there is no circle."""
-    above = {
-        "__init__",
-        "loss",
-        "linear",
-        "posthoc",
-        "metrics",
-        "_sweep",
-        "_autograd",
-        "_head_autograd",
-        "_head",
-        "_checks",
-    }
-    for implementation in IMPLEMENTATIONS:
-        own = {implementation, implementation.removesuffix("_head")}
-        assert not MAY_IMPORT[implementation] & (above | IMPLEMENTATIONS - own)
-    below = {}
-    while len(below) < len(MAY_IMPORT):
-        placed = {
-            unit for unit, imports in MAY_IMPORT.items() if unit not in below and imports - {unit} <= below.keys()
-        }
-        assert placed, f"a circle among {MAY_IMPORT.keys() - below.keys()}"
-        below |= dict.fromkeys(placed)
+def test_the_arrow_points_down():
+    """No room imports one of its own layer or above: implementations neither one another nor what calls them."""
+    depth = {room: i for i, layer in enumerate(LAYERS) for room in layer}
+    assert depth.keys() == MAY_IMPORT.keys()
+    assert [(room, below) for room, rooms in MAY_IMPORT.items() for below in rooms if depth[below] <= depth[room]] == []
+
+
+def test_files_import_one_another_in_no_circle():
+    imports = {module_of(source): imported_by(source) for source in SOURCES}
+    below = set()
+    while len(below) < len(imports):
+        placed = {module for module, names in imports.items() if module not in below and names - {module} <= below}
+        assert placed, f"a circle among {imports.keys() - below}"
+        below |= placed
 
 
 def test_the_table_of_imports_has_no_entry_that_is_not_used():
     """Or it would come to allow everything."""
-    used = {unit: set() for unit in MAY_IMPORT}
+    used = {room: set() for room in MAY_IMPORT}
     for source in SOURCES:
-        inside = {unit_of(name) for name, _ in imports_of(source) if name.partition(".")[0] == "fused_la"}
-        used[unit_of(module_of(source))] |= inside
+        room = room_of(module_of(source))
+        used[room] |= {room_of(name) for name in imported_by(source)} - {room}
     assert used == MAY_IMPORT
+
+
+@pytest.mark.parametrize("source", [source for source in SOURCES if source.parent != PACKAGE], ids=module_of)
+def test_the_name_of_a_file_does_not_repeat_its_folder(source):
+    assert source.parent.name.strip("_") not in source.stem or source.stem == "__init__"
 
 
 def test_only_the_kernels_import_triton_and_only_functions_import_the_kernels():
     for source in SOURCES:
-        if unit_of(module_of(source)) == "_triton":
+        if room_of(module_of(source)) == "_triton":
             continue
         for name, at_import in imports_of(source):
             assert name.partition(".")[0] != "triton", source
-            assert not (at_import and unit_of(name) == "_triton" and name.startswith("fused_la")), source
+            assert not (at_import and room_of(name) == "_triton" and name.startswith("fused_la")), source
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=module_of)
 def test_the_package_needs_pytorch_numpy_and_triton_alone(source):
     outside = {name.partition(".")[0] for name, _ in imports_of(source)} - set(sys.stdlib_module_names)
-    allowed = {"fused_la", "torch", "numpy", "triton"} | OPTIONAL.get(unit_of(module_of(source)), set())
+    allowed = {"fused_la", "torch", "numpy", "triton"} | OPTIONAL.get(module_of(source), set())
     assert outside <= allowed, "in particular no tests, benchmarks, examples"
 
 
@@ -321,7 +279,7 @@ def test_the_package_needs_pytorch_numpy_and_triton_alone(source):
 def test_only_the_dispatch_imports_by_name(source):
     called = {ast.unparse(node.func) for node in ast.walk(ast.parse(source.read_text())) if isinstance(node, ast.Call)}
     by_name = {name for name in called if name.rpartition(".")[2] in ("import_module", "__import__", "exec", "eval")}
-    assert not by_name or unit_of(module_of(source)) in MAY_IMPORT_BY_NAME
+    assert not by_name or module_of(source) == IMPORTS_BY_NAME
 
 
 # Names and signatures -------------------------------------------------------------------------------------------------
@@ -506,4 +464,4 @@ def test_examples_in_docstrings_run(name):
 
 
 def test_modules_with_examples_are_all_modules_but_the_kernels():
-    assert set(modules_with_examples()) == {m for m in map(module_of, SOURCES) if unit_of(m) != "_triton"}
+    assert set(modules_with_examples()) == {m for m in map(module_of, SOURCES) if room_of(m) != "_triton"}

@@ -22,7 +22,9 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_la
-from fused_la import _argmax, _checks, log_prior_from_counts
+from fused_la import log_prior_from_counts
+from fused_la._call import checks
+from fused_la._evaluation import argmax
 from fused_la._triton.argmax import MAX_TAUS, TILE, launch_argmax
 from fused_la.posthoc import TauSweep, adjust_logits, divide_by_prior, estimate_prior, normalize_classifier
 
@@ -36,7 +38,7 @@ no_deadline = settings(deadline=None)  # the first example pays for PyTorch's st
 
 
 def along_classes(vector, logits):
-    return vector.reshape([-1 if d == _checks.class_dim(logits) else 1 for d in range(logits.dim())])
+    return vector.reshape([-1 if d == checks.class_dim(logits) else 1 for d in range(logits.dim())])
 
 
 def ulps(result, exact):
@@ -398,7 +400,7 @@ def predict(request, device):
     """(predict, device): the two implementations, each where it runs."""
     if request.param == "kernel":
         return launch_argmax, device
-    return _argmax.predict, "cpu"
+    return argmax.predict, "cpu"
 
 
 def expected_predictions(logits, scale, offset):
@@ -459,7 +461,7 @@ def test_ties_nan_infinities_and_classes_out_are_argmax(row, out, dtype):
     """Ties to the lowest class, -0 equal to 0, the first NaN above everything, and a class at -inf out."""
     logits = torch.tensor([[row]], dtype=dtype)
     offset = torch.tensor([[0.0] * len(row), out], dtype=dtype)
-    for run in (_argmax.predict, launch_argmax) if not torch.cuda.is_available() else (_argmax.predict,):
+    for run in (argmax.predict, launch_argmax) if not torch.cuda.is_available() else (argmax.predict,):
         check_predictions((run, "cpu"), logits, None, offset)
         check_predictions((run, "cpu"), logits, torch.ones_like(offset), offset)
         check_predictions((run, "cpu"), logits, torch.ones_like(offset), None)  # no sum that would make -0 to 0
@@ -477,7 +479,7 @@ def test_ties_across_tiles_go_to_the_lowest_class(predict):
 
 def test_blocks_bound_the_memory_and_change_no_prediction(monkeypatch):
     logits, offset = torch.randn(6, 7, 10).half(), torch.randn(5, 10)
-    whole = _argmax.predict(logits, None, offset)
+    whole = argmax.predict(logits, None, offset)
     given = {tensor.untyped_storage().data_ptr() for tensor in (logits, offset)}
     largest = 0
 
@@ -490,9 +492,9 @@ def test_blocks_bound_the_memory_and_change_no_prediction(monkeypatch):
                 largest = max(largest, own * result.numel())
             return result
 
-    monkeypatch.setattr(_argmax, "BLOCK_ELEMENTS", 80)
+    monkeypatch.setattr(argmax, "BLOCK_ELEMENTS", 80)
     with Sizes():
-        blocked = _argmax.predict(logits, None, offset)
+        blocked = argmax.predict(logits, None, offset)
     assert torch.equal(blocked, whole)
     assert 0 < largest <= 40  # half of a block, with the logits in the other half; 420 elements in all
 
@@ -664,7 +666,7 @@ def test_ignored_labels_are_not_counted():
 
 def test_labels_that_only_a_gpu_holds_are_found_when_counts_are_read(monkeypatch):
     """Where looking at values would synchronise, they are counted apart."""
-    monkeypatch.setattr(_checks, "label_ends", lambda labels: (None, None))
+    monkeypatch.setattr(checks, "label_ends", lambda labels: (None, None))
     sweep = TauSweep(torch.zeros(2), [0.0, 1.0], split="val")
     sweep.update(torch.eye(2), torch.tensor([0, -100]))
     assert sweep.counts()[1].tolist() == [1, 0]

@@ -26,9 +26,10 @@ from hypothesis import strategies as st
 
 import fused_la.prior
 from fused_la import LogitAdjustedCrossEntropyLoss, LogitAdjustedLinear
+from fused_la._class_parallel.exchange import sum_over_group
 from fused_la.metrics import BalancedError, shot_groups
 from fused_la.posthoc import TauSweep
-from fused_la.prior import count_classes, log_prior_from_counts, sum_over_group
+from fused_la.prior import count_classes, log_prior_from_counts
 
 TORCH_INTEGERS = [getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)]
 TORCH_FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-import fused_la._blocked
-import fused_la._blocks
-import fused_la._one_label
+import fused_la._cpu.loss
+import fused_la._cpu.single_label
+import fused_la._tiled.blocks
 from fused_la import logit_adjusted_cross_entropy
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -375,7 +375,7 @@ def test_bits_of_blocked_do_not_depend_on_the_number_of_threads(cpu, threads, n_
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("ignored", [-100, 2])
 def test_a_label_to_ignore_may_come_in_a_later_block(cpu, monkeypatch, reduction, ignored):
-    monkeypatch.setattr(fused_la._blocks, "BLOCK_ELEMENTS", 20)  # four rows
+    monkeypatch.setattr(fused_la._tiled.blocks, "BLOCK_ELEMENTS", 20)  # four rows
     problem = wide_problem(cpu, torch.float64, 11, 5)
     problem = problem._replace(target=problem.target.index_fill(0, torch.tensor([6, 10]), ignored))
     problem.options["ignore_index"] = ignored
@@ -395,8 +395,8 @@ def test_row_bits_of_blocked_do_not_depend_on_its_block(cpu, threads, monkeypatc
     threads(4)
     problem = wide_problem(cpu, dtype, 7, n_classes, options)
     outcomes, n_blocks = [], []
-    blocks = fused_la._blocked.row_blocks
-    for module, name in ((fused_la._blocked, "_reduce_block"), (fused_la._one_label, "_sums")):
+    blocks = fused_la._cpu.loss.row_blocks
+    for module, name in ((fused_la._cpu.loss, "_reduce_block"), (fused_la._cpu.single_label, "_sums")):
         original = getattr(module, name)
 
         def counted(*arguments, of_block=original):
@@ -405,11 +405,11 @@ def test_row_bits_of_blocked_do_not_depend_on_its_block(cpu, threads, monkeypatc
 
         monkeypatch.setattr(module, name, counted)
     for height in (4, 6, 7):
-        for module in (fused_la._blocked, fused_la._one_label):
+        for module in (fused_la._cpu.loss, fused_la._cpu.single_label):
             monkeypatch.setattr(
                 module, "row_blocks", lambda n_outer, n_inner, _, height=height: blocks(n_outer, n_inner, height)
             )
-            choose = fused_la._blocks.choose_blocking
+            choose = fused_la._tiled.blocks.choose_blocking
             monkeypatch.setattr(
                 module,
                 "choose_blocking",
@@ -431,7 +431,7 @@ def test_row_bits_of_blocked_do_not_depend_on_the_batch_where_a_row_takes_severa
     cpu, threads, monkeypatch, n_classes, block_elements, dtype, options
 ):
     threads(4)
-    monkeypatch.setattr(fused_la._blocks, "BLOCK_ELEMENTS", block_elements)
+    monkeypatch.setattr(fused_la._tiled.blocks, "BLOCK_ELEMENTS", block_elements)
     problem = wide_problem(cpu, dtype, 5, n_classes, options)
     loss, gradient = problem.outcome("blocked")
     for row in (0, 3, 4):

@@ -5,8 +5,6 @@ one of three things to the package: reverse mode (a graph at its level), forward
 and what breaks is their nesting: a tangent that is not seen below a graph, a graph that is not seen below a batch.
 """
 
-import importlib
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +13,7 @@ from torch.func import grad, grad_and_value, hessian, jacfwd, jacrev, jvp, linea
 from torch.testing import assert_close
 
 from fused_la import logit_adjusted_cross_entropy
+from fused_la._autograd.loss import implementation
 
 # PyTorch scripts a few of its own formulas when forward mode is first used.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is")
@@ -278,7 +277,7 @@ def test_images_may_be_batched_over_any_dimension(impl, device, log_prior):
 @pytest.fixture
 def passes(impl, monkeypatch):
     """What the implementation is called for: ("forward" or "backward", rows) of each call."""
-    module, calls = importlib.import_module(f"fused_la._{impl}"), []
+    module, calls = implementation(impl), []
 
     def recorded(name, run):
         def call(problem, *arguments):

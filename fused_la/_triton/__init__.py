@@ -1,5 +1,8 @@
-"""The loss and its gradient as Triton kernels; imported only when they are used."""
+"""The GPU implementation, `impl="triton"`: the loss and its gradient as Triton kernels; imported only when used."""
 
-from fused_la._triton.passes import backward, forward
+from fused_la._triton.head import Epilogue
+from fused_la._triton.loss import backward, forward
 
-__all__ = ["backward", "forward"]
+CLASS_MAJOR = False  # a head's tiles of logits lie row by row
+
+__all__ = ["CLASS_MAJOR", "Epilogue", "backward", "forward"]

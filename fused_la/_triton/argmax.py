@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_la._triton.launch import cdiv, is_on_current_device, next_power_of_2
+from fused_la._triton.launch_config import cdiv, is_on_current_device, next_power_of_2
 from fused_la._triton.tiles import NUMBERS, row_offsets, triton_dtype
 from fused_la._triton.variants import variant
 

@@ -15,12 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_la._blocks import Block
-from fused_la._rows import Part, Rows, State
+from fused_la._tiled.blocks import Block
+from fused_la._tiled.softmax import Part, Rows, State
 from fused_la._triton import tiles
-from fused_la._triton.launch import VECTOR_BYTES, cdiv, device_of, is_on_current_device
+from fused_la._triton.epilogue import Row, store_gradient, tile_gradient
+from fused_la._triton.launch_config import VECTOR_BYTES, cdiv, device_of, is_on_current_device
 from fused_la._triton.operands import vectors_of
-from fused_la._triton.row import Row, store_gradient, tile_gradient
 from fused_la._triton.softmax import exp, join, load_part, part_of, store_part
 from fused_la._triton.targets import dense_mass
 from fused_la._triton.tiles import NUMBERS, Call, Tile, adjust, float_bits, load_z, scalar, triton_dtype, whole_vectors

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_la._problem import Problem
-from fused_la._triton.launch import VECTOR_BYTES, Layout, layout_of
+from fused_la._call.problem import Problem
+from fused_la._triton.launch_config import VECTOR_BYTES, Layout, layout_of
 from fused_la._triton.tiles import Vectors, triton_dtype
 
 PLANS = 1024  # that are kept of each pass

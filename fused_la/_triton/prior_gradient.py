@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fused_la._triton.row import full_form
+from fused_la._triton.epilogue import full_form
 from fused_la._triton.softmax import exp
 from fused_la._triton.targets import dense_mass, load_label, shares
 from fused_la._triton.tiles import NUMBERS, Call, Rows, Tile, across, load_classes, load_z, row_offsets, scalar

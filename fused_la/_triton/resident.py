@@ -25,7 +25,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fused_la._triton.row import Row, checked_rest, row_loss, store_gradient, store_label_gradients, tile_gradient
+from fused_la._triton.epilogue import Row, checked_rest, row_loss, store_gradient, store_label_gradients, tile_gradient
 from fused_la._triton.softmax import exp, mass_of
 from fused_la._triton.targets import dense_mass, read_label, shares
 from fused_la._triton.tiles import (

@@ -16,7 +16,7 @@ import triton
 from triton import knobs
 from triton.runtime import driver
 
-from fused_la._triton.launch import AS_WRITTEN
+from fused_la._triton.launch_config import AS_WRITTEN
 
 MOST = 1024  # that are kept; of one that is dropped Triton finds what it compiled
 

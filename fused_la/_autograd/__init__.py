@@ -1,0 +1,1 @@
+"""Where the losses meet autograd, torch.func and torch.compile, and which implementation runs."""

@@ -1,0 +1,259 @@
+"""Where a head and its loss meet autograd and torch.compile, as `_autograd.py` is for losses of logits.
+
+Second derivatives come from the reference formula, over whole logits.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
+
+from fused_la import reference
+from fused_la._autograd.loss import differentiable_gradient, under_transform
+from fused_la._call.problem import Problem
+from fused_la._call.values import is_recorded
+from fused_la._tiled import head as tiled_head
+from fused_la._tiled.head import Gradients, Head, Saved, rowless_logits
+
+_N_FIELDS = len(Problem._fields) - 1  # but for the logits
+
+
+def fused_head_loss(head: Head, problem: Problem, reduction: str, impl: str) -> Tensor:
+    """The reduced loss, or (N, 1) rows, by the implementation named `impl`."""
+    if is_recorded(head.features):
+        if not torch.compiler.is_compiling() and "torch.utils.flop_counter" in sys.modules:
+            _count_products()
+        # An operator's float is a constant of the graph: multiplied outside, tau may change without a recompilation.
+        fields = problem._replace(log_prior=problem.offset(), tau=1.0)[1:]
+        return _forward_op(*head, *fields, reduction, impl)[0]
+    return _HeadLoss.apply(impl, reduction, *head, *problem[1:])
+
+
+def head_formula(features: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem) -> tuple[Tensor, Tensor]:
+    """Losses (N, 1) and row weights of whole logits, by the reference."""
+    return reference.loss_rows(problem._replace(logits=head_logits(features, weight, bias).unsqueeze(1)))
+
+
+def head_logits(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if bias is None or bias.dtype == features.dtype or torch.is_autocast_enabled(features.device.type):
+        return F.linear(features, weight, bias)
+    # Which F.linear would refuse.
+    logits, wide = F.linear(features, weight), torch.promote_types(features.dtype, torch.float32)
+    return logits.to(wide) + bias.to(wide)
+
+
+class _HeadLoss(torch.autograd.Function):
+    """(impl, reduction, features, weight, bias, product_dtype, log_prior, the other fields of a problem)."""
+
+    @staticmethod
+    def forward(ctx: Any, impl: str, reduction: str, *fields: Any) -> Tensor:
+        head, problem = _of_fields(fields)
+        loss, saved = _run_forward(head, problem, reduction, impl)
+        _save(ctx, fields, saved, reduction, impl)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple:
+        fields, saved = _saved(ctx)
+        head, problem = _of_fields(fields)
+        grad_rows = _over_rows(grad_outputs[0], saved, ctx.reduction)
+        needs = ctx.needs_input_grad[2:]
+        wanted = (needs[0], needs[1], needs[2], needs[4])
+        recorded = torch.compiler.is_compiling() or torch.is_grad_enabled()  # by compiled autograd, for a second one
+        if recorded or under_transform() or is_legacy_batchedtensor(grad_rows):
+            grads = _differentiable_gradients(head, problem, grad_rows, wanted)
+        else:
+            grads = _run_backward(head, problem, saved, grad_rows, wanted, ctx.impl)
+        return None, None, *grads[:3], None, grads.log_prior, *(None,) * (_N_FIELDS - 1)
+
+
+def _of_fields(fields: Any) -> tuple[Head, Problem]:
+    head = Head(*fields[:4])
+    return head, Problem(rowless_logits(head), *fields[4:])
+
+
+def _run_forward(head: Head, problem: Problem, reduction: str, impl: str) -> tuple[Tensor, Saved]:
+    with torch.autocast(head.features.device.type, enabled=False):  # the product's dtype has been chosen
+        return tiled_head.forward(head, problem, reduction, impl)
+
+
+def _run_backward(
+    head: Head, problem: Problem, saved: Saved, grad_rows: Tensor, wanted: tuple[bool, bool, bool, bool], impl: str
+) -> Gradients:
+    with torch.autocast(head.features.device.type, enabled=False):
+        grads = tiled_head.backward(head, problem, saved, grad_rows, wanted, impl)
+    features = grads.features
+    return grads if features is None else grads._replace(features=features.to(head.features.dtype))
+
+
+def _over_rows(grad_loss: Tensor, saved: Saved, reduction: str) -> Tensor:
+    """The upstream gradient of every row, over the mean's denominator."""
+    grad_rows = grad_loss.resolve_neg() if reduction == "none" else grad_loss.expand(saved.state.shape[1:])
+    return grad_rows / saved.normalizer if reduction == "mean" else grad_rows
+
+
+def _save(ctx: Any, fields: Any, saved: Saved, reduction: str, impl: str) -> None:
+    ctx.scalars = [None if isinstance(field, Tensor) else field for field in fields]
+    ctx.save_for_backward(*(field if isinstance(field, Tensor) else None for field in fields), *saved)
+    ctx.reduction, ctx.impl = reduction, impl
+
+
+def _saved(ctx: Any) -> tuple[list[Any], Saved]:
+    tensors, n_saved = ctx.saved_tensors, len(Saved._fields)
+    fields = zip(tensors[:-n_saved], ctx.scalars, strict=True)
+    return [tensor if tensor is not None else value for tensor, value in fields], Saved(*tensors[-n_saved:])
+
+
+def _differentiable_gradients(
+    head: Head, problem: Problem, grad_rows: Tensor, wanted: tuple[bool, bool, bool, bool]
+) -> Gradients:
+    """The gradients of the formula, as operations on `grad_rows` that autograd and batches of it pass through."""
+    features, weight, bias, dtype = head
+    operands = features.to(dtype), weight.to(dtype)
+    logits = head_logits(*operands, bias)
+    of_logits, of_prior = differentiable_gradient(problem._replace(logits=logits.unsqueeze(1)), grad_rows, "none")
+    of_logits = of_logits.squeeze(1)
+    of_features, of_weight, of_bias, _ = wanted
+    return Gradients(
+        (of_logits @ weight.to(of_logits.dtype)).to(features.dtype) if of_features else None,
+        (of_logits.mT @ features.to(of_logits.dtype)).to(weight.dtype) if of_weight else None,
+        of_logits.sum(0).to(bias.dtype) if of_bias and bias is not None else None,
+        of_prior,
+    )
+
+
+# torch.compile --------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("fused_la::head_forward", mutates_args=())
+def _forward_op(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    product_dtype: torch.dtype,
+    log_prior: Tensor | None,
+    target: Tensor,
+    target_weight: Tensor | None,
+    class_weight: Tensor | None,
+    mean_weight: Tensor | None,
+    smoothing_distribution: Tensor | None,
+    target_offset: Tensor | None,
+    scale: Tensor | None,
+    tau: float,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: str,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    head, problem = _of_fields(
+        (features, weight, bias, product_dtype, log_prior, target, target_weight, class_weight, mean_weight,
+         smoothing_distribution, target_offset, scale, tau, label_smoothing, ignore_index)
+    )  # fmt: skip
+    loss, saved = _run_forward(head, problem, reduction, impl)
+    return loss, saved.state, saved.classes, saved.z, saved.as_label, saved.normalizer
+
+
+@_forward_op.register_fake
+def _(features, weight, bias, product_dtype, log_prior, target, target_weight, class_weight, mean_weight,
+      smoothing_distribution, target_offset, scale, tau, label_smoothing, ignore_index, reduction, impl):  # fmt: skip
+    dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
+    n_rows, n_labels = features.shape[0], 1 if target.is_floating_point() else target.shape[-1]
+    at_labels = features.new_empty((n_rows, 1, n_labels), dtype=dtype)
+    return (
+        features.new_empty((n_rows, 1) if reduction == "none" else (), dtype=dtype),
+        features.new_empty((3, n_rows, 1), dtype=dtype),
+        torch.empty_like(at_labels, dtype=torch.int64),
+        at_labels,
+        features.new_empty(0, dtype=dtype) if target_offset is None else torch.empty_like(at_labels),
+        features.new_empty(0 if reduction == "none" else (), dtype=dtype),
+    )
+
+
+@torch.library.custom_op("fused_la::head_backward", mutates_args=())
+def _backward_op(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    product_dtype: torch.dtype,
+    log_prior: Tensor | None,
+    target: Tensor,
+    target_weight: Tensor | None,
+    class_weight: Tensor | None,
+    mean_weight: Tensor | None,
+    smoothing_distribution: Tensor | None,
+    target_offset: Tensor | None,
+    scale: Tensor | None,
+    tau: float,
+    label_smoothing: float,
+    ignore_index: int,
+    impl: str,
+    state: Tensor,
+    classes: Tensor,
+    z: Tensor,
+    as_label: Tensor,
+    grad_rows: Tensor,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    head, problem = _of_fields(
+        (features, weight, bias, product_dtype, log_prior, target, target_weight, class_weight, mean_weight,
+         smoothing_distribution, target_offset, scale, tau, label_smoothing, ignore_index)
+    )  # fmt: skip
+    saved = Saved(state, classes, z, as_label, z.new_empty(0))
+    of_features, of_weight, of_bias, of_prior = wanted
+    grads = _run_backward(head, problem, saved, grad_rows, (of_features, of_weight, of_bias, of_prior), impl)
+    none = [features.new_empty(0) for _ in grads]
+    full = [spare if grad is None else grad for grad, spare in zip(grads, none, strict=True)]
+    return full[0], full[1], full[2], full[3]
+
+
+@_backward_op.register_fake
+def _(features, weight, bias, product_dtype, log_prior, target, target_weight, class_weight, mean_weight,
+      smoothing_distribution, target_offset, scale, tau, label_smoothing, ignore_index,
+      impl, state, classes, z, as_label, grad_rows, wanted):  # fmt: skip
+    leaves = (features, weight, bias, log_prior)
+    return tuple(
+        torch.empty_like(leaf) if want else features.new_empty(0) for leaf, want in zip(leaves, wanted, strict=True)
+    )
+
+
+def _setup_op_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    *fields, reduction, impl = inputs
+    ctx.set_materialize_grads(False)
+    _save(ctx, tuple(fields), Saved(*output[1:]), reduction, impl)
+
+
+def _op_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple:
+    if grad_loss is None:
+        return (None,) * (4 + _N_FIELDS + 2)
+    fields, saved = _saved(ctx)
+    needs = ctx.needs_input_grad
+    wanted = [needs[0], needs[1], needs[2], needs[4]]
+    grad_rows = _over_rows(grad_loss, saved, ctx.reduction)
+    grads = _backward_op(*fields, ctx.impl, *saved[:4], grad_rows, wanted)
+    grads = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
+    return *grads[:3], None, grads[3], *(None,) * (_N_FIELDS - 1 + 2)
+
+
+_forward_op.register_autograd(_op_backward, setup_context=_setup_op_context)
+
+
+@functools.cache
+def _count_products() -> None:
+    """Tell PyTorch's counter of floating-point operations what products the two operators stand for."""
+    from torch.utils.flop_counter import register_flop_formula  # what nothing else here needs takes its time
+
+    def of_one(features: Any, weight: Any) -> int:
+        return 2 * features[0] * weight[0] * features[1]
+
+    register_flop_formula(torch.ops.fused_la.head_forward)(
+        lambda features, weight, *_, out_shape=None, **__: of_one(features, weight)
+    )
+    register_flop_formula(torch.ops.fused_la.head_backward)(
+        lambda features, weight, *others, out_shape=None, **__: of_one(features, weight) * (1 + sum(others[-1][:2]))
+    )

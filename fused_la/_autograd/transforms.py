@@ -1,0 +1,201 @@
+"""Where the implementations meet torch.func: batches fold into rows, so that `vmap(grad(loss))` runs the same kernels.
+
+Every row is its own loss, so a batch of problems is a problem with more rows. `_Rows` (row losses) and `_RowGradients`
+(their gradients, an operation of its own, since a batch may be taken of it alone) each have a rule that folds a batch
+and calls the implementation once. What does not fold, vectors over the classes that differ within a batch, and the
+gradient of a learned prior in a batch, is the reference formula's, and so are derivatives of target and weights and all
+second derivatives.
+
+Forward mode never comes here: the door hands it to the reference formula.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack
+from torch.autograd import forward_ad
+
+from fused_la import reference
+from fused_la._autograd.loss import differentiable_gradient, implementation, in_memory
+from fused_la._call.problem import Problem, read_labels, reduce_rows
+
+_N_FIELDS = len(Problem._fields)
+_PER_CLASS = tuple(
+    map(
+        Problem._fields.index,
+        ("log_prior", "weight", "mean_weight", "smoothing_distribution", "target_offset", "scale"),
+    )
+)
+
+
+def folds() -> bool:
+    """Whether the transforms under way are batches and reverse mode alone."""
+    stack = get_interpreter_stack() or []
+    forward_mode = forward_ad._current_level >= 0
+    return not forward_mode and all(layer.key() in (TransformType.Vmap, TransformType.Grad) for layer in stack)
+
+
+def folded_loss(problem: Problem, reduction: str, impl: str) -> Tensor:
+    """The reduced loss, or (N, P) rows, under transforms of torch.func."""
+    problem = problem.with_inner()
+    loss, _ = _Rows.apply(impl, *problem)
+    weight = torch.ones_like(loss) if problem.has_probabilities else read_labels(problem).row_weight
+    return reduce_rows(loss, weight.sum(), reduction)
+
+
+class _Rows(torch.autograd.Function):
+    """(losses (N, P), state (3, N, P)) of (impl, *problem)."""
+
+    @staticmethod
+    def forward(impl: str, *fields: Any) -> tuple[Tensor, Tensor]:
+        loss, state, *_ = implementation(impl).forward(in_memory(Problem(*fields)), "none", False)
+        return loss, state[: 3 * loss.numel()].view(3, *loss.shape)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        impl, *fields = inputs
+        ctx.mark_non_differentiable(output[1])
+        _save(ctx, fields, output[1])
+        ctx.impl = impl
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple:
+        grad_loss = grad_outputs[0]
+        fields, (state,) = _saved(ctx)
+        needs = ctx.needs_input_grad[1:]
+        grads: list[Tensor | None] = [None] * _N_FIELDS
+        passes_know_prior = Problem(*fields).target_offset is None
+        if needs[0] or (needs[1] and passes_know_prior):
+            needs_log_prior = needs[1] and passes_know_prior
+            grads[0], of_prior = _RowGradients.apply(ctx.impl, needs_log_prior, state, grad_loss, *fields)
+            grads[1] = of_prior if needs_log_prior else None
+        constants = [i for i in range(2 if passes_know_prior else 1, _N_FIELDS) if needs[i]]
+        if constants:
+
+            def losses(*values: Tensor) -> Tensor:
+                return reference.loss_rows(_replaced(fields, constants, values))[0]
+
+            pull = torch.func.vjp(losses, *(fields[i] for i in constants))[1]
+            for i, grad in zip(constants, pull(grad_loss), strict=True):
+                grads[i] = grad
+        return (None, *grads)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *arguments: Any) -> tuple:
+        impl, *fields = arguments
+        problem, rows = _fold(info.batch_size, in_dims[1:], fields), _rows_of(fields, in_dims[1:])
+        if problem is None:
+            loss = torch.vmap(lambda *f: reference.loss_rows(Problem._make(f))[0], in_dims[1:])(*fields)
+            # What does not fold here does not in backward either, so that no state is read.
+            return (loss, loss.new_tensor(torch.nan).expand(3, *rows)), (0, None)
+        loss, state = _Rows.apply(impl, *problem)
+        return (loss.reshape(info.batch_size, *rows), state.reshape(3, info.batch_size, *rows)), (0, 1)
+
+
+class _RowGradients(torch.autograd.Function):
+    """(gradient of logits, of log_prior or an empty tensor) of (impl, needs_log_prior, state, grad_rows, *problem)."""
+
+    @staticmethod
+    def forward(impl: str, needs_log_prior: bool, state: Tensor, grad_rows: Tensor, *fields: Any) -> tuple:
+        problem = in_memory(Problem(*fields))
+        grad_logits, grad_log_prior = implementation(impl).backward(
+            problem, "none", state.contiguous().view(-1), grad_rows.resolve_neg(), True, needs_log_prior
+        )
+        return grad_logits, state.new_empty(0) if grad_log_prior is None else grad_log_prior
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        _, needs_log_prior, _, grad_rows, *fields = inputs
+        _save(ctx, fields, grad_rows)
+        ctx.needs_log_prior = needs_log_prior
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple:
+        fields, (grad_rows,) = _saved(ctx)
+        wanted = [i for i in range(_N_FIELDS) if ctx.needs_input_grad[4 + i]]
+
+        def gradients(grad_rows: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+            grad_logits, grad_log_prior = differentiable_gradient(_replaced(fields, wanted, values), grad_rows, "none")
+            return (
+                (grad_logits,) if grad_log_prior is None or not ctx.needs_log_prior else (grad_logits, grad_log_prior)
+            )
+
+        pull = torch.func.vjp(gradients, grad_rows, *(fields[i] for i in wanted))[1]
+        of_rows, *found = pull(grad_outputs[: 1 + ctx.needs_log_prior])
+        grads: list[Tensor | None] = [None] * _N_FIELDS
+        for i, grad in zip(wanted, found, strict=True):
+            grads[i] = grad
+        return (None, None, None, of_rows, *grads)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *arguments: Any) -> tuple:
+        impl, needs_log_prior, state, grad_rows, *fields = arguments
+        _, _, state_dim, grad_dim, *field_dims = in_dims
+        problem = None if needs_log_prior else _fold(info.batch_size, field_dims, fields)
+        if problem is None:
+
+            def gradients(grad_rows: Tensor, *fields: Any) -> tuple[Tensor, Tensor]:
+                grad_logits, grad_log_prior = differentiable_gradient(Problem(*fields), grad_rows, "none")
+                return grad_logits, grad_logits.new_empty(0) if grad_log_prior is None else grad_log_prior
+
+            return torch.vmap(gradients, (grad_dim, *field_dims))(grad_rows, *fields), (0, 0)
+        rows = _rows_of(fields, field_dims)
+        state = _batch_first(state, state_dim, info.batch_size).movedim(0, 1).flatten(1).contiguous()
+        state = state.view(3, *problem.logits.shape[:2])
+        grad_rows = _batch_first(grad_rows, grad_dim, info.batch_size).reshape(problem.logits.shape[:2])
+        grad_logits, empty = _RowGradients.apply(impl, False, state, grad_rows, *problem)
+        return (grad_logits.reshape(info.batch_size, *rows, -1), empty), (0, None)
+
+
+# Batches --------------------------------------------------------------------------------------------------------------
+
+
+def _fold(batch_size: int, in_dims: Any, fields: list) -> Problem | None:
+    """A batch of problems as one with batch_size * N * P rows, or None where vectors over the classes differ in it."""
+    if any(in_dims[i] is not None for i in _PER_CLASS):
+        return None
+    folded = list(fields)
+    for i, name in enumerate(Problem._fields):
+        if name in ("logits", "target", "target_weight") and fields[i] is not None:
+            values = _batch_first(fields[i], in_dims[i], batch_size)  # (B, N, P, ...)
+            one = values.shape[2] == 1  # then (B, N, ...) takes no copy, whatever the strides
+            folded[i] = values.squeeze(2) if one else values.flatten(0, 1)
+            if name != "logits" and not Problem(*fields).has_probabilities:
+                folded[i] = folded[i].contiguous()
+    return Problem(*folded)
+
+
+def _batch_first(tensor: Tensor, dim: int | None, batch_size: int) -> Tensor:
+    return tensor.expand(batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+
+def _rows_of(fields: list, in_dims: Any) -> tuple[int, int]:
+    """(N, P) of each problem of a batch."""
+    shape = list(fields[0].shape)
+    if in_dims[0] is not None:
+        del shape[in_dims[0]]
+    return shape[0], shape[1]
+
+
+# Contexts -------------------------------------------------------------------------------------------------------------
+
+
+def _save(ctx: Any, fields: Any, *others: Tensor) -> None:
+    ctx.save_for_backward(*(field if isinstance(field, Tensor) else None for field in fields), *others)
+    ctx.scalars = [None if isinstance(field, Tensor) else field for field in fields]
+
+
+def _saved(ctx: Any) -> tuple[list, list[Tensor]]:
+    tensors = ctx.saved_tensors
+    fields = [t if t is not None else s for t, s in zip(tensors[:_N_FIELDS], ctx.scalars, strict=True)]
+    return fields, list(tensors[_N_FIELDS:])
+
+
+def _replaced(fields: list, which: list[int], values: tuple[Tensor, ...]) -> Problem:
+    fields = list(fields)
+    for i, value in zip(which, values, strict=True):
+        fields[i] = value
+    return Problem(*fields)

@@ -1,0 +1,181 @@
+"""Class counts and their log prior: counts as callers give them are checked and put in the order of the classes."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import numbers
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fused_la._call.values import is_recorded
+
+_MAX_LISTED = 10  # classes that an error message spells out
+
+
+def log_prior_of(class_counts: Any, pseudocount: Any, exclude_absent: Any) -> Tensor:
+    """The log prior of class counts, (C,) float32; see `fused_la.log_prior_from_counts`."""
+    pseudocount = check_pseudocount(pseudocount, exclude_absent)
+    device = class_counts.device if isinstance(class_counts, Tensor) else torch.device("cpu")
+    counts = checked_counts(class_counts)
+    with np.errstate(all="ignore"):  # what comes of it is looked at below
+        smoothed = counts + pseudocount
+        total = smoothed.sum()
+        prior = smoothed / total
+        log_prior = torch.from_numpy(np.log(prior)) if isinstance(prior, np.ndarray) else prior.log()
+    if isinstance(counts, np.ndarray):
+        if not counts.any():
+            raise ValueError(f"class_counts must have a positive count, got 0 for all {len(counts)} classes")
+        if total == math.inf:
+            raise ValueError("class_counts must have a sum below 1.8e308 with pseudocount, got a larger one")
+        # Asked of the quotient, not of the counts: one that underflows is caught too, so that the logarithm is finite.
+        missing = (prior == 0) & ((counts > 0) | (not exclude_absent))
+        if missing.any():
+            raise ValueError(
+                f"class_counts must have examples of every class, got {_listed(counts, missing)}; "
+                "pass pseudocount > 0 (say 1), or exclude_absent=True for such classes to take no part"
+            )
+    return log_prior.to(torch.float32).to(device)
+
+
+def check_pseudocount(pseudocount: Any, exclude_absent: Any) -> float:
+    if isinstance(pseudocount, bool) or not isinstance(pseudocount, numbers.Real):
+        raise TypeError(f"pseudocount must be a number, got {type(pseudocount).__name__}")
+    if not isinstance(exclude_absent, bool):
+        raise TypeError(f"exclude_absent must be True or False, got {type(exclude_absent).__name__}")
+    try:
+        pseudocount = float(pseudocount)
+    except OverflowError:
+        pseudocount = math.inf
+    if not (math.isfinite(pseudocount) and pseudocount >= 0):
+        raise ValueError(f"pseudocount must be finite and non-negative, got {pseudocount:g}")
+    if exclude_absent and pseudocount > 0:
+        raise ValueError(f"pseudocount must be 0 with exclude_absent=True, got {pseudocount:g}")
+    return pseudocount
+
+
+def checked_counts(class_counts: Any) -> np.ndarray | Tensor:
+    """`class_counts` as (C,) float64: C >= 1, finite and not negative, or the error that says what came. A tensor only
+    where it has no values to check."""
+    raw = counts_of_classes(class_counts)
+    counts = raw.to(torch.float64) if isinstance(raw, Tensor) else raw.astype(np.float64)
+    if counts.ndim != 1:
+        raise ValueError(f"class_counts must have shape (n_classes,), got {tuple(counts.shape)}")
+    if len(counts) == 0:
+        raise ValueError("class_counts must have at least one class, got shape (0,)")
+    if isinstance(counts, Tensor):
+        return counts
+    if np.isnan(counts).any():
+        raise ValueError(f"class_counts must have no NaN, got {_listed(counts, np.isnan(counts))}")
+    if np.isinf(counts).any():
+        half = getattr(class_counts, "dtype", None) in (torch.float16, np.dtype(np.float16))
+        hint = " (float16 counts overflow past 65504: count in int64)" if half else ""
+        raise ValueError(f"class_counts must be finite, got {_listed(counts, np.isinf(counts))}{hint}")
+    if (counts < 0).any():
+        raise ValueError(f"class_counts must be non-negative, got {_listed(counts, counts < 0)}")
+    return counts
+
+
+def counts_of_classes(class_counts: Any) -> np.ndarray | Tensor:
+    """A copy of the counts in the order of the classes, integer or floating as they are; a tensor only where it has no
+    values."""
+    if isinstance(class_counts, Tensor):
+        check_dense(class_counts, "class_counts")
+        if class_counts.is_complex() or class_counts.dtype == torch.bool:
+            raise TypeError(f"class_counts must be integer or floating, got {dtype_name(class_counts)}")
+        counts = class_counts.detach()
+        counts = counts.double() if counts.is_floating_point() and counts.device.type == "cpu" else counts
+        if is_recorded(counts):
+            return counts
+        counts = counts.cpu()
+        return (counts.double() if counts.is_floating_point() else counts).numpy().copy()
+    keys: Any = class_counts.keys() if isinstance(class_counts, Mapping) else _index_of(class_counts)
+    if keys is not None:
+        values = class_counts.values() if isinstance(class_counts, Mapping) else class_counts.to_numpy()
+        class_counts = _in_order_of_classes(list(keys), list(values))
+    array = to_array(class_counts, "class_counts", "iuf", "integer or floating")
+    dtype = np.float64 if array.dtype.kind == "f" else array.dtype.newbyteorder("=")
+    return array.astype(dtype, order="C")
+
+
+def _index_of(class_counts: Any) -> Iterable[Any] | None:
+    """The keys of a pandas Series, or of what looks like one; None of what has no keys."""
+    if hasattr(class_counts, "to_numpy") and hasattr(class_counts, "index") and getattr(class_counts, "ndim", 0) == 1:
+        return class_counts.index
+    return None
+
+
+def _in_order_of_classes(keys: list[Any], values: list[Any]) -> list[Any]:
+    """The values of the keys 0, 1, ... C - 1."""
+    strange = [key for key in keys if not _is_class(key)]
+    if strange:
+        shown = ", ".join(map(repr, strange[:_MAX_LISTED])) + (", ..." if len(strange) > _MAX_LISTED else "")
+        raise ValueError(
+            f"class_counts must have the classes 0, 1, ... as its keys, got {shown} "
+            f"({len(strange)} of {len(keys)} keys); counts in the order of the classes may be a list or an array"
+        )
+    by_class: dict[int, Any] = {}
+    for key, value in zip(keys, values, strict=True):
+        if int(key) in by_class:
+            raise ValueError(f"class_counts must have every class once among its keys, got {key!r} twice")
+        by_class[int(key)] = value
+    n_classes = max(by_class, default=-1) + 1
+    if n_classes > len(by_class):
+        missing = itertools.islice((c for c in range(n_classes) if c not in by_class), _MAX_LISTED)
+        n_missing = n_classes - len(by_class)
+        shown = ", ".join(map(str, missing)) + (", ..." if n_missing > _MAX_LISTED else "")
+        raise ValueError(
+            f"class_counts must have a count for each class from 0 to {n_classes - 1}, got none for {shown} "
+            f"({n_missing} of {n_classes} classes); a class without examples has the count 0"
+        )
+    return [by_class[c] for c in range(len(by_class))]
+
+
+def _is_class(key: Any) -> bool:
+    if isinstance(key, (bool, np.bool_)) or not isinstance(key, (int, float, np.integer, np.floating)):
+        return False
+    return bool(0 <= key < math.inf) and float(key).is_integer()
+
+
+def check_dense(tensor: Tensor, name: str) -> None:
+    if tensor.is_meta:
+        raise TypeError(
+            f"{name} must have values, got a tensor on the meta device; a list or an array has them everywhere"
+        )
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
+        raise TypeError(f"{name} must be a dense tensor with values, got {tensor.layout} on {tensor.device}")
+
+
+def to_array(value: Any, name: str, kinds: str, expected: str) -> np.ndarray:
+    """An array whose `dtype.kind` is one of `kinds`, or the error that says what came instead."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name} must not be a masked array, got one: its mask would be ignored")
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        raise ValueError(f"{name} must be rectangular, got nested sequences of different lengths") from None
+    if array.size == 0 and not hasattr(value, "dtype"):
+        array = array.astype(np.int64)  # an empty list has no dtype of its own; NumPy calls it float64
+    if array.dtype.kind not in kinds:
+        got = array.dtype
+        if array.dtype.kind == "O":  # of what is no number, or of one that is too large
+            strange = (type(entry).__name__ for entry in array.flat if not isinstance(entry, (int, float)))
+            got = next(strange, type(value).__name__)
+        raise TypeError(f"{name} must be {expected}, got {got}")
+    return array
+
+
+def dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _listed(counts: np.ndarray, mask: np.ndarray) -> str:
+    """The counts at `mask`: "-1 for class 3, -2 for class 7 and 5 more (7 of 100 classes)"."""
+    classes = mask.nonzero()[0]
+    shown = ", ".join(f"{counts[c]:.15g} for class {c}" for c in classes[:_MAX_LISTED])
+    more = f" and {len(classes) - _MAX_LISTED} more" if len(classes) > _MAX_LISTED else ""
+    return f"{shown}{more} ({len(classes)} of {len(mask)} classes)"

@@ -1,0 +1,92 @@
+"""The arguments that a classifier head adds to a loss: checked, and brought into rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_la._call import checks
+
+
+def stand_in(features: Any, weight: Any, bias: Any, target: Any, target_weight: Any) -> tuple[Tensor, Any, Any]:
+    """Logits of one element in memory that have the shape, dtype and device of the head's; and the target's rows.
+
+    The rows of features (..., D) become one dimension, as do those of a target that fits them.
+    """
+    check_head(features, weight, bias)
+    shape, n_classes = features.shape[:-1], len(weight)
+    if len(shape) > 1:
+        target = _flat(target, "target", shape, target_weight is not None, n_classes)
+        target_weight = (
+            target_weight if target_weight is None else _flat(target_weight, "target_weight", shape, True, 0)
+        )
+        shape = (shape.numel(),)
+    return features.new_empty(1).expand(*shape, n_classes), target, target_weight
+
+
+def feature_rows(features: Tensor) -> Tensor:
+    """(D,) or (..., D) as (N, D), D = 0 among them."""
+    return features.flatten(0, -2) if features.dim() > 1 else features.unsqueeze(0)
+
+
+def unit_vectors(vectors: Tensor, scale: float = 1.0) -> Tensor:
+    """`scale` times the last dimension's unit vectors, in the dtype of the vectors. Norms are float32 or wider, for the
+    1e-12 of `F.normalize` is 0 in float16; a vector below that is divided by nothing, and so is its gradient."""
+    wide = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    return (wide * (scale / norm.masked_fill(norm < 1e-12, 1.0))).to(vectors.dtype)
+
+
+def _flat(labels: Any, name: str, shape: torch.Size, several: bool, n_classes: int) -> Tensor:
+    checks.check_tensor(name, labels)
+    trailing = several or labels.is_floating_point()
+    if labels.shape[: len(shape)] != shape or labels.dim() != len(shape) + trailing:
+        expected = (*shape, "K" if several else n_classes) if trailing else tuple(shape)
+        raise ValueError(f"{name} must have shape ({', '.join(map(str, expected))}), got {tuple(labels.shape)}")
+    return labels.flatten(0, len(shape) - 1)
+
+
+def check_head(features: Any, weight: Any, bias: Any) -> None:
+    checks.check_tensor("features", features)
+    if features.dtype not in checks.FLOATING:
+        raise TypeError(f"features must be {checks.FLOATING_NAMES}, got {features.dtype}")
+    if features.dim() == 0:
+        raise ValueError("features must have shape (D,) or (..., D), got ()")
+    checks.check_classifier(weight)
+    if weight.shape[1] != features.shape[-1]:
+        raise ValueError(f"weight must have shape (C, {features.shape[-1]}), got {tuple(weight.shape)}")
+    _check_device("weight", weight, features)
+    if weight.dtype != features.dtype and not torch.is_autocast_enabled(features.device.type):
+        raise TypeError(
+            f"weight must have the dtype of features, {features.dtype}, outside autocast, got {weight.dtype}"
+        )
+    if bias is not None:
+        checks.check_class_vector("bias", bias, len(weight))
+        _check_device("bias", bias, features)
+
+
+def check_placed_alike(features: Tensor, weight: Tensor) -> None:
+    """For logits: of a weight that is spread over ranks, only a DTensor says that the features are the same on all."""
+    if checks.is_dtensor(weight) and not checks.is_dtensor(features):
+        raise TypeError(
+            "features must be a DTensor with Replicate(), the same on all ranks, for a weight that is a DTensor, got a "
+            "torch.Tensor; under FSDP2 give the head a fully_shard(head) of its own and call it, or for predict call "
+            'torch.distributed.fsdp.register_fsdp_forward_method(head, "predict") first'
+        )
+
+
+def _check_device(name: str, value: Tensor, features: Tensor) -> None:
+    if value.device != features.device:
+        raise ValueError(f"{name} must be on the device of features, {features.device}, got {value.device}")
+
+
+def product_dtype(features: Tensor, weight: Tensor) -> torch.dtype:
+    """What operands of products are: as under `F.linear`; on a CPU what their sums are, which costs no time there."""
+    device_type = features.device.type
+    if device_type == "cpu" or features.dtype == torch.float64:
+        return torch.promote_types(features.dtype, torch.float32)
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return weight.dtype

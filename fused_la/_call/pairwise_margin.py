@@ -1,0 +1,187 @@
+"""A member of the family of losses, as four vectors over the classes."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_la._call import checks
+
+
+@dataclass(frozen=True, eq=False)
+class PairwiseMargin:
+    r"""alpha, the two offsets and the scale of a loss; each (C,) floating, or None for 1, 0, 0 and 1.
+
+    .. math:: \ell(y, f) = \alpha_y \log\Big[1 + \sum_{c \ne y} e^{(s_c f_c + u_c) - (s_y f_y + v_y)}\Big]
+
+    Args:
+        alpha: factor of a row's loss, by its label; it stays out of the denominator of a mean.
+        negative_offset: u, added where a class is not the label. A class at -inf is no competitor of any label.
+        target_offset: v, added where it is.
+        scale: s, (C,) or one number for all classes.
+
+    Attributes:
+        alpha, negative_offset, target_offset, scale: as given. One tensor for both offsets costs less than two that
+            are equal.
+
+    Shape:
+        (C,) for every vector, with C the number of classes of the logits that it is used with.
+
+    Raises:
+        TypeError, ValueError: vectors of another kind, dtype, length or device than each other's.
+
+    Example:
+        >>> import torch
+        >>> from fused_la.margins import PairwiseMargin
+        >>> PairwiseMargin(target_offset=torch.tensor([-0.5, -1.0]), scale=30.0)
+        PairwiseMargin(target_offset=(2,) float32, scale=30.0)
+
+    Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation 11.
+    """
+
+    alpha: Tensor | None = None
+    negative_offset: Tensor | None = None
+    target_offset: Tensor | None = None
+    scale: Tensor | float | None = None
+
+    def __post_init__(self) -> None:
+        if self.scale is not None and not isinstance(self.scale, Tensor):
+            scale = checks.check_number("scale", self.scale, -math.inf, math.inf, "a number")
+            if not math.isfinite(scale):
+                raise ValueError(f"scale must be finite, got {scale}")
+        vectors = {name: value for name, value in self._items() if name != "scale" or isinstance(value, Tensor)}
+        for name, value in vectors.items():
+            checks.check_tensor(name, value)
+            if value.dim() != 1 or len(value) == 0:
+                raise ValueError(f"{name} must have shape (C,), got {tuple(value.shape)}")
+            checks.check_class_vector(name, value, len(value))
+        first = next(iter(vectors.items()), None)
+        for name, value in vectors.items():
+            if first is not None and value.shape != first[1].shape:
+                raise ValueError(
+                    f"{name} must have the shape of {first[0]}, {tuple(first[1].shape)}, got {tuple(value.shape)}"
+                )
+            _check_values(name, value)
+            if first is not None and value.device != first[1].device:
+                raise ValueError(f"{name} must be on the device of {first[0]}, {first[1].device}, got {value.device}")
+
+    def to(self, *args: Any, **kwargs: Any) -> PairwiseMargin:
+        """The same margin with its tensors moved or cast as `torch.Tensor.to` does."""
+        moved: dict[int, Tensor] = {}  # one tensor that is two fields stays one: it says that the offsets are equal
+        for _, value in self.named_vectors():
+            moved.setdefault(id(value), value.to(*args, **kwargs))
+        return replace(self, **{name: moved[id(value)] for name, value in self.named_vectors()})
+
+    def __add__(self, other: PairwiseMargin) -> PairwiseMargin:
+        """Both: offsets add up, alphas multiply, and one of the two may scale."""
+        if not isinstance(other, PairwiseMargin):
+            return NotImplemented
+        if self.scale is not None and other.scale is not None:
+            raise ValueError(f"scale must be None in one of two margins that are added, got {self} and {other}")
+
+        def both(name: str) -> Any:
+            one, two = getattr(self, name), getattr(other, name)
+            if one is None or two is None:
+                return two if one is None else one
+            return one * two if name == "alpha" else one + two
+
+        values = {field.name: both(field.name) for field in fields(self)}
+        if self.offsets_are_equal and other.offsets_are_equal:
+            values["target_offset"] = values["negative_offset"]
+        return PairwiseMargin(**values)
+
+    def of_classes(self, first: int, last: int) -> PairwiseMargin:
+        """The margin of the classes from `first` up to `last`, as a rank that holds them needs it: views, all may be at
+        -inf, and there may be none."""
+        return self.mapped(lambda name, value: value[first:last])
+
+    def mapped(self, fn: Callable[[str, Tensor], Tensor]) -> PairwiseMargin:
+        """Every tensor replaced, once where it is two fields, and nothing checked."""
+        made: dict[int, Tensor] = {}
+        result = copy.copy(self)
+        for name, value in self.named_vectors():
+            if id(value) not in made:
+                made[id(value)] = fn(name, value)
+            object.__setattr__(result, name, made[id(value)])
+        return result
+
+    @property
+    def offsets_are_equal(self) -> bool:
+        """Whether one tensor (or none) is both offsets: then a label needs no offset of its own."""
+        return self.negative_offset is self.target_offset
+
+    def label_offset(self, logits: Tensor) -> Tensor | None:
+        """(C,) what is added to a label, None where it is what is added to every class."""
+        if self.offsets_are_equal:
+            return None
+        if self.target_offset is None:
+            n_classes = logits.shape[checks.class_dim(logits)]
+            return logits.new_zeros(n_classes, dtype=torch.promote_types(logits.dtype, torch.float32))
+        return self.target_offset.resolve_neg().contiguous()
+
+    def scale_of(self, logits: Tensor) -> Tensor | None:
+        """(C,) scale of each class, None where it is 1."""
+        if self.scale is None or isinstance(self.scale, Tensor):
+            return None if self.scale is None else self.scale.resolve_neg().contiguous()
+        n_classes = logits.shape[checks.class_dim(logits)]
+        return logits.new_full((n_classes,), self.scale, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+    def named_vectors(self) -> list[tuple[str, Tensor]]:
+        return [(name, value) for name, value in self._items() if isinstance(value, Tensor)]
+
+    def only_of_reference(self) -> list[Tensor]:
+        """The vectors whose gradient is the reference's alone: all but two offsets that are one tensor."""
+        shared = ("negative_offset", "target_offset") if self.offsets_are_equal else ()
+        return [vector for name, vector in self.named_vectors() if name not in shared]
+
+    def _items(self) -> list[tuple[str, Any]]:
+        items = [(field.name, getattr(self, field.name)) for field in fields(self)]
+        return [(name, value) for name, value in items if value is not None]
+
+    def __repr__(self) -> str:
+        def show(value: Tensor | float) -> str:
+            return f"{tuple(value.shape)} {str(value.dtype)[6:]}" if isinstance(value, Tensor) else str(value)
+
+        return f"PairwiseMargin({', '.join(f'{name}={show(value)}' for name, value in self._items())})"
+
+
+def checked_margin(margin: Any) -> PairwiseMargin:
+    if not isinstance(margin, PairwiseMargin):
+        raise TypeError(f"margin must be a PairwiseMargin, got {type(margin).__name__}")
+    return margin
+
+
+def _check_values(name: str, value: Tensor) -> None:
+    """On a CPU, where reading costs nothing; elsewhere what is no number makes loss and gradient NaN."""
+    if name == "alpha":
+        allowed, expected = value >= 0.0, "not negative"
+    elif name == "scale":
+        allowed, expected = value.isfinite(), "finite"
+    else:
+        allowed, expected = value < math.inf, "finite or -inf"
+    if checks.read_value(allowed.all()) is False:
+        bad = value.detach()[~allowed][0].item()
+        raise ValueError(f"{name} must be {expected}, got {bad} for class {int((~allowed).nonzero()[0])}")
+    if name == "negative_offset" and checks.read_value((value > -math.inf).any()) is False:
+        raise ValueError("negative_offset must be finite for some class, got -inf for every class")
+
+
+def normalized_prior(log_prior: Any) -> Tensor:
+    """A log prior with its constant: pi adds up to 1, in float64."""
+    checks.check_tensor("log_prior", log_prior)
+    if log_prior.dim() != 1 or len(log_prior) == 0:
+        raise ValueError(f"log_prior must have shape (C,), got {tuple(log_prior.shape)}")
+    checks.check_class_vector("log_prior", log_prior, len(log_prior))
+    checks.check_prior_values(log_prior)
+    return log_prior.double().log_softmax(0)
+
+
+def rounded(values: Tensor, like: Tensor) -> Tensor:
+    """Rounded once, to float32 or the wider dtype of the log prior."""
+    return values.to(torch.promote_types(like.dtype, torch.float32))

@@ -1,0 +1,1 @@
+"""Losses whose classes are sharded over ranks: what ranks exchange, agree on and compute."""

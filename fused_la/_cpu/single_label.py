@@ -1,0 +1,191 @@
+"""The common case on a CPU: one label a row and no other option, in few operator calls.
+
+    loss        = log1p(rest) - (z_y - m),     rest = sum over c != y of exp(z_c - m), and exp(z_y - m) - 1
+    gradient    = g * exp(z_c - m) / d,       for the label -g * (sum over c != y of exp(z_c - m)) / d,    d = 1 + rest
+
+Of a row whose label is its top class, exp(z_y - m) - 1 is exactly 0: neither the loss nor a gradient cancels. Blocks
+and scratch are those of `_blocked.py`, whose other cases need a preparation that a few hundred rows of a few classes do
+not repay. A row's bits do not depend on the rows beside it here either.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_la._call.problem import Problem
+from fused_la._call.values import smallest
+from fused_la._tiled import blocks
+from fused_la._tiled.blocks import Scratch, choose_blocking, combine, row_blocks, row_sum
+
+
+class _NoClassError(Exception):
+    """A label is none of the classes: it is to be ignored, or out of range."""
+
+
+class _Labels(NamedTuple):
+    """The labels of all rows, (..., 1)."""
+
+    classes: Tensor
+    mass: Tensor | None  # 0 of one that does not count, NaN of one out of range; None where all are 1
+    n_counting: float
+
+
+def is_one_label(problem: Problem) -> bool:
+    """Whether all that a problem asks for is one label a row, and a row fits into a block."""
+    if problem.has_probabilities or problem.n_labels != 1 or problem.label_smoothing > 0.0:
+        return False
+    for option in problem[3:9]:
+        if option is not None:
+            return False
+    # A mode may trace what is done here, and would keep what is read.
+    if problem.logits.shape[-1] > blocks.BLOCK_ELEMENTS or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    # Read in every call: NumPy may have changed it, which no version tells.
+    return problem.log_prior is None or smallest(problem.log_prior) > -math.inf
+
+
+def _labels_of(problem: Problem, *, read: bool) -> _Labels:
+    """The labels; not `read`, all are taken to count and to be classes, unless one that is a class is to be ignored."""
+    target, n_classes, ignored = problem.target, problem.logits.shape[-1], problem.ignore_index
+    if target.dim() < problem.logits.dim():
+        target = target.unsqueeze(-1)
+    if not read and not 0 <= ignored < n_classes:
+        return _Labels(target, None, float(target.numel()))
+    counts = target != ignored
+    usable = counts & (target >= 0) & (target < n_classes)
+    mass = counts.to(problem.compute_dtype).masked_fill_(counts != usable, math.nan)
+    return _Labels(target * usable, mass, mass.sum().item())
+
+
+def forward(problem: Problem, reduction: str, wants_gradient: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The loss, reduced or of each row, the state, and the gradient for an upstream of 1, as `_blocked.forward`. With a
+    gradient there is no state: should backward have to recompute, it begins anew."""
+    try:
+        return _forward(problem, _labels_of(problem, read=False), reduction, wants_gradient)
+    except _NoClassError:
+        return _forward(problem, _labels_of(problem, read=True), reduction, wants_gradient)
+
+
+def _forward(
+    problem: Problem, labels: _Labels, reduction: str, wants_gradient: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    logits = problem.logits
+    grad_logits = torch.empty_like(logits) if wants_gradient else None
+    g: float | Tensor = 1.0
+    if reduction == "mean":
+        g = 1.0 / labels.n_counting if labels.n_counting else math.nan
+    offset, blocks, scratch = _blocks_of(problem)
+    parts = []
+    for block in blocks:
+        label, mass, out = _of(block, labels.classes), _of(block, labels.mass), _of(block, grad_logits)
+        e = _adjusted(_of(block, logits), offset, scratch, out)
+        m = e.amax(-1, keepdim=True)
+        above, others, rest = _sums(e.sub_(m), label)
+        parts.append((rest.log1p().sub_(above), m, rest))
+        if out is not None:
+            _spread(e, label, others, rest, g if mass is None else mass * g, out)
+    losses, m, rest = parts[0] if len(parts) == 1 else _joined(parts, logits)
+    state = None
+    if grad_logits is None:
+        total = torch.ones_like(m) if labels.mass is None else labels.mass
+        state = torch.cat([*(t.flatten() for t in (m, rest, total)), m.new_full((1,), labels.n_counting)])
+    if labels.mass is not None:
+        losses = torch.where(labels.mass == 0.0, 0.0, losses * labels.mass)
+        _clear(grad_logits, labels.mass)
+    if reduction == "none":
+        return losses.squeeze_(-1), state, grad_logits
+    if reduction == "mean" and labels.mass is None:
+        return losses.mean(), state, grad_logits
+    return losses.sum() if reduction == "sum" else losses.sum() / labels.n_counting, state, grad_logits
+
+
+def backward(problem: Problem, reduction: str, state: Tensor | None, grad_rows: Tensor) -> Tensor:
+    """The gradient of the logits, for one upstream number or one a row; by the operations of `forward`."""
+    try:
+        return _backward(problem, _labels_of(problem, read=False), reduction, state, grad_rows)
+    except _NoClassError:
+        return _backward(problem, _labels_of(problem, read=True), reduction, state, grad_rows)
+
+
+def _backward(problem: Problem, labels: _Labels, reduction: str, state: Tensor | None, grad_rows: Tensor) -> Tensor:
+    logits = problem.logits
+    if reduction == "mean":
+        grad_rows = grad_rows / labels.n_counting
+    rows, n_rows = (*logits.shape[:-1], 1), logits.shape[:-1].numel()
+    m_all = rest_all = None
+    if state is not None:
+        m_all, rest_all = state[: 2 * n_rows].view(2, *rows).unbind()
+    g_all = grad_rows.expand(rows[:-1]).unsqueeze(-1)
+    g_all = g_all if labels.mass is None else labels.mass * g_all
+    grad_logits = torch.empty_like(logits)
+    offset, blocks, scratch = _blocks_of(problem)
+    for block in blocks:
+        label, m, rest, g, out = (_of(block, t) for t in (labels.classes, m_all, rest_all, g_all, grad_logits))
+        e = _adjusted(_of(block, logits), offset, scratch, out)
+        _, others, found = _sums(e.sub_(e.amax(-1, keepdim=True) if m is None else m), label)
+        _spread(e, label, others, found if rest is None else rest, g, out)
+    if labels.mass is not None:
+        _clear(grad_logits, labels.mass)
+    return grad_logits
+
+
+# A block --------------------------------------------------------------------------------------------------------------
+
+
+def _blocks_of(problem: Problem) -> tuple[Tensor | None, list[tuple[slice, ...] | None], Scratch]:
+    """(the offset, the blocks of rows or None for all rows at once, scratch for one)."""
+    rows = problem.logits.shape[:-1]
+    n_rows, (height, width) = rows.numel(), choose_blocking(problem, forward=True)
+    blocks: list[tuple[slice, ...] | None] = [None]
+    if n_rows > height:
+        n_outer, n_inner = (*rows, 1)[:2]
+        blocks = [block[: len(rows)] for block in row_blocks(n_outer, n_inner, height)]
+    return problem.offset(), blocks, Scratch(min(height, n_rows) * width, problem.compute_dtype)
+
+
+def _of(block: tuple[slice, ...] | None, tensor: Any) -> Any:
+    return tensor if block is None or tensor is None else tensor[block]
+
+
+def _joined(parts: list[tuple[Tensor, Tensor, Tensor]], logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What blocks left, as of all rows; blocks cover them in order."""
+    shape = (*logits.shape[:-1], 1)
+    losses, m, rest = (
+        torch.cat([each.flatten() for each in of_blocks]).view(shape) for of_blocks in zip(*parts, strict=True)
+    )
+    return losses, m, rest
+
+
+def _adjusted(logits: Tensor, offset: Tensor | None, scratch: Scratch, into: Tensor | None) -> Tensor:
+    """z of a block, written where its gradient will stand if that is fit for it, else into scratch."""
+    fits = into is not None and into.dtype == scratch.dtype and into.is_contiguous()
+    z = into if fits and into is not None else scratch.view(0, logits.shape)
+    return combine(z, logits, offset, torch.add)
+
+
+def _sums(z: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(z of the label, the sum of exp(z) over the other classes, rest) of z that are at most 0. Leaves exp(z) in z, 0
+    for the label."""
+    try:
+        above = z.gather(-1, label)
+    except RuntimeError as error:
+        raise _NoClassError from error
+    others = row_sum(z.exp_().scatter_(-1, label, 0.0), keepdim=True)
+    return above, others, others + above.expm1()
+
+
+def _spread(e: Tensor, label: Tensor, others: Tensor, rest: Tensor, g: Tensor | float, out: Tensor) -> None:
+    """Turn exp(z - m) into the gradient."""
+    e.scatter_(-1, label, others.neg_()).mul_((rest + 1.0).reciprocal_().mul_(g))
+    if e is not out:
+        out.copy_(e)
+
+
+def _clear(grad_logits: Tensor | None, mass: Tensor) -> None:
+    """Whatever stands in a row that does not count, its gradient is 0."""
+    if grad_logits is not None:
+        grad_logits.masked_fill_(mass == 0.0, 0.0)

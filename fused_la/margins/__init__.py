@@ -1,0 +1,34 @@
+r"""The family of losses of which the logit-adjusted one is a member, each as four vectors over the classes.
+
+.. math:: \ell(y, f) = \alpha_y \log\Big[1 + \sum_{c \ne y} e^{\Delta_{yc} + f_c - f_y}\Big]
+
+Every preset here has :math:`\Delta_{yc} = u_c - v_y` and may scale the logits, so that with
+
+    z_c = scale_c * f_c + negative_offset_c        for the classes that are not the label
+    z_y = scale_y * f_y + target_offset_y          for the label
+
+the loss is `alpha_y * log1p(sum of exp(z_c - z_y) over the other classes)`. `margin_cross_entropy` computes it.
+
+Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation 11.
+"""
+
+from fused_la._call.pairwise_margin import PairwiseMargin
+from fused_la.margins.fisher_consistency import consistency
+from fused_la.margins.presets import (
+    adaptive,
+    balanced,
+    balanced_softmax,
+    cdt,
+    equalised,
+    erm,
+    fisher_consistent,
+    ldam,
+    logit_adjusted,
+    logit_adjusted_adaptive,
+    vector_scaling,
+)
+
+__all__ = [
+    "PairwiseMargin", "adaptive", "balanced", "balanced_softmax", "cdt", "consistency", "equalised", "erm",
+    "fisher_consistent", "ldam", "logit_adjusted", "logit_adjusted_adaptive", "vector_scaling",
+]  # fmt: skip
