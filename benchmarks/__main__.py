@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
-from benchmarks import host, machine, report
-from benchmarks.cases import DTYPES, MODES, SELECTIONS, Case, Selection, with_axes, with_rows
-from benchmarks.measure import Job
-from benchmarks.providers import PROVIDERS, baseline
-from benchmarks.run import in_fresh_processes, in_one_process
+from benchmarks.static import host
+from benchmarks.timing import machine, report
+from benchmarks.timing.cases import DTYPES, MODES, SELECTIONS, Case, Selection, with_axes, with_rows
+from benchmarks.timing.measure import Job
+from benchmarks.timing.providers import PROVIDERS, baseline
+from benchmarks.timing.run import in_fresh_processes, in_one_process
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -15,10 +15,10 @@ import statistics
 import pytest
 import torch
 
-from benchmarks import timing
-from benchmarks.cases import SELECTIONS, Case, least_bytes, make_batch, with_rows
-from benchmarks.measure import bytes_needed, check, make_step
-from benchmarks.providers import PROVIDERS, Provider, UnavailableError, baseline
+from benchmarks.timing import clocks
+from benchmarks.timing.cases import SELECTIONS, Case, least_bytes, make_batch, with_rows
+from benchmarks.timing.measure import bytes_needed, check, make_step
+from benchmarks.timing.providers import PROVIDERS, Provider, UnavailableError, baseline
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CACHE_BYTES = torch.cuda.get_device_properties(0).L2_cache_size if DEVICE == "cuda" else 0
@@ -34,9 +34,9 @@ PAIRS = [
 @pytest.mark.parametrize(("case", "provider"), PAIRS, ids=lambda value: getattr(value, "name", str(value)))
 def bench_forward_backward(benchmark, case: Case, provider: Provider, memory: str):
     reason = provider.reason_against(case, DEVICE)
-    if memory == "returned" and not timing.can_return_memory():
+    if memory == "returned" and not clocks.can_return_memory():
         reason = "memory is returned to the system with glibc"
-    if bytes_needed(case, provider, DEVICE) > timing.free_memory(DEVICE):
+    if bytes_needed(case, provider, DEVICE) > clocks.free_memory(DEVICE):
         reason = "needs more memory than is free"
     if reason:
         pytest.skip(reason)
@@ -53,17 +53,17 @@ def bench_forward_backward(benchmark, case: Case, provider: Provider, memory: st
     def prepare() -> None:
         step.reset()
         if memory == "returned":
-            timing.return_memory()
+            clocks.return_memory()
 
     def one_of_eager() -> None:
-        times = timing.wall_times(prepare, lambda _: eager.both(), 1, DEVICE)
+        times = clocks.wall_times(prepare, lambda _: eager.both(), 1, DEVICE)
         eager_times.extend(times)
         eager.reset()
         prepare()
 
     def run() -> None:
         step.both()
-        timing.synchronize(DEVICE)
+        clocks.synchronize(DEVICE)
 
     eager_times: list[float] = []
     benchmark.pedantic(run, setup=one_of_eager, rounds=21, warmup_rounds=3)

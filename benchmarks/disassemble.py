@@ -39,9 +39,20 @@ from typing import Any, NamedTuple
 
 from triton import knobs
 
-from benchmarks.budgets import violations
-from benchmarks.compiled import COMMON, DTYPES, HEADS, OTHERS, TARGETS, VARIANTS, Call, calls_of, compiled, make_problem
-from benchmarks.peer_kernels import PEERS, figures_of_peer
+from benchmarks.static.budgets import violations
+from benchmarks.static.compiled import (
+    COMMON,
+    DTYPES,
+    HEADS,
+    OTHERS,
+    TARGETS,
+    VARIANTS,
+    Call,
+    calls_of,
+    compiled,
+    make_problem,
+)
+from benchmarks.static.peer_kernels import PEERS, figures_of_peer
 
 # Figures --------------------------------------------------------------------------------------------------------------
 

@@ -43,9 +43,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import accuracy, machine, profiled, speed
-from benchmarks.pool import in_processes
-from benchmarks.report import as_json, table, write_atomically
+from benchmarks import accuracy
+from benchmarks.timing import machine, profiled, speed
+from benchmarks.timing.pool import in_processes
+from benchmarks.timing.report import as_json, table, write_atomically
 
 Record = dict[str, Any]
 ROOT = Path(__file__).parents[1]
@@ -210,7 +211,7 @@ def profile_stage(run: Run, until: float) -> Iterator[Record]:
         return
     for classes in (37,) if run.dry else profiled.CLASSES:
         path = run.out / f"ncu-{classes}.csv"
-        script = [sys.executable, "-m", "benchmarks.profiled", "--classes", str(classes)]
+        script = [sys.executable, "-m", "benchmarks.timing.profiled", "--classes", str(classes)]
         kernels: list[Record] = []
         code, text = None, ""
         for metrics in (profiled.METRICS, profiled.FEW_METRICS):  # the few, where one of the others is not known
@@ -232,7 +233,7 @@ def profile_stage(run: Run, until: float) -> Iterator[Record]:
 
 def tests_stage(run: Run, until: float) -> Iterator[Record]:
     path = run.out / "tests.txt"
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/test_gpu.py", "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/triton/test_gpu.py", "-q", "-p", "no:cacheprovider"]
     command += ["--collect-only"] if run.dry else ["--tb=short"]
     # Plugins that happen to be installed have warnings of their own, and here a warning is an error.
     code = run_command(command, path, until, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")

@@ -31,8 +31,8 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
-from benchmarks.machine import cpu_name, slug
-from benchmarks.timing import peak_memory
+from benchmarks.timing.clocks import peak_memory
+from benchmarks.timing.machine import cpu_name, slug
 from fused_la import distributed, log_prior_from_counts
 
 FAR = (8, 64)  # ranks of the calculation

@@ -27,28 +27,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from fused_la._call.arguments import read_call, read_margin, read_prior
-from fused_la._call.checks import check_flag
+from fused_la._call.arguments import Options
 from fused_la._call.pairwise_margin import PairwiseMargin
-from fused_la._class_parallel.agreement import Asked, class_parallel_loss, not_compiled
-from fused_la._class_parallel.empty_rank import (
-    head_rows,
-    logits_or_one,
-    margin_or_one,
-    or_one,
-    out_if_none,
-    target_or_one,
-    weight_or_one,
-)
+from fused_la._class_parallel.agreement import class_parallel_loss
+from fused_la._class_parallel.rank_call import read_head_call, read_logits_call
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-@not_compiled
 def class_parallel_logit_adjusted_cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -109,21 +98,13 @@ def class_parallel_logit_adjusted_cross_entropy(
     of each rank as in Shoeybi et al., "Megatron-LM", 2019, section 3.
     """
 
-    def ask() -> Asked:
-        rows, n_classes = logits_or_one(logits)
-        prior = or_one(log_prior, -torch.inf)
-        offset, strength = read_prior(prior, tau, rows, whole=False)
-        call = read_call(
-            rows, offset, strength, PairwiseMargin(), target_or_one(target, n_classes, rows), target_weight,
-            or_one(weight, 1.0), ignore_index, reduction, label_smoothing, or_one(smoothing_distribution, 0.0),
-            whole=False,
-        )  # fmt: skip
-        return Asked(out_if_none(call, n_classes), rows, None, None, n_classes, PairwiseMargin(), strength, impl)
-
-    return class_parallel_loss("class_parallel_logit_adjusted_cross_entropy", group, ask)
+    options = Options(target_weight, weight, ignore_index, reduction, label_smoothing, smoothing_distribution)
+    return class_parallel_loss(
+        "class_parallel_logit_adjusted_cross_entropy", group, read_logits_call, logits, target, log_prior, tau, options,
+        impl,
+    )  # fmt: skip
 
 
-@not_compiled
 def class_parallel_margin_cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -172,20 +153,12 @@ def class_parallel_margin_cross_entropy(
     Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation 11.
     """
 
-    def ask() -> Asked:
-        rows, n_classes = logits_or_one(logits)
-        held = margin_or_one(margin, n_classes, rows)
-        call = read_call(
-            rows, read_margin(held, rows), 1.0, held, target_or_one(target, n_classes, rows), target_weight,
-            or_one(weight, 1.0), ignore_index, reduction, label_smoothing, or_one(smoothing_distribution, 0.0),
-            whole=False,
-        )  # fmt: skip
-        return Asked(call, rows, None, None, n_classes, margin, 1.0, impl)
-
-    return class_parallel_loss("class_parallel_margin_cross_entropy", group, ask)
+    options = Options(target_weight, weight, ignore_index, reduction, label_smoothing, smoothing_distribution)
+    return class_parallel_loss(
+        "class_parallel_margin_cross_entropy", group, read_logits_call, logits, target, margin, None, options, impl
+    )
 
 
-@not_compiled
 def class_parallel_linear_logit_adjusted_cross_entropy(
     features: Tensor,
     weight: Tensor,
@@ -268,24 +241,13 @@ def class_parallel_linear_logit_adjusted_cross_entropy(
     ranks spread over them as in An et al., "Partial FC", CVPR 2022.
     """
 
-    def ask() -> Asked:
-        held, n_classes = weight_or_one(weight)
-        held_bias = or_one(bias, 0.0)
-        rows, labels, shares = head_rows(features, held, n_classes, held_bias, target, target_weight)
-        offset, strength = read_prior(or_one(log_prior, -torch.inf), tau, rows, whole=False)
-        call = read_call(
-            rows, offset, strength, PairwiseMargin(), labels, shares, or_one(class_weight, 1.0), ignore_index,
-            reduction, label_smoothing, or_one(smoothing_distribution, 0.0), "class_weight", whole=False,
-        )  # fmt: skip
-        return Asked(
-            out_if_none(call, n_classes), features, held, held_bias, n_classes, PairwiseMargin(), strength, impl,
-            check_flag("gather_features", gather_features), check_flag("average_over_ranks", average_over_ranks),
-        )  # fmt: skip
-
-    return class_parallel_loss("class_parallel_linear_logit_adjusted_cross_entropy", group, ask)
+    options = Options(target_weight, class_weight, ignore_index, reduction, label_smoothing, smoothing_distribution)
+    return class_parallel_loss(
+        "class_parallel_linear_logit_adjusted_cross_entropy", group, read_head_call, features, weight, bias, target,
+        log_prior, tau, options, impl, gather_features, average_over_ranks,
+    )  # fmt: skip
 
 
-@not_compiled
 def class_parallel_linear_margin_cross_entropy(
     features: Tensor,
     weight: Tensor,
@@ -336,18 +298,8 @@ def class_parallel_linear_margin_cross_entropy(
     Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation 11.
     """
 
-    def ask() -> Asked:
-        held, n_classes = weight_or_one(weight)
-        held_bias = or_one(bias, 0.0)
-        rows, labels, shares = head_rows(features, held, n_classes, held_bias, target, target_weight)
-        of_classes = margin_or_one(margin, n_classes, rows)
-        call = read_call(
-            rows, read_margin(of_classes, rows), 1.0, of_classes, labels, shares, or_one(class_weight, 1.0),
-            ignore_index, reduction, label_smoothing, or_one(smoothing_distribution, 0.0), "class_weight", whole=False,
-        )  # fmt: skip
-        return Asked(
-            call, features, held, held_bias, n_classes, margin, 1.0, impl,
-            check_flag("gather_features", gather_features), check_flag("average_over_ranks", average_over_ranks),
-        )  # fmt: skip
-
-    return class_parallel_loss("class_parallel_linear_margin_cross_entropy", group, ask)
+    options = Options(target_weight, class_weight, ignore_index, reduction, label_smoothing, smoothing_distribution)
+    return class_parallel_loss(
+        "class_parallel_linear_margin_cross_entropy", group, read_head_call, features, weight, bias, target,
+        margin, None, options, impl, gather_features, average_over_ranks,
+    )  # fmt: skip

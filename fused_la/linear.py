@@ -1,4 +1,4 @@
-"""The door of the losses of a classifier head, whose logits never exist as a whole."""
+"""Public losses of a classifier head, whose logits never exist as a whole, as functions and as a module."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from fused_la._autograd.dispatch import choose_implementation
 from fused_la._autograd.head import fused_head_loss, head_formula
 from fused_la._call import checks
-from fused_la._call.arguments import Call, read_call, read_margin, read_prior
+from fused_la._call.arguments import Options, read_call
 from fused_la._call.head_arguments import (
     check_head,
-    check_placed_alike,
+    check_sharded_alike,
     feature_rows,
+    placeholder_logits,
     product_dtype,
-    stand_in,
     unit_vectors,
 )
 from fused_la._call.pairwise_margin import PairwiseMargin
@@ -92,21 +92,8 @@ def linear_logit_adjusted_cross_entropy(
 
     Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation 10.
     """
-    if checks.is_dtensor(weight):
-        from fused_la._class_parallel.dtensor import loss_of_head  # here, because not every PyTorch was built for it
-
-        return loss_of_head(
-            features, weight, target, log_prior, (tau,), bias=bias, target_weight=target_weight,
-            class_weight=class_weight, smoothing_distribution=smoothing_distribution, ignore_index=ignore_index,
-            reduction=reduction, label_smoothing=label_smoothing, impl=impl,
-        )  # fmt: skip
-    logits, target, target_weight = stand_in(features, weight, bias, target, target_weight)
-    offset, tau = read_prior(log_prior, tau, logits)
-    call = read_call(
-        logits, offset, tau, None, target, target_weight, class_weight, ignore_index,
-        reduction, label_smoothing, smoothing_distribution, "class_weight",
-    )  # fmt: skip
-    return _loss_of(call, features, weight, bias, impl)
+    options = Options(target_weight, class_weight, ignore_index, reduction, label_smoothing, smoothing_distribution)
+    return _loss(features, weight, bias, target, log_prior, tau, options, impl)
 
 
 def linear_margin_cross_entropy(
@@ -155,20 +142,8 @@ def linear_margin_cross_entropy(
 
     Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation 11.
     """
-    if checks.is_dtensor(weight):
-        from fused_la._class_parallel.dtensor import loss_of_head
-
-        return loss_of_head(
-            features, weight, target, margin, (), bias=bias, target_weight=target_weight,
-            class_weight=class_weight, smoothing_distribution=smoothing_distribution, ignore_index=ignore_index,
-            reduction=reduction, label_smoothing=label_smoothing, impl=impl,
-        )  # fmt: skip
-    logits, target, target_weight = stand_in(features, weight, bias, target, target_weight)
-    call = read_call(
-        logits, read_margin(margin, logits), 1.0, margin, target, target_weight, class_weight, ignore_index,
-        reduction, label_smoothing, smoothing_distribution, "class_weight",
-    )  # fmt: skip
-    return _loss_of(call, features, weight, bias, impl)
+    options = Options(target_weight, class_weight, ignore_index, reduction, label_smoothing, smoothing_distribution)
+    return _loss(features, weight, bias, target, margin, None, options, impl)
 
 
 class LogitAdjustedLinear(CountedLossOptions, nn.Linear):
@@ -283,7 +258,7 @@ class LogitAdjustedLinear(CountedLossOptions, nn.Linear):
                 if value is not None:
                     raise TypeError(f"{name} must be None without a target, got it for raw logits")
             features, weight = self._operands(features)
-            check_placed_alike(features, weight)
+            check_sharded_alike(features, weight)
             return F.linear(features, weight, self._bias(features))
         checks.check_tensor("features", features)
         features, weight = self._operands(features)
@@ -296,7 +271,7 @@ class LogitAdjustedLinear(CountedLossOptions, nn.Linear):
     def predict(self, features: Tensor) -> Tensor:
         """The class of the largest raw logit of each row, (...) int64, computed a tile of classes at a time."""
         features, weight = self._operands(features)
-        check_placed_alike(features, weight)
+        check_sharded_alike(features, weight)
         bias = self._bias(features)
         if checks.is_dtensor(weight):
             from fused_la._class_parallel.dtensor import predict_sharded
@@ -331,7 +306,17 @@ class LogitAdjustedLinear(CountedLossOptions, nn.Linear):
         return head + (f"cosine=True, scale={self.scale}, " if self.cosine else "") + super().extra_repr()
 
 
-def _loss_of(call: Call, features: Tensor, weight: Tensor, bias: Tensor | None, impl: str) -> Tensor:
+def _loss(
+    features: Any, weight: Any, bias: Any, target: Any, prior: Any, tau: Any, options: Options, impl: Any
+) -> Tensor:
+    """The loss for a log prior and its tau, or for a margin if tau is None."""
+    if checks.is_dtensor(weight):
+        from fused_la._class_parallel.dtensor import loss_of_head  # here: not every PyTorch was built for it
+
+        return loss_of_head(features, weight, bias, target, prior, tau, options, impl)
+    logits, target, target_weight = placeholder_logits(features, weight, bias, target, options.target_weight)
+    options = options._replace(target_weight=target_weight)
+    call = read_call(logits, prior, tau, target, options, weight_name="class_weight")
     differentiable = (features, weight, bias, call.problem.log_prior)
     impl = choose_implementation(impl, call, differentiable, of_head=True)
     rows, problem = feature_rows(features), call.problem.with_inner()

@@ -1,4 +1,4 @@
-"""The door of the losses of logits: check, choose an implementation, shape the result."""
+"""Public losses on logits, as functions and modules: validate, dispatch, reduce."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fused_la._autograd.dispatch import choose_implementation
 from fused_la._autograd.loss import fused_loss, under_transform
 from fused_la._autograd.transforms import folded_loss
 from fused_la._call import checks
-from fused_la._call.arguments import Call, read_call, read_margin, read_prior
+from fused_la._call.arguments import Options, read_call
 from fused_la._call.pairwise_margin import PairwiseMargin, checked_margin
 from fused_la._call.problem import reduce_rows
 from fused_la._modules.options import CountedLossOptions, LossOptions, first_argument, per_class_option
@@ -95,21 +95,8 @@ def logit_adjusted_cross_entropy(
 
     Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation 10.
     """
-    if checks.is_dtensor(logits):
-        from fused_la._class_parallel.dtensor import loss_of_logits  # here, because not every PyTorch was built for it
-
-        return loss_of_logits(
-            logits, target, log_prior, (tau,), target_weight=target_weight, weight=weight,
-            smoothing_distribution=smoothing_distribution, ignore_index=ignore_index, reduction=reduction,
-            label_smoothing=label_smoothing, impl=impl,
-        )  # fmt: skip
-    checks.check_logits(logits)
-    offset, tau = read_prior(log_prior, tau, logits)
-    call = read_call(
-        logits, offset, tau, None, target, target_weight, weight, ignore_index,
-        reduction, label_smoothing, smoothing_distribution,
-    )  # fmt: skip
-    return _loss_of(call, logits, impl)
+    options = Options(target_weight, weight, ignore_index, reduction, label_smoothing, smoothing_distribution)
+    return _loss(logits, target, log_prior, tau, options, impl)
 
 
 def margin_cross_entropy(
@@ -158,23 +145,18 @@ def margin_cross_entropy(
 
     Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation 11.
     """
+    options = Options(target_weight, weight, ignore_index, reduction, label_smoothing, smoothing_distribution)
+    return _loss(logits, target, margin, None, options, impl)
+
+
+def _loss(logits: Any, target: Any, prior: Any, tau: Any, options: Options, impl: Any) -> Tensor:
+    """The loss for a log prior and its tau, or for a margin if tau is None."""
     if checks.is_dtensor(logits):
-        from fused_la._class_parallel.dtensor import loss_of_logits
+        from fused_la._class_parallel.dtensor import loss_of_logits  # here: not every PyTorch was built for it
 
-        return loss_of_logits(
-            logits, target, margin, (), target_weight=target_weight, weight=weight,
-            smoothing_distribution=smoothing_distribution, ignore_index=ignore_index, reduction=reduction,
-            label_smoothing=label_smoothing, impl=impl,
-        )  # fmt: skip
+        return loss_of_logits(logits, target, prior, tau, options, impl)
     checks.check_logits(logits)
-    call = read_call(
-        logits, read_margin(margin, logits), 1.0, margin, target, target_weight, weight, ignore_index,
-        reduction, label_smoothing, smoothing_distribution,
-    )  # fmt: skip
-    return _loss_of(call, logits, impl)
-
-
-def _loss_of(call: Call, logits: Tensor, impl: str) -> Tensor:
+    call = read_call(logits, prior, tau, target, options)
     impl = choose_implementation(impl, call, (logits, call.problem.log_prior))
     if impl == "reference":
         loss, row_weight = reference.loss_rows(call.problem.with_inner())

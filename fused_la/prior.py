@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fused_la._call.class_counts import check_dense, dtype_name, log_prior_of, to_array
-from fused_la._call.values import is_recorded
+from fused_la._call.values import is_compiled_or_traced
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -69,7 +69,7 @@ def count_classes(
         counts = _count(target, n_classes, ignore_index)
         return counts, {"n_classes": len(counts)}
 
-    class_counts, of_ranks = exchange.meet(exchange.ranks_of(group), "count_classes", check)
+    class_counts, of_ranks = exchange.exchange_headers(exchange.ranks_of(group), "count_classes", check)
     exchange.check_same("n_classes", "the same", [numbers["n_classes"] for numbers in of_ranks])
     return exchange.sum_over_group(class_counts, group)
 
@@ -84,7 +84,7 @@ def _count(target: Any, n_classes: Any, ignore_index: Any) -> Tensor:
     ignored = index == ignore_index
     if is_uint64:
         ignored &= index >= 0  # an entry from 2^63 up has wrapped around; it is out of range, never ignored
-    if is_recorded(index):
+    if is_compiled_or_traced(index):
         counts = index.new_zeros(n_classes)
         return counts.scatter_add(0, index.masked_fill(ignored, 0), (~ignored).to(torch.int64))
     kept = index[~ignored]

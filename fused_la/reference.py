@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_la._call.problem import Problem, past, read_labels
+from fused_la._call.problem import Problem, label_loss, resolve_labels
 
 # From this length on PyTorch splits a sum to a single number over a CPU's threads (its at::internal::GRAIN_SIZE).
 _SPLIT = 1 << 15
@@ -82,7 +82,7 @@ def _nll(problem: Problem, row: _Row, live: Tensor | None) -> Tensor:
     as_label = problem.scaled_logits() + target_offset
     if live is not None:
         as_label = torch.where(live.unsqueeze(-1), as_label, 0.0)
-    return past(row.m - as_label, torch.where(row.is_top, row.rest, 1.0 + row.rest - row.e))
+    return label_loss(row.m - as_label, torch.where(row.is_top, row.rest, 1.0 + row.rest - row.e))
 
 
 def loss_rows(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -91,7 +91,7 @@ def loss_rows(problem: Problem) -> tuple[Tensor, Tensor]:
     Equivalent to: `F.cross_entropy(logits + tau * log_prior, target, reduction="none", ...)`, row by row.
     """
     problem, n_outer = _in_order(problem), problem.logits.shape[0]
-    labels = None if problem.has_probabilities else read_labels(problem)
+    labels = None if problem.has_probabilities else resolve_labels(problem)
     row = _row(problem, None if labels is None else labels.live)
     nll = _nll(problem, row, None if labels is None else labels.live)
     if labels is None:
@@ -110,7 +110,7 @@ def gradient(problem: Problem, grad_rows: Tensor) -> Tensor:
     It serves the second derivatives of the fused implementations, of problems without a target_offset.
     """
     problem, n_outer = _in_order(problem), problem.logits.shape[0]
-    labels = None if problem.has_probabilities else read_labels(problem)
+    labels = None if problem.has_probabilities else resolve_labels(problem)
     row = _row(problem, None if labels is None else labels.live)
     if labels is None:
         mass = _probability_mass(problem)

@@ -3,9 +3,9 @@
     python tests/every_call.py compile --only losses  # a line of JSON for each call that does not compile
     python tests/every_call.py count                  # variants of each kernel, of calls that should share them
 
-Kernels are compiled by `benchmarks.compile_only` and never run: of every argument only its type, shape and place in
-memory matter. A call is a choice from each axis of an entry point (rows, classes, dtype, ...). Choices are combined so
-that any two values of any two axes meet in some call, but for those that no call takes together (`fits`).
+Kernels are compiled by `benchmarks.static.compile_only` and never run: only the type, shape and place in memory of an
+argument matter. A call is a choice from each axis of an entry point (rows, classes, dtype, ...). Choices are combined
+so that any two values of any two axes meet in some call, but for those that no call takes together (`fits`).
 
 `test_every_call_compiles.py` runs this file, in processes where TRITON_INTERPRET is not set.
 """
@@ -574,7 +574,7 @@ def main() -> None:
     parser.add_argument("--part", type=int, nargs=2, default=(0, 1), metavar=("I", "N"), help="every N-th call from I")
     given = parser.parse_args()
     sys.path.append(str(Path(__file__).parent.parent))  # of the folder benchmarks
-    from benchmarks.compile_only import compile_only
+    from benchmarks.static.compile_only import compile_only
 
     sweep_by_the_kernel()
     first, step_size = given.part

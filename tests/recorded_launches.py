@@ -184,7 +184,7 @@ def compile_launches(launches: Sequence[Launch], target: str) -> list[tuple[Laun
     """Those that Triton's front end refuses, and why."""
     from every_call import innermost_cause
 
-    from benchmarks.compile_only import compile_only
+    from benchmarks.static.compile_only import compile_only
 
     refused = []
     with compile_only(target, front_end_only=True):
@@ -199,7 +199,7 @@ def compile_launches(launches: Sequence[Launch], target: str) -> list[tuple[Laun
 
 def variants_of(launches: Sequence[Launch], target: str) -> tuple[list[Launch], int]:
     """A launch for each variant of a kernel, in order of need, and how many of them are needed."""
-    from benchmarks.compile_only import compile_only
+    from benchmarks.static.compile_only import compile_only
 
     with compile_only(target, front_end_only=True):
         by_variant = {specialised(launch): launch for launch in reversed(launches)}  # the first of equals

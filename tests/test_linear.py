@@ -45,7 +45,7 @@ def small_tiles(monkeypatch, request):
     """Tiles of 3 rows and 7 classes; of 13 for the interpreter of kernels, which takes its time for each."""
     widest = 13 if "triton" in request.node.name else 7
     monkeypatch.setattr(
-        tiled_head, "choose_tiles", lambda n, c, device: tiled_head.Tiles(max(1, min(n, 3)), min(c, widest))
+        tiled_head, "choose_tile_shape", lambda n, c, device: tiled_head.TileShape(max(1, min(n, 3)), min(c, widest))
     )
 
 
@@ -136,7 +136,7 @@ def test_margins_are_those_of_whole_logits(impl, preset, kind):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_no_part_is_less_accurate_than_whole_logits(impl, dtype, monkeypatch):
     """Half precision is better: logits are not rounded, and gradients add up in float32 over all tiles."""
-    monkeypatch.setattr(tiled_head, "choose_tiles", lambda n, c, device: tiled_head.Tiles(4, 32))
+    monkeypatch.setattr(tiled_head, "choose_tile_shape", lambda n, c, device: tiled_head.TileShape(4, 32))
     n, d, c = 9, 16, 150
     features, weight, bias, log_prior = (t.detach().to(dtype).requires_grad_() for t in make_head(n, d, c, spread=0.5))
     log_prior = log_prior.detach().float().requires_grad_()
@@ -352,7 +352,7 @@ class Allocations(TorchDispatchMode):
 def test_no_tensor_is_larger_than_a_tile_or_a_gradient(impl, kind, monkeypatch):
     if impl == "reference":
         pytest.skip("makes whole logits, as it says")
-    monkeypatch.setattr(tiled_head, "choose_tiles", lambda n, c, device: tiled_head.Tiles(min(n, 8), 16))
+    monkeypatch.setattr(tiled_head, "choose_tile_shape", lambda n, c, device: tiled_head.TileShape(min(n, 8), 16))
     n, d, c = 10, 3, 150
     features, weight, bias, log_prior = make_head(n, d, c)
     options = make_target(kind, n, c)
@@ -391,7 +391,7 @@ def test_tiles_stay_in_their_budget_and_cover_what_there_is():
     for device, (elements, most_rows) in (("cpu", tiled_head._CPU_TILE), ("cuda", tiled_head._GPU_TILE)):
         for n in (0, 1, 2, 63, 64, 256, 1000, 1024, 1025, 4096, 100_000):
             for c in (1, 127, 128, 1000, 8142, 100_000, 10_000_000):
-                rows, classes = tiled_head.choose_tiles(n, c, device)
+                rows, classes = tiled_head.choose_tile_shape(n, c, device)
                 assert 1 <= rows <= max(1, min(n, most_rows))
                 assert 1 <= classes <= c
                 assert rows * classes <= elements
@@ -405,7 +405,7 @@ def test_real_tiles_have_more_than_one_piece(impl):
     if impl != "blocked":
         pytest.skip("the interpreter would take minutes")
     n, c = 3, 1_500_001
-    assert tiled_head.choose_tiles(n, c, "cpu").classes < c
+    assert tiled_head.choose_tile_shape(n, c, "cpu").classes < c
     features, weight, _, log_prior = make_head(n, 2, c, torch.float32, spread=1.0)
     target = torch.tensor([0, 1_500_000, 1_398_100])
     loss = linear_logit_adjusted_cross_entropy(features, weight, target, log_prior)
@@ -601,7 +601,7 @@ def test_the_module_is_a_linear_layer_and_its_loss(cosine):
 
 
 def test_prediction_goes_over_tiles_and_takes_the_first_of_equals_and_nan(monkeypatch):
-    monkeypatch.setattr(tiled_head, "choose_tiles", lambda n, c, device: tiled_head.Tiles(2, 4))
+    monkeypatch.setattr(tiled_head, "choose_tile_shape", lambda n, c, device: tiled_head.TileShape(2, 4))
     head = LogitAdjustedLinear(2, torch.ones(11), bias=False, device=DEVICE)
     with torch.no_grad():
         head.weight.copy_(torch.randn(11, 2))

@@ -12,11 +12,13 @@ from torch.autograd import forward_ad
 from fused_la._autograd.loss import under_transform
 from fused_la._autograd.transforms import folds
 from fused_la._call import checks
-from fused_la._call.arguments import Call
-from fused_la._call.values import is_recorded
+from fused_la._call.arguments import LossCall
+from fused_la._call.values import is_compiled_or_traced
 
 
-def choose_implementation(impl: str, call: Call, differentiable: Sequence[Tensor | None], of_head: bool = False) -> str:
+def choose_implementation(
+    impl: str, call: LossCall, differentiable: Sequence[Tensor | None], of_head: bool = False
+) -> str:
     """The implementation that runs.
 
     `differentiable` are the caller's own tensors that every implementation differentiates. A head has no formula of its
@@ -27,11 +29,13 @@ def choose_implementation(impl: str, call: Call, differentiable: Sequence[Tensor
     on_cpu, on_gpu = logits.is_cpu, logits.is_cuda  # ROCm's too
     transformed = under_transform()
     if transformed:
-        needs_formula = is_recorded(logits) or of_head or not folds()
+        needs_formula = is_compiled_or_traced(logits) or of_head or not folds()
     else:
         needs_formula = torch._C._get_tracing_state() is not None or (
             forward_ad._current_level >= 0
-            and any(t is not None and _has_tangent(t) for t in (*differentiable, *call.of_target, *call.of_margin))
+            and any(
+                t is not None and _has_tangent(t) for t in (*differentiable, *call.target_tensors, *call.margin_tensors)
+            )
         )
     only_reference = "" if needs_formula else why_only_reference(call, transformed)
     if impl == "auto":
@@ -61,16 +65,16 @@ def choose_implementation(impl: str, call: Call, differentiable: Sequence[Tensor
     return "reference" if needs_formula else impl
 
 
-def why_only_reference(call: Call, transformed: bool) -> str:
+def why_only_reference(call: LossCall, transformed: bool) -> str:
     """What of a call only the reference computes; empty if nothing is."""
     problem = call.problem
     if problem.target_offset is not None and (problem.has_probabilities or problem.label_smoothing > 0.0):
         return "class probabilities or label smoothing under a margin whose two offsets differ"
     if transformed or not torch.is_grad_enabled():
         return ""
-    if call.of_margin and any(t.requires_grad for t in call.of_margin):
+    if call.margin_tensors and any(t.requires_grad for t in call.margin_tensors):
         return "a gradient of alpha, an offset or the scale of a margin"
-    for tensor in call.of_target:
+    for tensor in call.target_tensors:
         if tensor is not None and tensor.requires_grad:
             return "a gradient of target, target_weight, weight or smoothing_distribution"
     return ""

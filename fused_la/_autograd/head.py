@@ -1,4 +1,4 @@
-"""Where a head and its loss meet autograd and torch.compile, as `_autograd.py` is for losses of logits.
+"""Losses of a head as an autograd Function, and as operators under torch.compile; see `loss.py` for those of logits.
 
 Second derivatives come from the reference formula, over whole logits.
 """
@@ -15,18 +15,19 @@ from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 
 from fused_la import reference
-from fused_la._autograd.loss import differentiable_gradient, under_transform
+from fused_la._autograd.fields import save_fields, saved_fields, schema_of
+from fused_la._autograd.loss import differentiable_gradient, implementation, under_transform
 from fused_la._call.problem import Problem
-from fused_la._call.values import is_recorded
+from fused_la._call.values import is_compiled_or_traced
 from fused_la._tiled import head as tiled_head
-from fused_la._tiled.head import Gradients, Head, Saved, rowless_logits
+from fused_la._tiled.head import Gradients, Head, Saved, logits_placeholder
 
 _N_FIELDS = len(Problem._fields) - 1  # but for the logits
 
 
 def fused_head_loss(head: Head, problem: Problem, reduction: str, impl: str) -> Tensor:
     """The reduced loss, or (N, 1) rows, by the implementation named `impl`."""
-    if is_recorded(head.features):
+    if is_compiled_or_traced(head.features):
         if not torch.compiler.is_compiling() and "torch.utils.flop_counter" in sys.modules:
             _count_products()
         # An operator's float is a constant of the graph: multiplied outside, tau may change without a recompilation.
@@ -55,13 +56,14 @@ class _HeadLoss(torch.autograd.Function):
     def forward(ctx: Any, impl: str, reduction: str, *fields: Any) -> Tensor:
         head, problem = _of_fields(fields)
         loss, saved = _run_forward(head, problem, reduction, impl)
-        _save(ctx, fields, saved, reduction, impl)
+        save_fields(ctx, fields, *saved)
+        ctx.reduction, ctx.impl = reduction, impl
         return loss
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple:
-        fields, saved = _saved(ctx)
-        head, problem = _of_fields(fields)
+        fields, tensors = saved_fields(ctx)
+        (head, problem), saved = _of_fields(fields), Saved(*tensors)
         grad_rows = _over_rows(grad_outputs[0], saved, ctx.reduction)
         needs = ctx.needs_input_grad[2:]
         wanted = (needs[0], needs[1], needs[2], needs[4])
@@ -75,19 +77,19 @@ class _HeadLoss(torch.autograd.Function):
 
 def _of_fields(fields: Any) -> tuple[Head, Problem]:
     head = Head(*fields[:4])
-    return head, Problem(rowless_logits(head), *fields[4:])
+    return head, Problem(logits_placeholder(head), *fields[4:])
 
 
 def _run_forward(head: Head, problem: Problem, reduction: str, impl: str) -> tuple[Tensor, Saved]:
     with torch.autocast(head.features.device.type, enabled=False):  # the product's dtype has been chosen
-        return tiled_head.forward(head, problem, reduction, impl)
+        return tiled_head.forward(head, problem, reduction, implementation(impl))
 
 
 def _run_backward(
     head: Head, problem: Problem, saved: Saved, grad_rows: Tensor, wanted: tuple[bool, bool, bool, bool], impl: str
 ) -> Gradients:
     with torch.autocast(head.features.device.type, enabled=False):
-        grads = tiled_head.backward(head, problem, saved, grad_rows, wanted, impl)
+        grads = tiled_head.backward(head, problem, saved, grad_rows, wanted, implementation(impl))
     features = grads.features
     return grads if features is None else grads._replace(features=features.to(head.features.dtype))
 
@@ -96,18 +98,6 @@ def _over_rows(grad_loss: Tensor, saved: Saved, reduction: str) -> Tensor:
     """The upstream gradient of every row, over the mean's denominator."""
     grad_rows = grad_loss.resolve_neg() if reduction == "none" else grad_loss.expand(saved.state.shape[1:])
     return grad_rows / saved.normalizer if reduction == "mean" else grad_rows
-
-
-def _save(ctx: Any, fields: Any, saved: Saved, reduction: str, impl: str) -> None:
-    ctx.scalars = [None if isinstance(field, Tensor) else field for field in fields]
-    ctx.save_for_backward(*(field if isinstance(field, Tensor) else None for field in fields), *saved)
-    ctx.reduction, ctx.impl = reduction, impl
-
-
-def _saved(ctx: Any) -> tuple[list[Any], Saved]:
-    tensors, n_saved = ctx.saved_tensors, len(Saved._fields)
-    fields = zip(tensors[:-n_saved], ctx.scalars, strict=True)
-    return [tensor if tensor is not None else value for tensor, value in fields], Saved(*tensors[-n_saved:])
 
 
 def _differentiable_gradients(
@@ -131,91 +121,54 @@ def _differentiable_gradients(
 # torch.compile --------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("fused_la::head_forward", mutates_args=())
-def _forward_op(
-    features: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    product_dtype: torch.dtype,
-    log_prior: Tensor | None,
-    target: Tensor,
-    target_weight: Tensor | None,
-    class_weight: Tensor | None,
-    mean_weight: Tensor | None,
-    smoothing_distribution: Tensor | None,
-    target_offset: Tensor | None,
-    scale: Tensor | None,
-    tau: float,
-    label_smoothing: float,
-    ignore_index: int,
-    reduction: str,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    head, problem = _of_fields(
-        (features, weight, bias, product_dtype, log_prior, target, target_weight, class_weight, mean_weight,
-         smoothing_distribution, target_offset, scale, tau, label_smoothing, ignore_index)
-    )  # fmt: skip
-    loss, saved = _run_forward(head, problem, reduction, impl)
-    return loss, saved.state, saved.classes, saved.z, saved.as_label, saved.normalizer
+# A head has a weight, so the weight of a problem is called class_weight here.
+_FIELDS = ", ".join([*schema_of(Head), *(f.replace(" weight", " class_weight") for f in schema_of(Problem)[1:])])
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+    *fields, reduction, impl = arguments
+    loss, saved = _run_forward(*_of_fields(fields), reduction, impl)
+    return loss, *saved
+
+
+def _backward(*arguments: Any) -> tuple[Tensor, ...]:
+    *fields, impl, state, classes, z, z_as_label, grad_rows, wanted = arguments
+    saved = Saved(state, classes, z, z_as_label, z.new_empty(0))
+    grads = _run_backward(*_of_fields(fields), saved, grad_rows, tuple(wanted), impl)
+    return tuple(grad_rows.new_empty(0, dtype=fields[0].dtype) if grad is None else grad for grad in grads)
+
+
+_forward_op = torch.library.custom_op(
+    "fused_la::head_forward", _forward, mutates_args=(),
+    schema=f"({_FIELDS}, str reduction, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)  # fmt: skip
+_backward_op = torch.library.custom_op(
+    "fused_la::head_backward", _backward, mutates_args=(),
+    schema=f"({_FIELDS}, str impl, Tensor state, Tensor classes, Tensor z, Tensor z_as_label, Tensor grad_rows, "
+           "bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
+)  # fmt: skip
 
 
 @_forward_op.register_fake
-def _(features, weight, bias, product_dtype, log_prior, target, target_weight, class_weight, mean_weight,
-      smoothing_distribution, target_offset, scale, tau, label_smoothing, ignore_index, reduction, impl):  # fmt: skip
-    dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    *fields, reduction, _ = arguments
+    head, problem = _of_fields(fields)
+    features, target, dtype = head.features, problem.target, problem.compute_dtype
     n_rows, n_labels = features.shape[0], 1 if target.is_floating_point() else target.shape[-1]
-    at_labels = features.new_empty((n_rows, 1, n_labels), dtype=dtype)
+    of_labels = features.new_empty((n_rows, 1, n_labels), dtype=dtype)
     return (
         features.new_empty((n_rows, 1) if reduction == "none" else (), dtype=dtype),
         features.new_empty((3, n_rows, 1), dtype=dtype),
-        torch.empty_like(at_labels, dtype=torch.int64),
-        at_labels,
-        features.new_empty(0, dtype=dtype) if target_offset is None else torch.empty_like(at_labels),
+        torch.empty_like(of_labels, dtype=torch.int64),
+        of_labels,
+        features.new_empty(0, dtype=dtype) if problem.target_offset is None else torch.empty_like(of_labels),
         features.new_empty(0 if reduction == "none" else (), dtype=dtype),
     )
 
 
-@torch.library.custom_op("fused_la::head_backward", mutates_args=())
-def _backward_op(
-    features: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    product_dtype: torch.dtype,
-    log_prior: Tensor | None,
-    target: Tensor,
-    target_weight: Tensor | None,
-    class_weight: Tensor | None,
-    mean_weight: Tensor | None,
-    smoothing_distribution: Tensor | None,
-    target_offset: Tensor | None,
-    scale: Tensor | None,
-    tau: float,
-    label_smoothing: float,
-    ignore_index: int,
-    impl: str,
-    state: Tensor,
-    classes: Tensor,
-    z: Tensor,
-    as_label: Tensor,
-    grad_rows: Tensor,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    head, problem = _of_fields(
-        (features, weight, bias, product_dtype, log_prior, target, target_weight, class_weight, mean_weight,
-         smoothing_distribution, target_offset, scale, tau, label_smoothing, ignore_index)
-    )  # fmt: skip
-    saved = Saved(state, classes, z, as_label, z.new_empty(0))
-    of_features, of_weight, of_bias, of_prior = wanted
-    grads = _run_backward(head, problem, saved, grad_rows, (of_features, of_weight, of_bias, of_prior), impl)
-    none = [features.new_empty(0) for _ in grads]
-    full = [spare if grad is None else grad for grad, spare in zip(grads, none, strict=True)]
-    return full[0], full[1], full[2], full[3]
-
-
 @_backward_op.register_fake
-def _(features, weight, bias, product_dtype, log_prior, target, target_weight, class_weight, mean_weight,
-      smoothing_distribution, target_offset, scale, tau, label_smoothing, ignore_index,
-      impl, state, classes, z, as_label, grad_rows, wanted):  # fmt: skip
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    (features, weight, bias, _, log_prior), wanted = arguments[:5], arguments[-1]
     leaves = (features, weight, bias, log_prior)
     return tuple(
         torch.empty_like(leaf) if want else features.new_empty(0) for leaf, want in zip(leaves, wanted, strict=True)
@@ -223,18 +176,18 @@ def _(features, weight, bias, product_dtype, log_prior, target, target_weight, c
 
 
 def _setup_op_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *fields, reduction, impl = inputs
+    *fields, ctx.reduction, ctx.impl = inputs
     ctx.set_materialize_grads(False)
-    _save(ctx, tuple(fields), Saved(*output[1:]), reduction, impl)
+    save_fields(ctx, fields, *output[1:])
 
 
 def _op_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple:
     if grad_loss is None:
         return (None,) * (4 + _N_FIELDS + 2)
-    fields, saved = _saved(ctx)
+    fields, saved = saved_fields(ctx)
     needs = ctx.needs_input_grad
     wanted = [needs[0], needs[1], needs[2], needs[4]]
-    grad_rows = _over_rows(grad_loss, saved, ctx.reduction)
+    grad_rows = _over_rows(grad_loss, Saved(*saved), ctx.reduction)
     grads = _backward_op(*fields, ctx.impl, *saved[:4], grad_rows, wanted)
     grads = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
     return *grads[:3], None, grads[3], *(None,) * (_N_FIELDS - 1 + 2)

@@ -1,12 +1,12 @@
-"""Where the implementations meet torch.func: batches fold into rows, so that `vmap(grad(loss))` runs the same kernels.
+"""Losses of logits under torch.func: batches fold into rows, so that `vmap(grad(loss))` runs the same kernels.
 
-Every row is its own loss, so a batch of problems is a problem with more rows. `_Rows` (row losses) and `_RowGradients`
-(their gradients, an operation of its own, since a batch may be taken of it alone) each have a rule that folds a batch
-and calls the implementation once. What does not fold, vectors over the classes that differ within a batch, and the
-gradient of a learned prior in a batch, is the reference formula's, and so are derivatives of target and weights and all
-second derivatives.
+Every row is a loss of its own, so a batch of problems is one problem with more rows. `_Rows` (losses of the rows) and
+`_RowGradients` (their gradients, a Function of its own, since a batch may be taken of it alone) each have a rule that
+folds a batch and calls the implementation once. The reference formula computes what does not fold: vectors over the
+classes that differ within a batch, and the gradient of a learned prior in a batch. It also computes the derivatives of
+target and weights and all second derivatives.
 
-Forward mode never comes here: the door hands it to the reference formula.
+Forward mode never comes here: `dispatch.py` gives it to the reference formula.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.autograd import forward_ad
 
 from fused_la import reference
+from fused_la._autograd.fields import save_fields, saved_fields
 from fused_la._autograd.loss import differentiable_gradient, implementation, in_memory
-from fused_la._call.problem import Problem, read_labels, reduce_rows
+from fused_la._call.problem import Problem, reduce_rows, resolve_labels
 
 _N_FIELDS = len(Problem._fields)
 _PER_CLASS = tuple(
@@ -42,7 +43,7 @@ def folded_loss(problem: Problem, reduction: str, impl: str) -> Tensor:
     """The reduced loss, or (N, P) rows, under transforms of torch.func."""
     problem = problem.with_inner()
     loss, _ = _Rows.apply(impl, *problem)
-    weight = torch.ones_like(loss) if problem.has_probabilities else read_labels(problem).row_weight
+    weight = torch.ones_like(loss) if problem.has_probabilities else resolve_labels(problem).row_weight
     return reduce_rows(loss, weight.sum(), reduction)
 
 
@@ -58,13 +59,13 @@ class _Rows(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         impl, *fields = inputs
         ctx.mark_non_differentiable(output[1])
-        _save(ctx, fields, output[1])
+        save_fields(ctx, fields, output[1])
         ctx.impl = impl
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple:
         grad_loss = grad_outputs[0]
-        fields, (state,) = _saved(ctx)
+        fields, (state,) = saved_fields(ctx)
         needs = ctx.needs_input_grad[1:]
         grads: list[Tensor | None] = [None] * _N_FIELDS
         passes_know_prior = Problem(*fields).target_offset is None
@@ -109,12 +110,12 @@ class _RowGradients(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         _, needs_log_prior, _, grad_rows, *fields = inputs
-        _save(ctx, fields, grad_rows)
+        save_fields(ctx, fields, grad_rows)
         ctx.needs_log_prior = needs_log_prior
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple:
-        fields, (grad_rows,) = _saved(ctx)
+        fields, (grad_rows,) = saved_fields(ctx)
         wanted = [i for i in range(_N_FIELDS) if ctx.needs_input_grad[4 + i]]
 
         def gradients(grad_rows: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
@@ -178,20 +179,6 @@ def _rows_of(fields: list, in_dims: Any) -> tuple[int, int]:
     if in_dims[0] is not None:
         del shape[in_dims[0]]
     return shape[0], shape[1]
-
-
-# Contexts -------------------------------------------------------------------------------------------------------------
-
-
-def _save(ctx: Any, fields: Any, *others: Tensor) -> None:
-    ctx.save_for_backward(*(field if isinstance(field, Tensor) else None for field in fields), *others)
-    ctx.scalars = [None if isinstance(field, Tensor) else field for field in fields]
-
-
-def _saved(ctx: Any) -> tuple[list, list[Tensor]]:
-    tensors = ctx.saved_tensors
-    fields = [t if t is not None else s for t, s in zip(tensors[:_N_FIELDS], ctx.scalars, strict=True)]
-    return fields, list(tensors[_N_FIELDS:])
 
 
 def _replaced(fields: list, which: list[int], values: tuple[Tensor, ...]) -> Problem:

@@ -1,4 +1,4 @@
-"""The arguments that every loss takes: checked, and brought into rows."""
+"""The arguments of a loss: they are checked and become a `LossCall`, whose `Problem` has them as rows."""
 
 from __future__ import annotations
 
@@ -8,65 +8,46 @@ import torch
 from torch import Tensor
 
 from fused_la._call import checks
-from fused_la._call.pairwise_margin import PairwiseMargin, checked_margin
+from fused_la._call.pairwise_margin import checked_margin
 from fused_la._call.problem import Problem, rows_by_classes
 
 
-class Call(NamedTuple):
-    """A checked call of a loss, and the caller's own tensors whose gradients are the reference's alone."""
+class Options(NamedTuple):
+    """The keyword arguments that all losses share, as the caller gave them."""
+
+    target_weight: Any
+    weight: Any  # of classes; a head calls it class_weight
+    ignore_index: Any
+    reduction: Any
+    label_smoothing: Any
+    smoothing_distribution: Any
+
+
+class LossCall(NamedTuple):
+    """A checked call of a loss, and the caller's own tensors whose gradients only the reference computes."""
 
     problem: Problem
     reduction: str
-    of_target: tuple[Tensor | None, ...]
-    of_margin: tuple[Tensor, ...]
-
-
-def read_prior(log_prior: Any, tau: Any, logits: Tensor, whole: bool = True) -> tuple[Tensor | None, float]:
-    """The log prior as implementations take it, and tau; with tau = 0 no class is out, and there is nothing to add.
-
-    Of classes that are not the `whole`, all may be at -inf.
-    """
-    tau = checks.check_tau(tau)
-    checks.check_log_prior(log_prior, logits, tau, whole=whole)
-    if tau > 0.0:
-        kept = torch.compiler.is_compiling() or not log_prior.is_inference()  # autograd keeps no inference tensor
-        return in_order(log_prior) if kept else log_prior.clone(), tau
-    return log_prior.masked_fill(log_prior == -torch.inf, 0.0) if log_prior.requires_grad else None, tau
-
-
-def read_margin(margin: Any, logits: Tensor) -> Tensor | None:
-    """The negative offset of a margin that fits the logits."""
-    for name, vector in checked_margin(margin).named_vectors():
-        checks.check_class_vector(f"margin.{name}", vector, logits.shape[checks.class_dim(logits)], logits)
-        checks.check_device(f"margin.{name}", vector, logits)
-    return None if margin.negative_offset is None else in_order(margin.negative_offset)
+    target_tensors: tuple[Tensor | None, ...]
+    margin_tensors: tuple[Tensor, ...]
 
 
 def read_call(
-    logits: Tensor,
-    offset: Tensor | None,
-    tau: float,
-    margin: PairwiseMargin | None,
-    target: Any,
-    target_weight: Any,
-    weight: Any,
-    ignore_index: Any,
-    reduction: Any,
-    label_smoothing: Any,
-    smoothing_distribution: Any,
-    weight_name: str = "weight",
-    whole: bool = True,
-) -> Call:
-    """A call with checked logits and tau * offset as the margin's negative offset, None if it is all there is of a
-    margin; `weight_name` is the caller's.
+    logits: Tensor, prior: Any, tau: Any, target: Any, options: Options, weight_name: str = "weight",
+    all_classes: bool = True,
+) -> LossCall:  # fmt: skip
+    """A call with checked logits. `prior` is a log prior with its tau; if tau is None, it is a margin.
 
-    Where the logits are not of the `whole` of the classes, what it takes all of them to know is not checked: whether
-    labels are in range, and whether smoothing_distribution adds up to 1. Rows are (N, P, C) then.
+    `weight_name` is the caller's name of the class weights. If the logits do not have `all_classes`, nothing is checked
+    that needs all of them, the range of labels and the sum of smoothing_distribution, and rows are (N, P, C).
     """
+    margin = prior if tau is None else None
+    offset, tau = _read_margin(prior, logits) if tau is None else _read_prior(prior, tau, logits, all_classes)
+    target_weight, weight, ignore_index, reduction, label_smoothing, smoothing_distribution = options
     label_smoothing = checks.check_label_smoothing(label_smoothing)
     ignore_index = checks.check_ignore_index(ignore_index)
     checks.check_choice("reduction", reduction, checks.REDUCTIONS)
-    checks.check_target(target, target_weight, logits, ignore_index, whole)
+    checks.check_target(target, target_weight, logits, ignore_index, all_classes)
     n_classes = logits.shape[checks.class_dim(logits)]
     if target.dtype is torch.uint8:
         target = target.long()
@@ -74,19 +55,19 @@ def read_call(
         checks.check_class_vector(weight_name, weight, n_classes, logits)
         checks.check_device(weight_name, weight, logits)
     if smoothing_distribution is not None:
-        if whole:
+        if all_classes:
             smoothing_distribution = checks.check_smoothing_distribution(smoothing_distribution, n_classes)
         else:
             checks.check_class_vector("smoothing_distribution", smoothing_distribution, n_classes)
         checks.check_device("smoothing_distribution", smoothing_distribution, logits)
 
-    of_target = (target, target_weight, weight, smoothing_distribution)
-    mass = weight = None if weight is None else in_order(weight)
+    target_tensors = (target, target_weight, weight, smoothing_distribution)
+    mass = weight = None if weight is None else contiguous_values(weight)
     if margin is not None and margin.alpha is not None:
         wide = torch.promote_types(logits.dtype, torch.float32)
         mass = margin.alpha if weight is None else margin.alpha.to(wide) * weight
         if target.is_floating_point() or target_weight is not None or smoothing_distribution is not None:
-            # A class without examples has alpha = inf, and a target may ask for 0 of it: nothing, not 0 * inf.
+            # A class without examples has alpha = inf, and its target mass may be 0: that gives 0, not 0 * inf.
             mass = mass.clamp_max(min(torch.finfo(mass.dtype).max, torch.finfo(torch.float32).max))
     problem = Problem(
         _rows(logits),
@@ -95,15 +76,38 @@ def read_call(
         None if target_weight is None else _label_rows(target_weight, logits),
         None if mass is None else mass.contiguous(),
         weight,
-        None if smoothing_distribution is None else in_order(smoothing_distribution),
+        None if smoothing_distribution is None else contiguous_values(smoothing_distribution),
         None if margin is None else margin.label_offset(logits),
         None if margin is None else margin.scale_of(logits),
         tau,
         label_smoothing,
         ignore_index,
     )
-    problem = problem if whole else problem.with_inner()
-    return Call(problem, reduction, of_target, () if margin is None else tuple(margin.only_of_reference()))
+    problem = problem if all_classes else problem.with_inner()
+    return LossCall(
+        problem, reduction, target_tensors, () if margin is None else tuple(margin.reference_only_tensors())
+    )
+
+
+def _read_prior(log_prior: Any, tau: Any, logits: Tensor, all_classes: bool) -> tuple[Tensor | None, float]:
+    """The log prior as implementations take it, and tau; with tau = 0 no class is excluded and nothing is added.
+
+    A prior that does not have `all_classes` may be -inf throughout.
+    """
+    tau = checks.check_tau(tau)
+    checks.check_log_prior(log_prior, logits, tau, all_classes=all_classes)
+    if tau > 0.0:
+        kept = torch.compiler.is_compiling() or not log_prior.is_inference()  # autograd keeps no inference tensor
+        return contiguous_values(log_prior) if kept else log_prior.clone(), tau
+    return log_prior.masked_fill(log_prior == -torch.inf, 0.0) if log_prior.requires_grad else None, tau
+
+
+def _read_margin(margin: Any, logits: Tensor) -> tuple[Tensor | None, float]:
+    """The negative offset of a margin that fits the logits, and its factor tau, 1."""
+    for name, vector in checked_margin(margin).named_vectors():
+        checks.check_class_vector(f"margin.{name}", vector, logits.shape[checks.class_dim(logits)], logits)
+        checks.check_device(f"margin.{name}", vector, logits)
+    return None if margin.negative_offset is None else contiguous_values(margin.negative_offset), 1.0
 
 
 def _rows(values: Tensor) -> Tensor:
@@ -114,13 +118,13 @@ def _rows(values: Tensor) -> Tensor:
 def _label_rows(labels: Tensor, logits: Tensor) -> Tensor:
     """Labels or their weights as contiguous (N,) or (N, K) for logits (N, C), and else (N, P, K)."""
     if logits.dim() == 2:
-        return in_order(labels)
+        return contiguous_values(labels)
     labels = labels.resolve_neg()
     if labels.dim() < logits.dim():
         labels = labels.unsqueeze(checks.class_dim(logits))
     return rows_by_classes(labels).contiguous()
 
 
-def in_order(values: Tensor) -> Tensor:
-    """Values as they are read from memory: without gaps, and a lazy negation (`x.conj().imag`) carried out."""
+def contiguous_values(values: Tensor) -> Tensor:
+    """The values contiguous in memory, with a lazy negation (as of `x.conj().imag`) carried out."""
     return values.resolve_neg().contiguous()

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fused_la._call.values import is_recorded, label_ends, largest, read_value
+from fused_la._call.values import is_compiled_or_traced, label_range, largest, read_value
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -23,7 +23,7 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LABELS = (torch.int64, torch.uint8)  # as `F.cross_entropy`
 FLOATING_NAMES = "float16, bfloat16, float32 or float64"
 REDUCTIONS = ("none", "mean", "sum")
-_OFF_ONE = 0.01  # half-precision probabilities need not add up to 1 to the last digit; counts or logs are far off
+_SUM_TOLERANCE = 0.01  # half-precision probabilities need not add up to 1 to the last digit; counts or logs are far off
 IMPLEMENTATIONS = ("auto", "triton", "blocked", "reference")
 
 
@@ -81,10 +81,12 @@ def check_device(name: str, value: Tensor, logits: Tensor) -> None:
         )
 
 
-def check_log_prior(log_prior: Any, logits: Tensor, tau: float, name: str = "log_prior", whole: bool = True) -> None:
+def check_log_prior(
+    log_prior: Any, logits: Tensor, tau: float, name: str = "log_prior", all_classes: bool = True
+) -> None:
     check_class_vector(name, log_prior, logits.shape[class_dim(logits)], logits)
     check_device(name, log_prior, logits)
-    if whole:
+    if all_classes:
         check_prior_values(log_prior, tau, name)
 
 
@@ -107,7 +109,7 @@ def check_smoothing_distribution(value: Any, n_classes: int) -> Tensor:
     check_class_vector("smoothing_distribution", value, n_classes)
     wide = torch.promote_types(value.dtype, torch.float32)
     smallest, total = value.detach().amin(), value.detach().sum(dtype=wide)
-    is_distribution = (smallest >= 0.0) & ((total - 1.0).abs() <= _OFF_ONE)
+    is_distribution = (smallest >= 0.0) & ((total - 1.0).abs() <= _SUM_TOLERANCE)
     known = read_value(is_distribution)
     if known is None:
         return value.masked_fill(~is_distribution, math.nan)
@@ -117,7 +119,7 @@ def check_smoothing_distribution(value: Any, n_classes: int) -> Tensor:
 
 
 def check_distribution(smallest: float, total: float) -> None:
-    if not (smallest >= 0.0 and abs(total - 1.0) <= _OFF_ONE):
+    if not (smallest >= 0.0 and abs(total - 1.0) <= _SUM_TOLERANCE):
         raise ValueError(
             "smoothing_distribution must hold probabilities that add up to 1, "
             f"got a smallest value of {smallest:.6g} and a sum of {total:.6g}"
@@ -177,7 +179,7 @@ def check_target(target: Any, target_weight: Any, logits: Tensor, ignore_index: 
 
 
 def _check_labels_in_range(target: Tensor, n_classes: int, ignore_index: int) -> None:
-    lowest, highest = label_ends(target)
+    lowest, highest = label_range(target)
     if lowest is None or highest is None or (lowest >= 0 and highest < n_classes):
         return
     target = target.long()  # -100 is 156 to uint8
@@ -215,11 +217,11 @@ def check_flag(name: str, value: Any) -> bool:
     return value
 
 
-_MOST = torch.finfo(torch.float32).max
+_FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 def check_tau(tau: Any) -> float:
-    return check_number("tau", tau, 0.0, _MOST, "finite and not negative")
+    return check_number("tau", tau, 0.0, _FLOAT32_MAX, "finite and not negative")
 
 
 def check_label_smoothing(value: Any) -> float:
@@ -290,7 +292,7 @@ def check_predictions(preds: Tensor, target: Any, n_classes: int, ignore_index: 
     if target.device != preds.device:
         raise ValueError(f"target must be on the device of preds, {preds.device}, got {target.device}")
     _check_labels_in_range(target, n_classes, ignore_index)
-    if preds.is_cpu and not is_recorded(preds):
+    if preds.is_cpu and not is_compiled_or_traced(preds):
         preds, target = preds.long(), target.long()  # 300 classes are 44 to uint8
         outside = preds[((preds < 0) | (preds >= n_classes)) & (target != ignore_index)]
         if outside.numel() > 0:

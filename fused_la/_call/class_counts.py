@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fused_la._call.values import is_recorded
+from fused_la._call.values import is_compiled_or_traced
 
 _MAX_LISTED = 10  # classes that an error message spells out
 
@@ -89,7 +89,7 @@ def counts_of_classes(class_counts: Any) -> np.ndarray | Tensor:
             raise TypeError(f"class_counts must be integer or floating, got {dtype_name(class_counts)}")
         counts = class_counts.detach()
         counts = counts.double() if counts.is_floating_point() and counts.device.type == "cpu" else counts
-        if is_recorded(counts):
+        if is_compiled_or_traced(counts):
             return counts
         counts = counts.cpu()
         return (counts.double() if counts.is_floating_point() else counts).numpy().copy()

@@ -10,7 +10,9 @@ from torch import Tensor
 from fused_la._call import checks
 
 
-def stand_in(features: Any, weight: Any, bias: Any, target: Any, target_weight: Any) -> tuple[Tensor, Any, Any]:
+def placeholder_logits(
+    features: Any, weight: Any, bias: Any, target: Any, target_weight: Any
+) -> tuple[Tensor, Any, Any]:
     """Logits of one element in memory that have the shape, dtype and device of the head's; and the target's rows.
 
     The rows of features (..., D) become one dimension, as do those of a target that fits them.
@@ -67,7 +69,7 @@ def check_head(features: Any, weight: Any, bias: Any) -> None:
         _check_device("bias", bias, features)
 
 
-def check_placed_alike(features: Tensor, weight: Tensor) -> None:
+def check_sharded_alike(features: Tensor, weight: Tensor) -> None:
     """For logits: of a weight that is spread over ranks, only a DTensor says that the features are the same on all."""
     if checks.is_dtensor(weight) and not checks.is_dtensor(features):
         raise TypeError(

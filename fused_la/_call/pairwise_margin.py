@@ -135,7 +135,7 @@ class PairwiseMargin:
     def named_vectors(self) -> list[tuple[str, Tensor]]:
         return [(name, value) for name, value in self._items() if isinstance(value, Tensor)]
 
-    def only_of_reference(self) -> list[Tensor]:
+    def reference_only_tensors(self) -> list[Tensor]:
         """The vectors whose gradient is the reference's alone: all but two offsets that are one tensor."""
         shared = ("negative_offset", "target_offset") if self.offsets_are_equal else ()
         return [vector for name, vector in self.named_vectors() if name not in shared]

@@ -1,8 +1,7 @@
-"""What every implementation is handed: the rows of a checked loss, and how much each class of a row is asked for.
+"""`Problem`, what every implementation is given: the rows of a checked loss, and the target mass of their classes.
 
-A loss over logits of shape (N, C, d1, ..., dk) is a set of independent rows. The door (`loss.py`) brings every input
-into one form, (N, P, C) with P = d1 * ... * dk, or (N, C) where P is 1, without copying, and each implementation
-computes, for every row,
+A loss over logits of shape (N, C, d1, ..., dk) is a set of independent rows. `arguments.py` brings every input into one
+form, (N, P, C) with P = d1 * ... * dk, or (N, C) if P is 1, without a copy. Each implementation computes for every row
 
     z_c  = scale_c * logits_c + tau * log_prior_c                (a class at -inf stays out, whatever its logit)
     t_c  = the target mass of class c                            (labels, their weights and smoothing, see below)
@@ -17,7 +16,7 @@ smoothing differ in t alone:
 
 with eps = label_smoothing and q = smoothing_distribution (1/C where it is None). Labels equal to ignore_index do not
 count; any other label outside [0, C) makes its row NaN. A mean counts a label as its mean_weight, which is its weight
-but for what a margin's alpha adds to that.
+but for the factor that a margin's alpha adds to it.
 """
 
 from __future__ import annotations
@@ -84,7 +83,7 @@ class Problem(NamedTuple):
         if self.log_prior is None:
             return None
         if not torch.compiler.is_compiling() and self.tau == 1.0 and self.log_prior.dtype == self.compute_dtype:
-            return self.log_prior  # a compiled graph serves every tau
+            return self.log_prior  # not while compiling: one graph serves every tau
         wide = torch.promote_types(self.log_prior.dtype, self.compute_dtype)
         offset = (self.log_prior.to(wide) * self.tau).to(self.compute_dtype)
         return offset.masked_fill(self.log_prior == -math.inf, -math.inf)  # a tau that rounds to 0 makes it NaN
@@ -98,7 +97,7 @@ class Problem(NamedTuple):
         return logits if scale is None else logits * scale
 
     def smoothing_mass(self) -> Tensor | None:
-        """eps * q_c * weight_c, (C,): what label smoothing asks of each class for a row of weight 1; None without."""
+        """eps * q_c * weight_c, (C,): what label smoothing gives each class in a row of weight 1; None without."""
         if self.label_smoothing == 0.0:
             return None
         n_classes = self.logits.shape[-1]
@@ -111,34 +110,34 @@ class Problem(NamedTuple):
         return mass if weight is None else mass * weight
 
 
-class Shard(NamedTuple):
-    """What is known of all labels where a problem has only some of the classes, as a rank holds them.
+class ShardLabels(NamedTuple):
+    """What a rank that holds some of the classes knows of all labels.
 
-    The problem's own target then counts classes from the first one here: a label elsewhere stands past the last one.
+    The target of its `Problem` counts classes from the rank's first one; a label of another rank lies past the last.
     """
 
-    names: Tensor | None  # (N, P, K) the labels' classes among all; None for class probabilities
-    weight: Tensor | None = None  # (N, P, K) class weights of the labels, from whoever holds their classes
-    mean_weight: Tensor | None = None  # (N, P, K) the same for a mean
+    global_classes: Tensor | None  # (N, P, K) the labels among all C classes; None for class probabilities
+    weight: Tensor | None = None  # (N, P, K) class weights of the labels, from the ranks that hold their classes
+    mean_weight: Tensor | None = None  # (N, P, K) the same for the denominator of a mean
 
 
 class Labels(NamedTuple):
     """The (N, P, K) index labels of a problem, read once."""
 
-    classes: Tensor  # (N, P, K) int64, 0 where a label does not count, or lies elsewhere
-    mass: Tensor  # (N, P, K) what the label asks of its class, smoothing apart; 0 ignored, NaN out of range
+    classes: Tensor  # (N, P, K) int64; 0 for a label that is ignored, out of range, or of another rank
+    mass: Tensor  # (N, P, K) the target mass of the label without smoothing; 0 if ignored, NaN if out of range
     counts: Tensor  # (N, P, K) bool: not ignored
     share: Tensor  # (N, P) sum of the counting labels' target_weight: the row's multiple of the smoothing mass
     live: Tensor  # (N, P) bool: some label counts
     row_weight: Tensor  # (N, P) the row's part in the denominator of reduction="mean"
-    here: Tensor  # (N, P, K) bool: it counts, and its class is one of the problem's
-    names: Tensor  # (N, P, K) int64: counting labels are of one class where these are equal
+    is_local: Tensor  # (N, P, K) bool: it counts, and its class is one of the problem's
+    global_classes: Tensor  # (N, P, K) int64: equal for counting labels of one class
 
 
-def read_labels(problem: Problem, shard: Shard | None = None) -> Labels:
+def resolve_labels(problem: Problem, shard: ShardLabels | None = None) -> Labels:
     """Resolve ignored and out-of-range labels, class weights and label weights of an index target.
 
-    Of a `shard` no label is out of range, and until their weights are known, those of labels elsewhere are not right.
+    With a `shard` no label is out of range, and the weights of other ranks' labels are right once the shard has them.
     """
     target, n_classes, dtype = problem.target, problem.logits.shape[-1], problem.compute_dtype
     counts = target != problem.ignore_index
@@ -150,11 +149,11 @@ def read_labels(problem: Problem, shard: Shard | None = None) -> Labels:
         label_weight = torch.where(counts, problem.target_weight.to(dtype), 0.0)
     if shard is None:
         label_weight = label_weight.masked_fill(counts != usable, math.nan)
-    of_labels, of_mean = (None, None) if shard is None else (shard.weight, shard.mean_weight)
-    weighted = _weighted(label_weight, problem.computed(problem.weight), of_labels, classes)
+    gathered, gathered_mean = (None, None) if shard is None else (shard.weight, shard.mean_weight)
+    weighted = _weighted(label_weight, problem.computed(problem.weight), gathered, classes)
     counted = weighted
     if problem.mean_weight is not problem.weight:
-        counted = _weighted(label_weight, problem.computed(problem.mean_weight), of_mean, classes)
+        counted = _weighted(label_weight, problem.computed(problem.mean_weight), gathered_mean, classes)
     mass = weighted if problem.label_smoothing == 0.0 else weighted * (1.0 - problem.label_smoothing)
 
     if target.shape[-1] == 1 and problem.target_weight is None:
@@ -163,24 +162,25 @@ def read_labels(problem: Problem, shard: Shard | None = None) -> Labels:
         # A row counts as the mean class weight of its labels, 1 without class weights.
         share, live = label_weight.sum(-1), counts.any(-1)
         row_weight = torch.where(share == 0, 0.0, counted.sum(-1) / torch.where(share == 0, 1.0, share))
-    if shard is None or shard.names is None:
+    if shard is None or shard.global_classes is None:
         return Labels(classes, mass, counts, share, live, row_weight, counts, classes)
-    return Labels(classes, mass, counts, share, live, row_weight, usable, shard.names)
+    return Labels(classes, mass, counts, share, live, row_weight, usable, shard.global_classes)
 
 
-def _weighted(label_weight: Tensor, weight: Tensor | None, of_labels: Tensor | None, classes: Tensor) -> Tensor:
+def _weighted(label_weight: Tensor, weight: Tensor | None, gathered: Tensor | None, classes: Tensor) -> Tensor:
+    """The labels' weights times their class weights, which were gathered from other ranks or are looked up here."""
     if weight is None:
         return label_weight
-    return label_weight * (weight[classes] if of_labels is None else of_labels)
+    return label_weight * (weight[classes] if gathered is None else gathered)
 
 
-def others_than(z: Tensor, m: Tensor, rest: Tensor) -> Tensor:
-    """The sum of exp(z_k - m) over all classes but one that stands at z: rest for a top class, at least 1 besides."""
+def sum_others(z: Tensor, m: Tensor, rest: Tensor) -> Tensor:
+    """The sum of exp(z_k - m) over all classes but one with this z: rest for the top class, otherwise at least 1."""
     return torch.where(z == m, rest, 1.0 + rest - (z - m).exp())
 
 
-def past(margin: Tensor, others: Tensor) -> Tensor:
-    """log(1 + others * exp(margin)): the loss of a label that stands `margin` below the row's maximum.
+def label_loss(margin: Tensor, others: Tensor) -> Tensor:
+    """log(1 + others * exp(margin)): the loss of a label whose z lies `margin` below the row's maximum.
 
     `others` is the sum of exp(z - maximum) over the other classes; however large the margin is, nothing overflows.
     """

@@ -11,7 +11,7 @@ from torch import Tensor
 # Numbers that are read one by one. Alone, 4 labels take 0.7 us so and 2.0 us by `aminmax`, 64 take 2.4 and 2.1 us. But
 # an operator also slows what runs after it: with a prior of 64 classes a step took 70 us so and 79 us by `amax` (two
 # cores of an AMD EPYC, torch 2.14.1, kernels compiled and not launched).
-FEW = 64
+FEW_VALUES = 64
 
 # Modes under which an operation gives a shape alone, or a node of a graph beside its result.
 _TRACERS = tuple(getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL"))
@@ -36,26 +36,26 @@ def is_fake(tensor: Tensor) -> bool:
     return not recording and not torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
 
 
-def is_recorded(tensor: Tensor) -> bool:
+def is_compiled_or_traced(tensor: Tensor) -> bool:
     """The same, or by `torch.compile`: then nothing can be read, and the passes are operators."""
     return torch.compiler.is_compiling() or is_traced(tensor)
 
 
-def holds(condition: Tensor) -> bool:
+def holds_or_unknown(condition: Tensor) -> bool:
     """Whether a condition holds, True where that cannot be known; on a GPU it waits."""
-    return is_recorded(condition) or bool(condition)
+    return is_compiled_or_traced(condition) or bool(condition)
 
 
 def check_has_values(name: str, tensor: Tensor, caller: str) -> None:
     """For what looks at values to go on."""
-    if is_recorded(tensor):
+    if is_compiled_or_traced(tensor):
         raise ValueError(f"{name} must have values that {caller} can look at, got a tensor that is fake or is traced")
 
 
 def read_value(value: Tensor) -> Any:
     """A number from a CPU, or a list of them; None where reading would synchronise, or a transform or a tracer hides
     them."""
-    if not value.is_cpu or is_recorded(value):
+    if not value.is_cpu or is_compiled_or_traced(value):
         return None
     try:
         return value.tolist()
@@ -63,12 +63,12 @@ def read_value(value: Tensor) -> Any:
         return None
 
 
-def label_ends(labels: Tensor) -> tuple[Any, Any]:
+def label_range(labels: Tensor) -> tuple[Any, Any]:
     """The smallest and largest of labels on a CPU; None for both where there are none, or `read_value` is None."""
-    if not labels.is_cpu or is_recorded(labels):
+    if not labels.is_cpu or is_compiled_or_traced(labels):
         return None, None
     try:
-        if labels.numel() > FEW:
+        if labels.numel() > FEW_VALUES:
             lowest, highest = labels.aminmax()
             return lowest.item(), highest.item()
         values = labels.tolist() if labels.dim() == 1 else labels.flatten().tolist()
@@ -79,7 +79,7 @@ def label_ends(labels: Tensor) -> tuple[Any, Any]:
 
 def largest(values: Tensor) -> float | None:
     """The largest number of a vector, NaN if there is one; None where `read_value` is None."""
-    if values.numel() <= FEW:
+    if values.numel() <= FEW_VALUES:
         numbers = read_value(values)
         if numbers is None:
             return None
@@ -90,4 +90,4 @@ def largest(values: Tensor) -> float | None:
 
 def smallest(values: Tensor) -> float:
     """The smallest number of a tensor on a CPU that may be read."""
-    return min(values.tolist()) if values.numel() <= FEW else values.amin().item()
+    return min(values.tolist()) if values.numel() <= FEW_VALUES else values.amin().item()

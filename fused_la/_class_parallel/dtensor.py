@@ -16,11 +16,13 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from fused_la import distributed
 from fused_la._call import checks
+from fused_la._call.arguments import Options
 from fused_la._call.head_arguments import check_head, feature_rows, product_dtype
 from fused_la._call.pairwise_margin import PairwiseMargin
-from fused_la._class_parallel.exchange import meet, ranks_of
+from fused_la._class_parallel.agreement import class_parallel_loss
+from fused_la._class_parallel.exchange import exchange_headers, ranks_of
+from fused_la._class_parallel.rank_call import read_head_call, read_logits_call
 from fused_la._tiled.head import Head, predict
 
 T = TypeVar("T")
@@ -41,66 +43,63 @@ class _Layout(NamedTuple):
         return self.mesh.get_group(self.mesh_dim)
 
 
-def loss_of_logits(
-    logits: DTensor, target: Any, prior: Any, tau: tuple[Any, ...], target_weight: Any, weight: Any,
-    smoothing_distribution: Any, **options: Any,
-) -> Tensor:  # fmt: skip
-    """`prior` is a log prior, and `tau` a tuple of one, or a margin, and `tau` empty."""
+def loss_of_logits(logits: DTensor, target: Any, prior: Any, tau: Any, options: Options, impl: Any) -> Tensor:
+    """The loss of sharded logits, for a log prior with its tau, or for a margin if tau is None."""
     dim = checks.class_dim(logits)
     layout = _layout("logits", logits, dim)
-    caller = "margin_cross_entropy" if not tau else "logit_adjusted_cross_entropy"
+    caller = "margin_cross_entropy" if tau is None else "logit_adjusted_cross_entropy"
 
-    def local() -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def local_arguments() -> tuple[Any, ...]:
         labels = _target(layout, target, dim, logits.dim())
-        keywords = {
-            "target_weight": _copy("target_weight", target_weight),
-            "weight": _classes(layout, "weight", weight),
-            "smoothing_distribution": _classes(layout, "smoothing_distribution", smoothing_distribution),
-        }
-        return (_here(logits), labels, _prior(layout, prior, tau), *tau), keywords | options
+        local_options = _local_options(layout, options, "weight")
+        return _here(logits), labels, _prior(layout, prior, tau), tau, local_options, impl
 
-    arguments, keywords = _or_tell_all(layout, caller, local)
-    loss_of = getattr(distributed, f"class_parallel_{caller}")
-    return _everywhere(layout, loss_of(*arguments, group=layout.group, **keywords))
+    arguments = _or_tell_all(layout, caller, local_arguments)
+    loss = class_parallel_loss(f"class_parallel_{caller}", layout.group, read_logits_call, *arguments)
+    return _everywhere(layout, loss)
 
 
 def loss_of_head(
-    features: Any, weight: DTensor, target: Any, prior: Any, tau: tuple[Any, ...], bias: Any, target_weight: Any,
-    class_weight: Any, smoothing_distribution: Any, **options: Any,
-) -> Tensor:  # fmt: skip
+    features: Any, weight: DTensor, bias: Any, target: Any, prior: Any, tau: Any, options: Options, impl: Any
+) -> Tensor:
+    """The loss of a head with a sharded weight, for a log prior with its tau, or for a margin if tau is None."""
     layout = _layout("weight", weight, 0)
-    caller = "linear_margin_cross_entropy" if not tau else "linear_logit_adjusted_cross_entropy"
+    caller = "linear_margin_cross_entropy" if tau is None else "linear_logit_adjusted_cross_entropy"
 
-    def local() -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def local_arguments() -> tuple[Any, ...]:
         rows = _copy("features", features)
         checks.check_tensor("features", rows)
         labels = _target(layout, target, rows.dim() - 1, rows.dim())
-        keywords = {
-            "bias": _classes(layout, "bias", bias),
-            "target_weight": _copy("target_weight", target_weight),
-            "class_weight": _classes(layout, "class_weight", class_weight),
-            "smoothing_distribution": _classes(layout, "smoothing_distribution", smoothing_distribution),
-        }
-        return (rows, _here(weight), labels, _prior(layout, prior, tau), *tau), keywords | options
+        local_bias, local_options = _classes(layout, "bias", bias), _local_options(layout, options, "class_weight")
+        return rows, _here(weight), local_bias, labels, _prior(layout, prior, tau), tau, local_options, impl
 
-    arguments, keywords = _or_tell_all(layout, caller, local)
-    loss_of = getattr(distributed, f"class_parallel_{caller}")
-    return _everywhere(layout, loss_of(*arguments, group=layout.group, **keywords))
+    arguments = _or_tell_all(layout, caller, local_arguments)
+    loss = class_parallel_loss(f"class_parallel_{caller}", layout.group, read_head_call, *arguments)
+    return _everywhere(layout, loss)
+
+
+def _local_options(layout: _Layout, options: Options, weight_name: str) -> Options:
+    """The options with this rank's classes of what is per class."""
+    return options._replace(
+        target_weight=_copy("target_weight", options.target_weight),
+        weight=_classes(layout, weight_name, options.weight),
+        smoothing_distribution=_classes(layout, "smoothing_distribution", options.smoothing_distribution),
+    )
 
 
 def predict_sharded(features: Any, weight: DTensor, bias: Any) -> Tensor:
     """The class of the largest raw logit of each row, of classes that are sharded."""
     layout = _layout("weight", weight, 0)
-    whole, here, of_bias = _copy("features", features), _here(weight), _classes(layout, "bias", bias)
-    check_head(whole, weight, bias)
-    rows = feature_rows(whole)
+    all_classes, here, of_bias = _copy("features", features), _here(weight), _classes(layout, "bias", bias)
+    check_head(all_classes, weight, bias)
+    rows = feature_rows(all_classes)
     found = predict(Head(rows, here, of_bias, product_dtype(rows, here)))
     logits = [torch.empty_like(found.logits) for _ in range(layout.group.size())]
     classes = [torch.empty_like(found.classes) for _ in logits]
     dist.all_gather(logits, found.logits, layout.group)
     dist.all_gather(classes, found.classes + layout.first, layout.group)
     best = torch.stack(logits).argmax(0, keepdim=True)
-    return _everywhere(layout, torch.stack(classes).gather(0, best)[0].reshape(whole.shape[:-1]))
+    return _everywhere(layout, torch.stack(classes).gather(0, best)[0].reshape(all_classes.shape[:-1]))
 
 
 def sharded_as(weight: DTensor, of_classes: Tensor) -> Tensor:
@@ -139,7 +138,7 @@ def _or_tell_all(layout: _Layout, caller: str, local: Callable[[], T]) -> T:
     def fail() -> Any:
         raise raised
 
-    meet(ranks_of(layout.group), caller, fail)
+    exchange_headers(ranks_of(layout.group), caller, fail)
     raise raised
 
 
@@ -181,8 +180,8 @@ def _classes(layout: _Layout, name: str, value: Any, dim: int = 0, n_dims: int =
     if value.requires_grad:
         raise ValueError(f"{name} must be a DTensor that is sharded as {layout.name} is to get a gradient, got a whole "
                          "tensor")  # fmt: skip
-    whole = _here(value) if isinstance(value, DTensor) else value
-    return whole.narrow(dim, layout.first, layout.last - layout.first)
+    all_classes = _here(value) if isinstance(value, DTensor) else value
+    return all_classes.narrow(dim, layout.first, layout.last - layout.first)
 
 
 def _target(layout: _Layout, target: Any, dim: int, n_dims: int) -> Any:
@@ -191,8 +190,8 @@ def _target(layout: _Layout, target: Any, dim: int, n_dims: int) -> Any:
     return _copy("target", target)
 
 
-def _prior(layout: _Layout, prior: Any, tau: tuple[Any, ...]) -> Any:
-    if tau:
+def _prior(layout: _Layout, prior: Any, tau: Any) -> Any:
+    if tau is not None:
         return _classes(layout, "log_prior", prior)
     if not isinstance(prior, PairwiseMargin):
         return prior

@@ -1,12 +1,12 @@
-"""What the ranks of a process group tell one another, so that none waits for one that has left.
+"""Collectives of a process group: headers, so that no rank waits for one that raised, and gathers and sums of rows.
 
-A call that communicates begins with `meet`: every rank checks its own arguments and sends a header of fixed size, a few
-numbers, or the error that it met. Every rank reads all headers, so either all go on or all raise.
+A call that communicates begins with `exchange_headers`: every rank checks its own arguments and sends a header of fixed
+size, a few numbers or the error that was raised. Every rank reads all headers, so either all go on or all raise.
 
-Rows of uneven number travel padded to the most that a rank has. Those that a call needs from everywhere travel behind
-its header, which saves a collective, as far as the group has room for them. How much room there is and on which device
-follows from calls that all ranks agreed on, so what they send has one size on all of them, whatever they call next and
-whatever they are given. A call that needs more gathers its rows by themselves, and makes room for the next.
+If ranks have different numbers of rows, rows are padded to the largest. Rows that a call needs from all ranks are sent
+behind its header, as its payload, which saves a collective if they fit. The payload's size and device follow from
+earlier calls that all ranks agreed on, so all ranks send buffers of one size, whatever they call next and whatever
+arguments they have. A call that needs more gathers its rows in a collective of its own, and enlarges the next payload.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _room_of(ranks: Ranks) -> Room:
 # Headers --------------------------------------------------------------------------------------------------------------
 
 
-def meet(
+def exchange_headers(
     ranks: Ranks, caller: str, check: Callable[[], tuple[T, Mapping[str, Number]]]
 ) -> tuple[T, list[dict[str, Any]]]:
     """What `check` makes of this rank's arguments, and the numbers of every rank, in rank order.
@@ -93,13 +93,13 @@ def meet(
     def check_without_rows() -> tuple[T, Mapping[str, Number], list[Tensor]]:
         return *check(), []
 
-    return meet_with_rows(ranks, caller, check_without_rows)[:2]
+    return exchange_headers_and_rows(ranks, caller, check_without_rows)[:2]
 
 
-def meet_with_rows(
+def exchange_headers_and_rows(
     ranks: Ranks, caller: str, check: Callable[[], tuple[T, Mapping[str, Number], list[Tensor]]]
 ) -> tuple[T, list[dict[str, Any]], Tensor]:
-    """As `meet`, where `check` also gives tensors of rows, for `rows_of_all` to take from what is returned last."""
+    """As `exchange_headers`; `check` also returns tensors of rows, for `gathered_rows` to take from the payload."""
     error, result, numbers, rows, status, text = None, None, {}, [], 0, caller
     try:
         result, numbers, rows = check()
@@ -222,8 +222,8 @@ def gather_rows(ranks: Ranks, counts: list[int], rows: list[Tensor]) -> list[Ten
     return _read(all_gather(ranks, sent), counts, rows)
 
 
-def rows_of_all(ranks: Ranks, counts: list[int], rows: list[Tensor], came: Tensor) -> list[Tensor]:
-    """As `gather_rows`, of rows of agreed dtypes, widths and type of device that `meet_with_rows` was given.
+def gathered_rows(ranks: Ranks, counts: list[int], rows: list[Tensor], came: Tensor) -> list[Tensor]:
+    """As `gather_rows`, of rows of agreed dtypes, widths and type of device that `exchange_headers_and_rows` was given.
 
     Room is kept while a call needs half of it or more, so a smaller last batch costs the next epoch nothing.
     """

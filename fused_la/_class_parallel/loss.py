@@ -1,91 +1,93 @@
-"""A loss whose classes are spread over ranks: each passes over its own, and their parts are joined.
+"""The loss with classes sharded over ranks: each rank reduces its own classes, and their states are merged.
 
-Forward: a rank's own classes leave a `Part` of each row, and what the labels among them stand at; one gather of these,
-which every rank joins in rank order, to the same bits. Backward needs nothing from elsewhere: the state of a row is
-whole. Only the features' gradient is a sum over ranks.
+Forward: a rank's classes leave a `SoftmaxState` of each row, and z of the labels among them. One gather exchanges
+these, and every rank merges them in rank order, to the same bits. Backward of logits needs nothing from other ranks,
+since the state of a row is whole; only the features' gradient is a sum over ranks.
 
-What a label has of its class, its z and its weights, only the rank that holds the class can say; the others send 0.
+Only the rank that holds a label's class knows its z and its weights; the others send 0.
 """
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 
-from fused_la._call.problem import Problem, Shard, read_labels
+from fused_la._autograd.fields import save_fields, saved_fields
+from fused_la._autograd.loss import implementation
+from fused_la._call.problem import Problem, ShardLabels, resolve_labels
 from fused_la._class_parallel.exchange import Ranks, all_gather, all_reduce, gather_rows, scatter_row_sums
 from fused_la._tiled import head as tiled_head
 from fused_la._tiled.blocks import Block, class_chunks
-from fused_la._tiled.head import BY_CLASS, Head, Products, Saved, Source, absorb_tiles, finish, prepare_backward
-from fused_la._tiled.softmax import Part, Rows, join, prepare
+from fused_la._tiled.head import Head, HeadTiles, LogitTiles, Saved, finalize, prepare_backward, reduce_tiles
+from fused_la._tiled.softmax import PreparedRows, SoftmaxState, merge, prepare
 
 
-class Plan(NamedTuple):
-    """How a loss is computed, and where the rows are."""
+class ShardedCall(NamedTuple):
+    """What a loss over ranks needs beside its tensors."""
 
     ranks: Ranks
     impl: str
     reduction: str
-    counts: list[int] | None  # rows of each rank, where the ranks have different ones
-    average: bool  # whether what takes the features' gradient divides it by the number of ranks
+    counts: list[int] | None  # rows of each rank, if each rank has rows of its own
+    average: bool  # whether the features' gradient is divided by the number of ranks later
 
 
-class Given(Source):
-    """Tiles of logits that exist, as (N, 1, C), in the dtype in which they are computed."""
+class MaterializedTiles(LogitTiles):
+    """Tiles of logits (N, 1, C) that exist, copied to the compute dtype."""
 
     def __init__(self, logits: Tensor, dtype: torch.dtype):
-        super().__init__(len(logits), logits.shape[-1], logits, dtype, by_class=False)
-        self.product_dtype, self._given = dtype, logits.squeeze(1)
+        super().__init__(len(logits), logits.shape[-1], logits, dtype, class_major=False)
+        self.product_dtype, self._logits_of_rows = dtype, logits.squeeze(1)
 
-    def of_classes(self, chunk: slice) -> Tensor:
-        return self._given[:, chunk]
+    def chunk_operand(self, chunk: slice) -> Tensor:
+        return self._logits_of_rows[:, chunk]
 
-    def logits(self, block: Block, of_chunk: Tensor) -> Tensor:
-        rows = of_chunk[block[0]]
+    def logits(self, block: Block, operand: Tensor) -> Tensor:
+        rows = operand[block[0]]
         return self.buffer(*rows.shape).copy_(rows)
 
 
 def sharded_loss(
-    plan: Plan,
+    call: ShardedCall,
     own: Tensor,
-    everyones: Tensor | None,
+    gathered: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     product_dtype: torch.dtype,
-    names: Tensor | None,
+    global_classes: Tensor | None,
     problem: Problem,
 ) -> Tensor:
     """The reduced loss, or (N, 1) rows.
 
-    `own` are logits (N, 1, C), or features (N, D) of a head with a weight (C, D); `everyones` the features of all ranks
-    where these have different rows, which `problem` has. `names` as in `Shard`.
+    `own` are logits (N, 1, C), or the features (N, D) of a head with a weight (C, D). `gathered` are the features of
+    all ranks, whose rows `problem` has, if each rank has rows of its own. `global_classes` is as in `ShardLabels`.
     """
-    return _ShardedLoss.apply(plan, own, everyones, weight, bias, product_dtype, names, *problem[1:])
+    return _ShardedLoss.apply(call, own, gathered, weight, bias, product_dtype, global_classes, *problem[1:])
 
 
 class _ShardedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, plan: Plan, *fields: Any) -> Tensor:
-        head, names, problem = _of_fields(fields)
-        shard = Shard(names)
+    def forward(ctx: Any, call: ShardedCall, *fields: Any) -> Tensor:
+        head, global_classes, problem = _of_fields(fields)
+        shard, kernels = ShardLabels(global_classes), implementation(call.impl)
         with torch.autocast(problem.logits.device.type, enabled=False):
-            rows = prepare(problem, in_pieces=True, shard=shard)
+            rows = prepare(problem, tiled=True, shard=shard)
             if head is None:
-                source = Given(problem.logits, problem.compute_dtype)
+                source = MaterializedTiles(problem.logits, problem.compute_dtype)
             else:
-                source = Products(head, problem.compute_dtype, by_class=plan.impl in BY_CLASS)
-            part = absorb_tiles(source, rows, plan.impl)
-            del source  # and its buffer
-            rows, part, shard = _exchange(plan.ranks, rows, part, shard)
-            loss, saved = finish(rows, part, plan.reduction, smoothing=part.total)
-        ctx.plan, ctx.scalars = plan, [None if isinstance(field, Tensor) else field for field in fields]
-        tensors = (field if isinstance(field, Tensor) else None for field in fields)
-        ctx.save_for_backward(*tensors, *saved, shard.weight)
-        if plan.reduction == "none" and plan.counts is not None:
-            return loss.split(plan.counts)[plan.ranks.rank].clone()
+                source = HeadTiles(head, problem.compute_dtype, kernels.CLASS_MAJOR)
+            state = reduce_tiles(source, rows, kernels)
+            del source  # to free its buffer
+            rows, state, shard = _exchange(call.ranks, rows, state, shard)
+            loss, saved = finalize(rows, state, call.reduction, smoothing=state.total)
+        ctx.call = call
+        save_fields(ctx, fields, *saved, shard.weight)
+        if call.reduction == "none" and call.counts is not None:
+            return loss.split(call.counts)[call.ranks.rank].clone()
         return loss
 
     @staticmethod
@@ -97,13 +99,13 @@ class _ShardedLoss(torch.autograd.Function):
         grads = _gradients(ctx, grad_outputs[0])
         if not torch.is_grad_enabled():
             return grads
-        # PyTorch's once_differentiable would let a gradient pass for a constant where the upstream one is.
+        # Not once_differentiable, which treats the gradient as a constant if the upstream gradient is one.
         inputs = [tensor for tensor in (*ctx.saved_tensors, grad_outputs[0]) if tensor is not None]
-        return tuple(None if grad is None else _Last.apply(grad, *inputs) for grad in grads)
+        return tuple(None if grad is None else _NotDifferentiable.apply(grad, *inputs) for grad in grads)
 
 
-class _Last(torch.autograd.Function):
-    """A gradient that has no derivative of its own, of whatever it was computed from."""
+class _NotDifferentiable(torch.autograd.Function):
+    """A gradient that raises if it is differentiated with respect to anything that it was computed from."""
 
     @staticmethod
     def forward(ctx: Any, grad: Tensor, *inputs: Tensor) -> Tensor:
@@ -116,110 +118,110 @@ class _Last(torch.autograd.Function):
 
 @torch.no_grad()
 def _gradients(ctx: Any, grad_loss: Tensor) -> tuple:
-    plan: Plan = ctx.plan
-    *tensors, of_labels = ctx.saved_tensors
-    n_saved = len(Saved._fields)
-    fields = zip(tensors[:-n_saved], ctx.scalars, strict=True)
-    fields = [tensor if tensor is not None else value for tensor, value in fields]
-    saved = Saved(*tensors[-n_saved:])
-    head, names, problem = _of_fields(fields)
-    shard = Shard(names, of_labels)
+    call: ShardedCall = ctx.call
+    fields, (*saved, label_weight) = saved_fields(ctx)
+    saved, kernels = Saved(*saved), implementation(call.impl)
+    head, global_classes, problem = _of_fields(fields)
+    shard = ShardLabels(global_classes, label_weight)
     needs = ctx.needs_input_grad[1:]
     grad_own = grad_weight = grad_bias = None
     with torch.autocast(problem.logits.device.type, enabled=False):
-        grad_rows = _over_rows(plan, grad_loss, saved)
+        grad_rows = _over_rows(call, grad_loss, saved)
         if head is None:
-            grad_own, grad_prior = _backward_given(problem, saved, grad_rows, needs[0], needs[6], plan.impl, shard)
+            grad_own, grad_prior = _backward_logits(problem, saved, grad_rows, needs[0], needs[6], kernels, shard)
         else:
             wanted = (needs[0], needs[2], needs[3], needs[6])
-            grads = tiled_head.backward(head, problem, saved, grad_rows, wanted, plan.impl, shard)
+            grads = tiled_head.backward(head, problem, saved, grad_rows, wanted, kernels, shard)
             grad_features, grad_weight, grad_bias, grad_prior = grads
             if grad_features is not None:
-                grad_own = _summed(plan, grad_features).to(head.features.dtype)
+                grad_own = _sum_over_ranks(call, grad_features).to(head.features.dtype)
     rest = (None,) * (len(fields) - 7)
     return None, grad_own, None, grad_weight, grad_bias, None, None, grad_prior, *rest
 
 
 def _of_fields(fields: Any) -> tuple[Head | None, Tensor | None, Problem]:
-    own, everyones, weight, bias, product_dtype, names, *others = fields
+    own, gathered, weight, bias, product_dtype, global_classes, *others = fields
     if weight is None:
-        return None, names, Problem(own, *others)
-    head = Head(own if everyones is None else everyones, weight, bias, product_dtype)
-    return head, names, Problem(tiled_head.rowless_logits(head), *others)
+        return None, global_classes, Problem(own, *others)
+    head = Head(own if gathered is None else gathered, weight, bias, product_dtype)
+    return head, global_classes, Problem(tiled_head.logits_placeholder(head), *others)
 
 
-def _exchange(ranks: Ranks, rows: Rows, part: Part, shard: Shard) -> tuple[Rows, Part, Shard]:
-    """The part of all classes of every row, and labels that know what they have of their classes."""
+def _exchange(
+    ranks: Ranks, rows: PreparedRows, state: SoftmaxState, shard: ShardLabels
+) -> tuple[PreparedRows, SoftmaxState, ShardLabels]:
+    """The state of each row over all ranks, and labels with their z and weights from the ranks that hold them."""
     problem, labels = rows.problem, rows.labels
-    of_rows = [part.m, part.rest]
+    of_rows = [state.m, state.rest]
     if labels is None or rows.smoothing is not None:
-        of_rows += [part.gap, part.total]
+        of_rows += [part for part in (state.total, state.gap) if part is not None]
     of_labels = []
     if labels is not None:
-        of_labels = [rows.candidates.z] if rows.as_label is None else [rows.candidates.z, rows.as_label]
+        of_labels = [rows.candidates.z] if rows.z_as_label is None else [rows.candidates.z, rows.z_as_label]
         weights = [problem.weight]
         if problem.mean_weight is not problem.weight:
             weights.append(problem.mean_weight)
         for weight in map(problem.computed, weights):
             if weight is not None:
-                of_labels.append(torch.where(labels.here, weight[labels.classes], 0.0))
+                of_labels.append(torch.where(labels.is_local, weight[labels.classes], 0.0))
     came = all_gather(ranks, torch.cat([*of_rows, *(values.squeeze(1) for values in of_labels)], 1))
 
     parts = [[column.unsqueeze(1) for column in of_rank.unbind(1)] for of_rank in came[..., : len(of_rows)]]
-    none = torch.zeros_like(part.m)
-    part = Part(*parts[0], *[none] * (4 - len(of_rows)))
+    none = torch.zeros_like(state.m)
+    state = SoftmaxState(*parts[0], *[none] * (4 - len(of_rows)))
     for of_rank in parts[1:]:
-        part = join(part, Part(*of_rank, *[none] * (4 - len(of_rows))))
+        state = merge(state, SoftmaxState(*of_rank, *[none] * (4 - len(of_rows))))
     if labels is None:
-        return rows, part, shard
-    owners = came[..., len(of_rows) :].sum(0).unsqueeze(1).tensor_split(len(of_labels), -1)
-    owners = [values.contiguous() for values in owners]
-    z, as_label = owners.pop(0), None if rows.as_label is None else owners.pop(0)
+        return rows, state, shard
+    of_owners = came[..., len(of_rows) :].sum(0).unsqueeze(1).tensor_split(len(of_labels), -1)
+    of_owners = [values.contiguous() for values in of_owners]
+    z, z_as_label = of_owners.pop(0), None if rows.z_as_label is None else of_owners.pop(0)
     if problem.weight is not None:
-        shard = shard._replace(weight=owners.pop(0))
+        shard = shard._replace(weight=of_owners.pop(0))
     if problem.mean_weight is not None and problem.mean_weight is not problem.weight:
-        shard = shard._replace(mean_weight=owners.pop(0))
+        shard = shard._replace(mean_weight=of_owners.pop(0))
     candidates = rows.candidates._replace(z=z)
-    return rows._replace(labels=read_labels(problem, shard), candidates=candidates, as_label=as_label), part, shard
+    labels = resolve_labels(problem, shard)
+    return rows._replace(labels=labels, candidates=candidates, z_as_label=z_as_label), state, shard
 
 
-def _over_rows(plan: Plan, grad_loss: Tensor, saved: Saved) -> Tensor:
+def _over_rows(call: ShardedCall, grad_loss: Tensor, saved: Saved) -> Tensor:
     """The upstream gradient of every row, over the mean's denominator."""
-    if plan.reduction != "none":
+    if call.reduction != "none":
         grad_rows = grad_loss.expand(saved.state.shape[1:])
-        return grad_rows / saved.normalizer if plan.reduction == "mean" else grad_rows
+        return grad_rows / saved.normalizer if call.reduction == "mean" else grad_rows
     grad_rows = grad_loss.resolve_neg()
-    return grad_rows if plan.counts is None else gather_rows(plan.ranks, plan.counts, [grad_rows])[0]
+    return grad_rows if call.counts is None else gather_rows(call.ranks, call.counts, [grad_rows])[0]
 
 
-def _summed(plan: Plan, grad_features: Tensor) -> Tensor:
+def _sum_over_ranks(call: ShardedCall, grad_features: Tensor) -> Tensor:
     """The gradient of this rank's own rows, to which every rank's classes have added."""
-    if plan.counts is None:
-        grad_features = all_reduce(plan.ranks, grad_features)
+    if call.counts is None:
+        grad_features = all_reduce(call.ranks, grad_features)
     else:
-        grad_features = scatter_row_sums(plan.ranks, plan.counts, grad_features)
-    return grad_features * plan.ranks.size if plan.average else grad_features
+        grad_features = scatter_row_sums(call.ranks, call.counts, grad_features)
+    return grad_features * call.ranks.size if call.average else grad_features
 
 
-def _backward_given(
+def _backward_logits(
     problem: Problem,
     saved: Saved,
     grad_rows: Tensor,
     needs_logits: bool,
     needs_log_prior: bool,
-    impl: str,
-    shard: Shard,
+    kernels: ModuleType,
+    shard: ShardLabels,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of logits (N, 1, C) and log_prior (C,)."""
-    source = Given(problem.logits, problem.compute_dtype)
-    rows, to_gradient = prepare_backward(source, problem, saved, grad_rows, impl, shard)
+    source = MaterializedTiles(problem.logits, problem.compute_dtype)
+    rows, to_gradient = prepare_backward(source, problem, saved, grad_rows, kernels, shard)
     grad_logits = torch.empty_like(problem.logits) if needs_logits else None
     # Summed in float64: over many rows a float32 sum would lose what the rows' gradients hold.
     grad_offset = problem.logits.new_zeros(source.n_classes, dtype=torch.float64) if needs_log_prior else None
     for chunk in class_chunks(source.n_classes, source.tiles.classes):
-        of_chunk = source.of_classes(chunk)
+        operand = source.chunk_operand(chunk)
         for block in source.blocks:
-            grad = to_gradient(block, chunk, source.logits(block, of_chunk))
+            grad = to_gradient(block, chunk, source.logits(block, operand))
             if grad_offset is not None:
                 grad_offset[chunk] += grad.sum(0, dtype=source.dtype)
             if grad_logits is not None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from fused_la._call.problem import Problem
 from fused_la._call.values import smallest
 from fused_la._tiled import blocks
-from fused_la._tiled.blocks import Scratch, choose_blocking, combine, row_blocks, row_sum
+from fused_la._tiled.blocks import Scratch, choose_blocking, combine_into, row_blocks, row_sum
 
 
 class _NoClassError(Exception):
@@ -34,7 +34,7 @@ class _Labels(NamedTuple):
     n_counting: float
 
 
-def is_one_label(problem: Problem) -> bool:
+def has_single_label(problem: Problem) -> bool:
     """Whether all that a problem asks for is one label a row, and a row fits into a block."""
     if problem.has_probabilities or problem.n_labels != 1 or problem.label_smoothing > 0.0:
         return False
@@ -164,7 +164,7 @@ def _adjusted(logits: Tensor, offset: Tensor | None, scratch: Scratch, into: Ten
     """z of a block, written where its gradient will stand if that is fit for it, else into scratch."""
     fits = into is not None and into.dtype == scratch.dtype and into.is_contiguous()
     z = into if fits and into is not None else scratch.view(0, logits.shape)
-    return combine(z, logits, offset, torch.add)
+    return combine_into(z, logits, offset, torch.add)
 
 
 def _sums(z: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:

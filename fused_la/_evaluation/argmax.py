@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from fused_la._call.values import is_recorded
+from fused_la._call.values import is_compiled_or_traced
 from fused_la._tiled.blocks import BLOCK_ELEMENTS, row_blocks
 
 
@@ -25,7 +25,7 @@ def predict(logits: Tensor, scale: Tensor | None, offset: Tensor | None) -> Tens
     n_outer, n_inner, n_classes = logits.shape
     predictions = torch.empty((len(table), n_outer, n_inner), dtype=torch.int64, device=logits.device)
     out = None if offset is None else offset == -math.inf
-    any_out = [out is not None] * len(table) if out is None or is_recorded(out) else out.any(1).tolist()
+    any_out = [out is not None] * len(table) if out is None or is_compiled_or_traced(out) else out.any(1).tolist()
     height = max(1, BLOCK_ELEMENTS // (2 * n_classes))  # of two buffers: the logits and z
     for outer, inner in row_blocks(n_outer, n_inner, height):
         block = logits[outer, inner].to(table.dtype)

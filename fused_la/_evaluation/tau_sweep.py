@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fused_la._call import checks
 from fused_la._call.problem import rows_by_classes
-from fused_la._call.values import check_has_values, is_recorded
+from fused_la._call.values import check_has_values, is_compiled_or_traced
 from fused_la._evaluation.argmax import predict
 from fused_la._evaluation.per_class import class_error, count_predictions, mean_rates, read_counts, shot_groups
 
@@ -144,7 +144,7 @@ class TauSweep:
         self.ignore_index = checks.check_ignore_index(ignore_index)
         self._log_divisor, self._bias = log_divisor, bias
         self._never = log_divisor == -math.inf
-        self._any_never = is_recorded(self._never) or bool(self._never.any())
+        self._any_never = is_compiled_or_traced(self._never) or bool(self._never.any())
         self._taus = torch.tensor(self.taus, dtype=torch.float64, device=device)[:, None]
         self._n_correct = torch.zeros((len(self.taus), n_classes + 1), dtype=torch.int64, device=device)
         self._n_examples = torch.zeros(n_classes + 1, dtype=torch.int64, device=device)
@@ -277,7 +277,7 @@ class TauSweep:
 
 def _predict(rows: Tensor, scale: Tensor | None, offset: Tensor | None) -> Tensor:
     """The kernel on a GPU, PyTorch on anything else and where Triton is not installed."""
-    if rows.device.type == "cuda" and not is_recorded(rows):  # ROCm's too
+    if rows.device.type == "cuda" and not is_compiled_or_traced(rows):  # ROCm's too
         try:
             from fused_la._triton.argmax import launch_argmax
         except ModuleNotFoundError:

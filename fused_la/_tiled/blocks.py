@@ -71,7 +71,7 @@ def class_chunks(n_classes: int, width: int) -> Iterator[slice]:
         yield slice(start, min(start + width, n_classes))
 
 
-def combine(into: Tensor, logits: Tensor, vector: Tensor | None, operation: Callable[..., Tensor]) -> Tensor:
+def combine_into(into: Tensor, logits: Tensor, vector: Tensor | None, operation: Callable[..., Tensor]) -> Tensor:
     """`operation`, a sum or a product, of logits and a vector over the classes, in the dtype of `into`.
 
     PyTorch would widen half-precision logits into memory that is fresh for each block. The bfloat16 sums of a step of

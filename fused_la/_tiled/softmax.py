@@ -1,8 +1,13 @@
-"""Rows whose classes come in pieces: what is prepared, what a piece leaves, and what labels have of their own.
+"""Partial softmax state of a row whose classes are processed in tiles, and how partial states merge.
 
-A piece, a tile or chunk of the classes, leaves a `Part` of each row: m its maximum, rest the sum of exp(z_c - m) over
-all its classes but one that attains m, and of its dense target mass the total and the gap sum_c t_c * (m - z_c). `join`
-makes one part of two. Everything here is as large as the rows, not as the classes.
+Each tile of classes leaves a `SoftmaxState` of its rows:
+
+    m     = the maximum of z_c
+    rest  = the sum of exp(z_c - m) over all its classes but one that attains m
+    total = the sum of its dense target mass t_c,    gap = sum_c t_c * (m - z_c)
+
+`merge` makes one state of two. Labels are not part of the dense target mass: what the loss and the gradient need of
+them is kept by label. All tensors here are as large as the rows, not as the classes.
 """
 
 from __future__ import annotations
@@ -13,123 +18,122 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_la._call.problem import Labels, Problem, Shard, others_than, past, read_labels
+from fused_la._call.problem import Labels, Problem, ShardLabels, label_loss, resolve_labels, sum_others
 from fused_la._tiled import blocks
 from fused_la._tiled.blocks import Block, row_sum
 
-ALL = (slice(None), slice(None))  # the block of all rows
+ALL_ROWS = (slice(None), slice(None))  # the block of all rows
 
 
 class Candidates(NamedTuple):
-    """The columns with a gradient of their own: the labels, or the top class, which is filled in as the blocks pass."""
+    """The columns whose gradient has a form of its own: the labels, or the top class of class probabilities.
+
+    The top class is filled in as the tiles are processed.
+    """
 
     classes: Tensor  # (N, P, K) int64
-    uses: Tensor  # (N, P, K) bool: it counts, and no earlier one of the row is equal
+    used: Tensor  # (N, P, K) bool: it counts, and no earlier candidate of the row has the same class
     z: Tensor  # (N, P, K) adjusted logits
-    one_each: bool  # K = 1, all are used, and all classes come at once
+    one_per_row: bool  # K = 1, all are used, and a row's classes are one tile
 
-    def of(self, block: Block) -> Candidates:
-        return Candidates(self.classes[block], self.uses[block], self.z[block], self.one_each)
+    def in_block(self, block: Block) -> Candidates:
+        return Candidates(self.classes[block], self.used[block], self.z[block], self.one_per_row)
 
-    def within(self, chunk: slice) -> Candidates:
-        """The candidates with only those in use that lie in a chunk of the classes."""
-        here = (self.classes >= chunk.start) & (self.classes < chunk.stop)
-        return self if self.one_each else self._replace(uses=self.uses & here)
+    def in_chunk(self, chunk: slice) -> Candidates:
+        """The candidates with only those used that lie in a chunk of the classes."""
+        inside = (self.classes >= chunk.start) & (self.classes < chunk.stop)
+        return self if self.one_per_row else self._replace(used=self.used & inside)
 
 
-class Rows(NamedTuple):
-    """What the passes share, prepared once a call."""
+class PreparedRows(NamedTuple):
+    """A problem with everything that needs no pass over its classes; both passes share it."""
 
     problem: Problem
     offset: Tensor | None  # (C,)
-    dropped: Tensor | None  # (C,) bool, None where no class is at -inf
+    excluded: Tensor | None  # (C,) bool: at -inf; None where no class is
     weight: Tensor | None  # (C,)
-    smoothing: Tensor | None  # (C,) mass that a row of share 1 gives each class
+    smoothing: Tensor | None  # (C,) smoothing mass of each class in a row whose labels' weights sum to 1
     labels: Labels | None  # None for class probabilities
     all_live: bool  # every row counts
     candidates: Candidates
-    as_label: Tensor | None  # (N, P, K) what labels stand at, where that is not z
+    z_as_label: Tensor | None  # (N, P, K) z of the labels with the target_offset; None without one
     scale: Tensor | None  # (C,)
     target_offset: Tensor | None  # (C,)
 
 
-class Part(NamedTuple):
-    """What some of the classes leave of each row, (N, P) or a block of it."""
+class SoftmaxState(NamedTuple):
+    """Online-softmax state of each row, (N, P) or a block of it: of some classes (partial), or of all of them.
 
-    m: Tensor  # at least the lowest finite number, also where no class is left
-    rest: Tensor  # -1 where no class is left: the first top takes the place of one that was never there
-    gap: Tensor
+    Of all classes `total` is A, the sum of the whole target mass, labels included.
+    """
+
+    m: Tensor  # at least the lowest finite number, also if there was no class
+    rest: Tensor  # -1 if there was no class: the first maximum then replaces one that never existed
     total: Tensor
+    gap: Tensor | None = None  # backward does not need it
 
-
-class State(NamedTuple):
-    """A row's result: all that its gradient needs. Each (N, P), or a block of it."""
-
-    m: Tensor
-    rest: Tensor
-    total: Tensor  # A, the sum of the target mass
-
-    def of(self, block: Block) -> State:
-        return State(self.m[block], self.rest[block], self.total[block])
+    def in_block(self, block: Block) -> SoftmaxState:
+        gap = None if self.gap is None else self.gap[block]
+        return SoftmaxState(self.m[block], self.rest[block], self.total[block], gap)
 
 
 # Preparation ----------------------------------------------------------------------------------------------------------
 
 
-def prepare(problem: Problem, in_pieces: bool = False, shard: Shard | None = None) -> Rows:
-    """All that needs no pass over the classes. Where they come `in_pieces`, what labels stand at is filled in later.
+def prepare(problem: Problem, tiled: bool = False, shard: ShardLabels | None = None) -> PreparedRows:
+    """Everything that needs no pass over the classes. If the logits come `tiled`, z of the labels is filled in later.
 
-    A `shard` comes in pieces. Of one that has no class left there are others that have.
+    With a `shard` the problem has some of the classes, and other ranks have the rest; its logits come tiled.
     """
     offset, weight, smoothing = problem.offset(), problem.computed(problem.weight), problem.smoothing_mass()
-    scale, target_offset, as_label = problem.computed(problem.scale), problem.computed(problem.target_offset), None
-    dropped, on_cpu = None, problem.logits.device.type == "cpu"  # elsewhere nothing is read: it would synchronise
+    scale, target_offset, z_as_label = problem.computed(problem.scale), problem.computed(problem.target_offset), None
+    excluded, on_cpu = None, problem.logits.device.type == "cpu"  # elsewhere nothing is read: it would synchronise
     if offset is not None:
-        # Where no class is left (values that the door could not read) the gradient must be NaN as the loss is, not 0.
+        # If every class is at -inf (in values that could not be read) the gradient must be NaN as the loss is, not 0.
         lowest, highest = offset.aminmax()
         if not on_cpu:
-            dropped = (offset == -math.inf) & ((highest > -math.inf) | (shard is not None))
+            excluded = (offset == -math.inf) & ((highest > -math.inf) | (shard is not None))
         elif lowest.item() == -math.inf and (shard is not None or highest.item() > -math.inf):
-            dropped = offset == -math.inf
-    one_chunk = not in_pieces and problem.logits.shape[-1] <= blocks.BLOCK_ELEMENTS
+            excluded = offset == -math.inf
+    one_tile = not tiled and problem.logits.shape[-1] <= blocks.BLOCK_ELEMENTS
     if problem.has_probabilities:
         z = problem.logits.new_zeros((*problem.logits.shape[:2], 1), dtype=problem.compute_dtype)
-        candidates = Candidates(z.long(), z == 0, z, one_chunk)
-        return Rows(problem, offset, dropped, weight, smoothing, None, True, candidates, None, scale, None)
+        candidates = Candidates(z.long(), z == 0, z, one_tile)
+        return PreparedRows(problem, offset, excluded, weight, smoothing, None, True, candidates, None, scale, None)
 
-    labels = read_labels(problem, shard)
+    labels = resolve_labels(problem, shard)
     all_live = on_cpu and bool(labels.live.all())
-    if in_pieces:
+    if tiled:
         z = torch.zeros_like(labels.mass)
-        as_label = None if target_offset is None else torch.zeros_like(z)
+        z_as_label = None if target_offset is None else torch.zeros_like(z)
     else:
         z = problem.logits.gather(-1, labels.classes).to(problem.compute_dtype)
         if scale is not None:
             z = z * scale[labels.classes]
         if target_offset is not None:
-            as_label = z + target_offset[labels.classes]
+            z_as_label = z + target_offset[labels.classes]
         if offset is not None:
             z = z + offset[labels.classes]
-        if dropped is not None:
-            z = z.masked_fill_(dropped[labels.classes], -math.inf)
+        if excluded is not None:
+            z = z.masked_fill_(excluded[labels.classes], -math.inf)
     one_label = labels.classes.shape[-1] == 1
-    uses = labels.here if one_label else labels.here & ~_same_label(labels).tril(-1).any(-1)
-    candidates = Candidates(labels.classes, uses, z, one_label and all_live and one_chunk)
-    return Rows(
-        problem, offset, dropped, weight, smoothing, labels, all_live, candidates, as_label, scale, target_offset
+    used = labels.is_local if one_label else labels.is_local & ~_same_class(labels).tril(-1).any(-1)
+    candidates = Candidates(labels.classes, used, z, one_label and all_live and one_tile)
+    return PreparedRows(
+        problem, offset, excluded, weight, smoothing, labels, all_live, candidates, z_as_label, scale, target_offset
     )
 
 
-def _same_label(labels: Labels) -> Tensor:
-    """(N, P, K, K) bool: which counting labels of a row are equal."""
-    same = labels.names.unsqueeze(-1) == labels.names.unsqueeze(-2)
+def _same_class(labels: Labels) -> Tensor:
+    """(N, P, K, K) bool: which counting labels of a row are of one class."""
+    same = labels.global_classes.unsqueeze(-1) == labels.global_classes.unsqueeze(-2)
     return same & labels.counts.unsqueeze(-1) & labels.counts.unsqueeze(-2)
 
 
-def label_total(rows: Rows, out: Tensor, smoothing: Tensor | None = None) -> Tensor:
-    """A of every row with labels; that of class probabilities is summed as their blocks pass.
+def label_mass_total(rows: PreparedRows, out: Tensor, smoothing: Tensor | None = None) -> Tensor:
+    """A of every row with labels; for class probabilities the tiles sum it.
 
-    `smoothing` is what smoothing asks of all classes, where the problem has only some of them.
+    `smoothing` is the smoothing mass of all classes, where the problem has only some of them.
     """
     if rows.labels is not None:
         torch.sum(rows.labels.mass, -1, out=out)
@@ -138,101 +142,110 @@ def label_total(rows: Rows, out: Tensor, smoothing: Tensor | None = None) -> Ten
     return out
 
 
-# Parts ----------------------------------------------------------------------------------------------------------------
+# State ----------------------------------------------------------------------------------------------------------------
 
 
-def empty_part(like: Tensor) -> Part:
+def empty_state(like: Tensor) -> SoftmaxState:
+    """The state of no class."""
     lowest, none = torch.full_like(like, torch.finfo(like.dtype).min), torch.full_like(like, -1.0)
-    return Part(lowest, none, torch.zeros_like(like), torch.zeros_like(like))
+    return SoftmaxState(lowest, none, torch.zeros_like(like), torch.zeros_like(like))
 
 
-def join(one: Part, two: Part) -> Part:
-    """Two parts of each row as one. Nothing cancels, and an empty part changes nothing."""
+def merge(one: SoftmaxState, two: SoftmaxState) -> SoftmaxState:
+    """The state of the classes of both. Nothing cancels, and an empty state changes nothing."""
     m = torch.maximum(one.m, two.m)
     f = (torch.minimum(one.m, two.m) - m).exp()
     rest = torch.where(one.m >= two.m, one.rest + (two.rest + 1.0) * f, two.rest + (one.rest + 1.0) * f)
-    gaps = [part.gap + torch.where(part.total == 0, 0.0, part.total * (m - part.m)) for part in (one, two)]
-    return Part(m, rest, gaps[0] + gaps[1], one.total + two.total)
+    return SoftmaxState(m, rest, one.total + two.total, _gap_below(one, m) + _gap_below(two, m))
 
 
-def settled(part: Part) -> Tensor:
-    """The rest of whole rows: NaN where the maximum is infinite or no class is left."""
-    return torch.where(part.rest < 0.0, math.nan, part.rest) + (part.m - part.m)
+def _gap_below(state: SoftmaxState, m: Tensor) -> Tensor:
+    """The gap of a state's target mass to a maximum that is not below its own."""
+    assert state.gap is not None
+    return state.gap + torch.where(state.total == 0, 0.0, state.total * (m - state.m))
+
+
+def finalize_rest(state: SoftmaxState) -> Tensor:
+    """The rest of whole rows: NaN where the maximum is infinite, or no class takes part."""
+    return torch.where(state.rest < 0.0, math.nan, state.rest) + (state.m - state.m)
 
 
 # Candidates -----------------------------------------------------------------------------------------------------------
 
 
-def put(into: Tensor, candidates: Candidates, chunk: slice, values: Tensor | float) -> None:
+def scatter_candidates(out: Tensor, candidates: Candidates, chunk: slice, values: Tensor | float) -> None:
     """Write a number, or values (.., K), to the used candidates' columns in a chunk of an (.., C) tensor."""
     classes = candidates.classes
     if isinstance(values, Tensor):
-        values = values.to(into.dtype)
-    if candidates.one_each and into.dtype in (torch.float32, torch.float64):
-        into.scatter_(-1, classes, values)  # in half precision it would make a float copy of all of `into`
+        values = values.to(out.dtype)
+    if candidates.one_per_row and out.dtype in (torch.float32, torch.float64):
+        out.scatter_(-1, classes, values)  # in half precision it would make a float copy of the whole tensor
         return
-    at = (candidates.uses & (classes >= chunk.start) & (classes < chunk.stop)).nonzero(as_tuple=True)
-    into[(*at[:-1], classes[at] - chunk.start)] = values[at] if isinstance(values, Tensor) else values
+    index = (candidates.used & (classes >= chunk.start) & (classes < chunk.stop)).nonzero(as_tuple=True)
+    out[(*index[:-1], classes[index] - chunk.start)] = values[index] if isinstance(values, Tensor) else values
 
 
 def candidates_but_top(candidates: Candidates, m: Tensor) -> Tensor:
     """Sum of exp(z_k - m) over the used candidates, less the 1 of the row's top class.
 
-    Where a candidate is the top class it is left out, not subtracted. Elsewhere the top class has no label, and neither
+    If a candidate is the top class it is left out, not subtracted. If none is, the top class has no label, and neither
     the loss nor a gradient shows the digits that the subtraction costs.
     """
     z, m = candidates.z, m.unsqueeze(-1)
     e = (z - m).exp()
-    if candidates.one_each:
+    if candidates.one_per_row:
         return (e - 1.0).squeeze(-1)  # exactly 0 for the top class
-    is_top = (z == m) & candidates.uses
+    is_top = (z == m) & candidates.used
     is_top &= is_top.cumsum(-1) == 1
-    e = torch.where(candidates.uses & ~is_top, e, 0.0)
+    e = torch.where(candidates.used & ~is_top, e, 0.0)
     return e.sum(-1) - torch.where(is_top.any(-1), 0.0, 1.0)
 
 
-# All rows -------------------------------------------------------------------------------------------------------------
+# Whole rows -----------------------------------------------------------------------------------------------------------
 
 
-def margin_total(rows: Rows, state: State, block: Block) -> Tensor:
-    """(1 + rest) * sum_k t_k / d_k of a block, what A is without a target_offset: p_c times it is a class's gradient.
+def margin_total(rows: PreparedRows, state: SoftmaxState, block: Block) -> Tensor:
+    """(1 + rest) * sum_k t_k / d_k of a block: with a target_offset it takes the place of A.
 
-    d_k, others plus the label itself, is the denominator of label k's own softmax.
+    The gradient of a class is this times p_c. d_k, the other classes plus the label itself, is the denominator of the
+    softmax in which label k has its target_offset.
     """
     assert rows.labels is not None
-    _, d = _label_terms(rows, state, block)
+    _, d = _label_denominators(rows, state, block)
     return (1.0 + state.rest) * (rows.labels.mass[block] / d).sum(-1)
 
 
-def _label_terms(rows: Rows, state: State, block: Block) -> tuple[Tensor, Tensor]:
-    """(others, d) of the labels of a block with a target_offset, over exp(m), each (N, P, K)."""
-    assert rows.as_label is not None
+def _label_denominators(rows: PreparedRows, state: SoftmaxState, block: Block) -> tuple[Tensor, Tensor]:
+    """(sum over the other classes, d) of the labels of a block with a target_offset, over exp(m), each (N, P, K)."""
+    assert rows.z_as_label is not None
     m, rest = state.m.unsqueeze(-1), state.rest.unsqueeze(-1)
-    others = others_than(rows.candidates.z[block], m, rest)
-    return others, others + (rows.as_label[block] - m).exp()
+    others = sum_others(rows.candidates.z[block], m, rest)
+    return others, others + (rows.z_as_label[block] - m).exp()
 
 
-def row_losses(rows: Rows, state: State, gap: Tensor) -> Tensor:
-    if rows.as_label is not None and rows.labels is not None:
+def row_losses(rows: PreparedRows, state: SoftmaxState) -> Tensor:
+    """The loss of each row, (N, P)."""
+    if rows.z_as_label is not None and rows.labels is not None:
         m, rest = state.m.unsqueeze(-1), state.rest.unsqueeze(-1)
-        each = past(m - rows.as_label, others_than(rows.candidates.z, m, rest))
+        each = label_loss(m - rows.z_as_label, sum_others(rows.candidates.z, m, rest))
         each = each.masked_fill((rows.labels.mass == 0) & (each == math.inf), 0.0)
         return torch.where(rows.labels.live, (rows.labels.mass * each).sum(-1), 0.0)
     loss = state.total * state.rest.log1p()
+    assert state.gap is not None
     if rows.labels is None:
-        return loss + gap
+        return loss + state.gap
     labels, label_gap = rows.labels, state.m.unsqueeze(-1) - rows.candidates.z
     if rows.weight is not None or rows.problem.target_weight is not None or rows.problem.label_smoothing == 1.0:
         label_gap = label_gap.masked_fill((labels.mass == 0) & (label_gap == math.inf), 0.0)
     loss = loss + (labels.mass * label_gap).sum(-1)
     if rows.smoothing is not None:
-        loss = loss + labels.share * gap
+        loss = loss + labels.share * state.gap
     return loss if rows.all_live else torch.where(labels.live, loss, 0.0)
 
 
-def candidate_gradient(rows: Rows, state: State, grad_rows: Tensor) -> Tensor:
+def candidate_gradient(rows: PreparedRows, state: SoftmaxState, grad_rows: Tensor) -> Tensor:
     """The gradient of the candidates' z, (N, P, K), in the form that keeps the digits of 1 - p."""
-    m, rest, total, g = (part.unsqueeze(-1) for part in (*state, grad_rows))
+    m, rest, total, g = (values.unsqueeze(-1) for values in (state.m, state.rest, state.total, grad_rows))
     candidates = rows.candidates
     if rows.labels is None:
         t = rows.problem.target.gather(-1, candidates.classes).to(m.dtype) * (1.0 - rows.problem.label_smoothing)
@@ -243,19 +256,19 @@ def candidate_gradient(rows: Rows, state: State, grad_rows: Tensor) -> Tensor:
     else:
         t = rows.labels.mass
         if t.shape[-1] > 1:
-            t = torch.where(_same_label(rows.labels), t.unsqueeze(-2), 0.0).sum(-1)
+            t = torch.where(_same_class(rows.labels), t.unsqueeze(-2), 0.0).sum(-1)
         if rows.smoothing is not None:
             t = t + rows.labels.share.unsqueeze(-1) * rows.smoothing[candidates.classes]
-    if rows.as_label is None or rows.labels is None:
+    if rows.z_as_label is None or rows.labels is None:
         d = 1.0 + rest
         p = (candidates.z - m).exp() / d
         not_p = torch.where(candidates.z == m, rest / d, 1.0 - p)
         grad = g * ((total - t) * p - t * not_p)
     else:
-        others, d = _label_terms(rows, state, ALL)
-        other_labels = ~_same_label(rows.labels)
+        others, d = _label_denominators(rows, state, ALL_ROWS)
+        other_labels = ~_same_class(rows.labels)
         of_others = torch.where(other_labels, (rows.labels.mass / d).unsqueeze(-2), 0.0).sum(-1)
         grad = g * ((candidates.z - m).exp() * of_others - t * (others / d))
-    if rows.dropped is not None and rows.as_label is None:
-        grad = grad.masked_fill(rows.dropped[candidates.classes], 0.0)
+    if rows.excluded is not None and rows.z_as_label is None:
+        grad = grad.masked_fill(rows.excluded[candidates.classes], 0.0)
     return grad

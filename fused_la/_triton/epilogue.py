@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from fused_la._triton.softmax import exp, log1p, others_than, past
+from fused_la._triton.softmax import exp, label_loss, log1p, sum_others
 from fused_la._triton.targets import dense_mass, label_of, label_smoothing_mass
 from fused_la._triton.tiles import Tile, across, along, highest, load_classes, places
 
@@ -42,7 +42,7 @@ def checked_rest(call, m, rest, is_empty):
 
 
 @triton.jit
-def row_loss(call, rows, m, rest, gap, total, share, live, lone):
+def row_loss(call, rows, m, rest, gap, total, share, live, single_label):
     """(loss, A) of each row; gap and total are those of its dense target mass."""
     if call.n_labels is None:
         return gap + total * log1p(rest), total
@@ -50,7 +50,7 @@ def row_loss(call, rows, m, rest, gap, total, share, live, lone):
         label_gap = tl.zeros(rows.rows.shape, m.dtype)
         label_total = tl.zeros(rows.rows.shape, m.dtype)
         for k in range(call.n_labels):
-            label, at = label_of(call, rows, k, lone)
+            label, at = label_of(call, rows, k, single_label)
             mass, above = label.mass, m - at.as_label
             if call.smoothing is not None:
                 mass = mass * (1.0 - call.smoothing)
@@ -58,8 +58,8 @@ def row_loss(call, rows, m, rest, gap, total, share, live, lone):
                 label_gap += tl.where(mass == 0.0, 0.0, mass * above)  # a row of NaN is NaN by its rest
                 label_total += mass
             else:
-                others = others_than(at.z, m, rest)
-                label_gap += tl.where(mass == 0.0, 0.0, mass * past(above, others))
+                others = sum_others(at.z, m, rest)
+                label_gap += tl.where(mass == 0.0, 0.0, mass * label_loss(above, others))
                 label_total += mass * ((1.0 + rest) / (others + exp(-above)))
         if call.vectors.target_offset is None:
             if call.smoothing is not None:
@@ -102,14 +102,16 @@ def store_gradient(grad_logits, rows, tile, grad_class, grad, scale, VEC: tl.con
 
 
 @triton.jit
-def store_label_gradients(call, rows, row, grad_logits, grad_class, first_col, last_col, HAS_EDGES: tl.constexpr, lone):
+def store_label_gradients(
+    call, rows, row, grad_logits, grad_class, first_col, last_col, HAS_EDGES: tl.constexpr, single_label
+):
     """Write the labels' columns over what was written of their tiles: classes [first_col, last_col) of the body, and
     with the first of them the edges. Equal labels of a row get equal gradients."""
     if call.n_labels is not None:
         tl.debug_barrier()  # other threads wrote there
         for k in range(call.n_labels):
-            label, stand = label_of(call, rows, k, lone)
-            grad = label_gradient(call, rows, row, label, stand, lone)
+            label, stand = label_of(call, rows, k, single_label)
+            grad = label_gradient(call, rows, row, label, stand, single_label)
             col = label.label - rows.head
             mine = (col >= first_col) & (col < last_col)
             if HAS_EDGES:
@@ -119,20 +121,20 @@ def store_label_gradients(call, rows, row, grad_logits, grad_class, first_col, l
 
 
 @triton.jit
-def label_gradient(call, rows, row, label, at, lone):
+def label_gradient(call, rows, row, label, at, single_label):
     """The gradient of a label's class in each row."""
     m, rest, mass = row.m, row.rest, label.mass
     of_others = tl.zeros(rows.rows.shape, m.dtype)  # with a target_offset: sum of t / d over labels of other classes
-    if lone is None:
+    if single_label is None:
         mass = tl.zeros(rows.rows.shape, m.dtype)
         for k in range(call.n_labels):
-            other, other_at = label_of(call, rows, k, lone)
+            other, other_at = label_of(call, rows, k, single_label)
             mass += tl.where(other.label == label.label, other.mass, 0.0)  # 0 of one that does not count
             if call.vectors.target_offset is not None:
-                d = others_than(other_at.z, m, rest) + exp(other_at.as_label - m)
+                d = sum_others(other_at.z, m, rest) + exp(other_at.as_label - m)
                 of_others += tl.where((other.label != label.label) & other.counts, other.mass / d, 0.0)
     if call.vectors.target_offset is not None:
-        others = others_than(at.z, m, rest)
+        others = sum_others(at.z, m, rest)
         grad = row.g * (exp(at.z - m) * of_others - mass * (others / (others + exp(at.as_label - m))))
     else:
         if call.smoothing is not None:

@@ -16,14 +16,24 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_la._tiled.blocks import Block
-from fused_la._tiled.softmax import Part, Rows, State
+from fused_la._tiled.softmax import PreparedRows, SoftmaxState
 from fused_la._triton import tiles
 from fused_la._triton.epilogue import Row, store_gradient, tile_gradient
 from fused_la._triton.launch_config import VECTOR_BYTES, cdiv, device_of, is_on_current_device
 from fused_la._triton.operands import vectors_of
-from fused_la._triton.softmax import exp, join, load_part, part_of, store_part
+from fused_la._triton.softmax import exp, load_part, merge, part_of, store_part
 from fused_la._triton.targets import dense_mass
-from fused_la._triton.tiles import NUMBERS, Call, Tile, adjust, float_bits, load_z, scalar, triton_dtype, whole_vectors
+from fused_la._triton.tiles import (
+    NUMBERS,
+    Arguments,
+    Tile,
+    adjust,
+    float_bits,
+    load_z,
+    scalar,
+    triton_dtype,
+    whole_vectors,
+)
 from fused_la._triton.variants import variant
 
 CHUNK = 2048  # classes of a program
@@ -68,7 +78,7 @@ def _parts_kernel(
 ):  # fmt: skip
     """The part of each row and chunk of a tile, (4, n_chunks, n)."""
     HAS_MASS: tl.constexpr = HAS_SMOOTHING or N_LABELS == 0
-    call = Call(
+    call = Arguments(
         logits, bias, vectors, n_classes, 1, target_class, scalar(tau_bits, COMPUTE),
         scalar(smoothing_bits, COMPUTE) if HAS_SMOOTHING else None, None, None if N_LABELS == 0 else N_LABELS, None,
     )  # fmt: skip
@@ -86,7 +96,7 @@ def _join_kernel(
     # in and out
     m, rest, gap, total,
     # out
-    label_z, as_label,
+    label_z, z_as_label,
     # strides
     logits_step: tl.int64,
     # sizes
@@ -102,7 +112,7 @@ def _join_kernel(
     at = first_row + rows
     row = (tl.load(m + at, there), tl.load(rest + at, there), tl.load(gap + at, there), tl.load(total + at, there))
     for chunk in range(0, n_chunks):
-        row = join(row, load_part(parts + (chunk * n_rows + rows), n_chunks * n_rows, there), HAS_MASS)
+        row = merge(row, load_part(parts + (chunk * n_rows + rows), n_chunks * n_rows, there), HAS_MASS)
     tl.store(m + at, row[0], there)
     tl.store(rest + at, row[1], there)
     tl.store(gap + at, row[2], there)
@@ -124,7 +134,7 @@ def _join_kernel(
             tl.store(label_z + at * N_LABELS + k, adjust(value, prior, scale, True, tau), here)
             if vectors.target_offset is not None:
                 own = adjust(value, None, scale, True, tau) + tl.load(vectors.target_offset + label).to(COMPUTE)
-                tl.store(as_label + at * N_LABELS + k, own, here)
+                tl.store(z_as_label + at * N_LABELS + k, own, here)
 
 
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=OF_ROWS)
@@ -144,7 +154,7 @@ def _gradient_kernel(
     ALIGNED: tl.constexpr, VEC: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The gradient of z of each row and chunk of a tile."""
-    call = Call(
+    call = Arguments(
         logits, bias, vectors, n_classes, 1, target_class, scalar(tau_bits, COMPUTE),
         scalar(smoothing_bits, COMPUTE) if HAS_SMOOTHING else None, None, None if N_LABELS == 0 else N_LABELS, None,
     )  # fmt: skip
@@ -170,7 +180,7 @@ def _gradient_kernel(
 
 
 class Epilogue:
-    def __init__(self, rows: Rows, n_elements: int, bias: Tensor | None, product_dtype: torch.dtype):
+    def __init__(self, rows: PreparedRows, n_elements: int, bias: Tensor | None, product_dtype: torch.dtype):
         problem = rows.problem
         self._rows, self._bias, self._product_dtype = rows, bias, product_dtype
         self._n_elements = n_elements
@@ -185,11 +195,11 @@ class Epilogue:
         target_is_aligned = problem.target.data_ptr() % VECTOR_BYTES == 0
         self._types = types, None if bias is None else bias.dtype, product_dtype, target_is_aligned
 
-    def absorb(self, block: Block, chunk: slice, logits: Tensor, part: Part) -> None:
-        """Join what a tile leaves to the rows' part, and note what labels stand at."""
+    def update(self, block: Block, chunk: slice, logits: Tensor, state: SoftmaxState) -> None:
+        """Merge a tile into the rows' state, and record z of the labels."""
         if not is_on_current_device(logits):
             with torch.cuda.device(logits.device):
-                return self.absorb(block, chunk, logits, part)
+                return self.update(block, chunk, logits, state)
         rows, problem = self._rows, self._rows.problem
         n_rows, width = logits.shape
         n_chunks, step = cdiv(width, CHUNK), logits.stride(0)
@@ -205,18 +215,18 @@ class Epilogue:
             self._tau, self._smoothing,
         )  # fmt: skip
         has_mass = self._has_smoothing or self._n_labels == 0
-        types = self._types, rows.as_label is None
+        types = self._types, rows.z_as_label is None
         constants = self._n_labels, has_mass, self._compute, JOINED_ROWS
         variant(_join_kernel, self._device, types, constants).launch(
             (cdiv(n_rows, JOINED_ROWS), 1, 1), parts, logits, self._bias, self._vectors,
-            *part, rows.candidates.z, rows.as_label,
+            state.m, state.rest, state.gap, state.total, rows.candidates.z, rows.z_as_label,
             step,
             block[0].start, chunk.start, width, n_rows, n_chunks,
             self._tau, problem.ignore_index,
         )  # fmt: skip
 
     def gradient_of(
-        self, state: State, upstream: Tensor, of_candidates: Tensor
+        self, state: SoftmaxState, upstream: Tensor, of_candidates: Tensor
     ) -> Callable[[Block, slice, Tensor], Tensor]:
         """A function that turns a tile of logits into the gradient of its z, labels included."""
         rows, problem = self._rows, self._rows.problem
@@ -238,7 +248,8 @@ class Epilogue:
             )  # fmt: skip
             variant(_gradient_kernel, self._device, self._types, constants, self._num_warps).launch(
                 (n_rows, cdiv(width, CHUNK), 1),
-                logits, self._bias, self._vectors, *state, upstream, share, of_candidates, grad,
+                logits, self._bias, self._vectors, state.m, state.rest, state.total, upstream, share, of_candidates,
+                grad,
                 step, *self._target_strides,
                 block[0].start, chunk.start, width, problem.logits.shape[-1],
                 self._tau, self._smoothing, problem.ignore_index,

@@ -21,7 +21,7 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 
 # For every launch: each operation is rounded as it is written, and what is to be rounded once is a tl.fma, so that a
 # row's bits do not depend on what a compiler makes of the program it is in. (Compilers fuse, or not, by their version.)
-AS_WRITTEN: dict[str, Any] = {"enable_fp_fusion": False}
+NO_FP_FUSION: dict[str, Any] = {"enable_fp_fusion": False}
 
 VECTOR_BYTES = 16
 
@@ -52,7 +52,7 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-class Launch(NamedTuple):
+class LaunchConfig(NamedTuple):
     """A program has BLOCK_ROWS rows, whole or BLOCK_C classes at a time."""
 
     vec: int  # classes in one load of a thread
@@ -97,9 +97,9 @@ PROGRAMS_A_MULTIPROCESSOR = 2  # fewer leave multiprocessors idle: rows are spli
 RESIDENT_THREADS = 768  # of streaming programs, assumed on a multiprocessor: what fits with 85 registers a thread
 
 
-def choose_launch(
+def choose_launch_config(
     n_rows: int, n_classes: int, dtype: torch.dtype, layout: Layout, device: Device, class_cost: int
-) -> Launch:
+) -> LaunchConfig:
     """The launch of a kernel over (n_rows, n_classes) logits; `class_cost` is as in `Signature`."""
     vec = VECTOR_BYTES // dtype.itemsize
     # A short row is mostly edges: its neighbours in memory serve a warp as well.
@@ -109,7 +109,9 @@ def choose_launch(
         block_c, num_warps = next_power_of_2(n_classes), NARROW_THREADS // device.warp_size
         tile = NARROW_TILE // (2 if dtype == torch.float64 else 1)
         widest = tile if layout.adjacent else TALL_CLASSES
-        launch = Launch(1, False, tile // min(block_c, widest), 0, min(block_c, widest), num_warps, block_c <= widest)
+        launch = LaunchConfig(
+            1, False, tile // min(block_c, widest), 0, min(block_c, widest), num_warps, block_c <= widest
+        )
         if launch.resident:
             return launch
         tiles = max(CHUNK_TILES, next_power_of_2(cdiv(n_classes, widest * MAX_CHUNKS)))
@@ -125,30 +127,30 @@ def choose_launch(
         rest = n_classes // vec * vec - full_c
         n_threads = max(device.warp_size, next_power_of_2(cdiv(row_bytes * min(class_cost, 2), THREAD_BYTES)))
         block_c = 0 if rest == 0 else min(full_c, max(next_power_of_2(rest), vec * n_threads))
-        return Launch(vec, edges, 1, full_c, block_c, n_threads // device.warp_size, True)
+        return LaunchConfig(vec, edges, 1, full_c, block_c, n_threads // device.warp_size, True)
 
     block_c, num_warps = vec * STREAM_THREADS, STREAM_THREADS // device.warp_size
     tiles = max(1, max(CHUNK, next_power_of_2(cdiv(n_classes, MAX_CHUNKS))) // block_c)
-    alone = Launch(vec, edges, 1, 0, block_c, num_warps, False, tiles)
+    alone = LaunchConfig(vec, edges, 1, 0, block_c, num_warps, False, tiles)
     launch = alone._replace(block_rows=ROWS, period=vec // math.gcd(layout.row_step, vec))
     if fits_l2(alone, n_classes, dtype, device) and not fits_l2(launch, n_classes, dtype, device):
         launch = alone
     return _shared_if_few(launch, n_rows, n_classes, device)
 
 
-def _shared_if_few(launch: Launch, n_rows: int, n_classes: int, device: Device) -> Launch:
+def _shared_if_few(launch: LaunchConfig, n_rows: int, n_classes: int, device: Device) -> LaunchConfig:
     """Programs share a row where there are too few of them to fill the device, and the row has several chunks."""
     wanted = PROGRAMS_A_MULTIPROCESSOR * device.n_multiprocessors
     return launch._replace(splits=min(launch.n_chunks(n_classes), cdiv(wanted, max(1, launch.n_groups(n_rows)))))
 
 
-def fits_l2(launch: Launch, n_classes: int, dtype: torch.dtype, device: Device) -> bool:
+def fits_l2(launch: LaunchConfig, n_classes: int, dtype: torch.dtype, device: Device) -> bool:
     """Whether the streaming rows in flight stay in L2 until they are read again."""
     programs = device.n_multiprocessors * max(1, RESIDENT_THREADS // (device.warp_size * launch.num_warps))
     return programs * launch.block_rows * n_classes * dtype.itemsize <= 0.6 * device.l2_bytes
 
 
-def may_make_gradient(launch: Launch, n_classes: int, dtype: torch.dtype, device: Device, reduction: str) -> bool:
+def may_make_gradient(launch: LaunchConfig, n_classes: int, dtype: torch.dtype, device: Device, reduction: str) -> bool:
     """Whether the forward kernel writes the gradient as well, unless programs share a row: 2 bytes moved a byte of
     logits, where a recomputing backward pass makes it 3.
 

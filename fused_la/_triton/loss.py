@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from fused_la._call.problem import Problem
-from fused_la._triton.launch_config import cdiv, choose_launch, device_of, is_on_current_device, may_make_gradient
+from fused_la._triton.launch_config import (
+    cdiv,
+    choose_launch_config,
+    device_of,
+    is_on_current_device,
+    may_make_gradient,
+)
 from fused_la._triton.operands import (
     PLANS,
     Buffer,
@@ -61,7 +67,7 @@ def plan(signature: Signature, reduction: str, backward: bool, wants_gradient: b
     """`has_table`: of a backward pass, whether its workspace is the whole of the forward pass's."""
     n_outer, n_inner, n_classes = signature.rows
     n_rows, layout, device = n_outer * n_inner, signature.layout(), device_of(signature.device)
-    launch = choose_launch(n_rows, n_classes, signature.dtype, layout, device, signature.class_cost)
+    launch = choose_launch_config(n_rows, n_classes, signature.dtype, layout, device, signature.class_cost)
     may_write = wants_gradient and (
         backward or may_make_gradient(launch, n_classes, signature.dtype, device, reduction)
     )

@@ -8,7 +8,7 @@ import triton.language as tl
 from fused_la._triton.epilogue import full_form
 from fused_la._triton.softmax import exp
 from fused_la._triton.targets import dense_mass, load_label, shares
-from fused_la._triton.tiles import NUMBERS, Call, Rows, Tile, across, load_classes, load_z, row_offsets, scalar
+from fused_la._triton.tiles import NUMBERS, Arguments, Rows, Tile, across, load_classes, load_z, row_offsets, scalar
 
 PRIOR_TILE = 32  # rows and classes of a tile of what is summed
 
@@ -36,7 +36,7 @@ def _grad_log_prior_kernel(
         logits_class = 1
     if TARGET_ADJACENT:
         target_class = 1
-    call = Call(
+    call = Arguments(
         logits, None, vectors, n_classes, logits_class, target_class, scalar(tau_bits, COMPUTE),
         scalar(smoothing_bits, COMPUTE) if HAS_SMOOTHING else None, ignore_index,
         None if N_LABELS == 0 else N_LABELS, None,

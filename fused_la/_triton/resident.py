@@ -30,7 +30,7 @@ from fused_la._triton.softmax import exp, mass_of
 from fused_la._triton.targets import dense_mass, read_label, shares
 from fused_la._triton.tiles import (
     NUMBERS,
-    Call,
+    Arguments,
     Tile,
     across,
     along,
@@ -49,10 +49,10 @@ from fused_la._triton.workspace import denominator_of, finish, table_place
 
 
 @triton.jit
-def highest_label(call, rows, lone):
+def highest_label(call, rows, single_label):
     """(class, z) of the label that stands highest in each row; one that does not count is class 0, as good as any."""
-    if lone is not None:
-        return lone[0].label, lone[1].z
+    if single_label is not None:
+        return single_label[0].label, single_label[1].z
     else:
         first, stand = read_label(call, rows, 0)
         label, z = first.label, stand.z
@@ -144,7 +144,7 @@ def _resident_kernel(
         grad_class = 1
     if TARGET_ADJACENT:
         target_class = 1
-    call = Call(
+    call = Arguments(
         logits, None, vectors, n_classes, logits_class, target_class, scalar(tau_bits, COMPUTE),
         scalar(smoothing_bits, COMPUTE) if HAS_SMOOTHING else None, ignore_index,
         None if N_LABELS == 0 else N_LABELS, 1 if TARGET_ALIKE else None,
@@ -153,14 +153,14 @@ def _resident_kernel(
         tl.program_id(0), period, n_rows, n_inner, n_classes, shift, (logits_outer, logits_inner),
         (target_outer, target_inner), (grad_outer, grad_inner), VEC, EDGES, BLOCK_ROWS,
     )  # fmt: skip
-    lone = None
+    single_label = None
     if N_LABELS == 1:
-        lone = read_label(call, rows, 0)
-    share, live = shares(call, rows, lone)
+        single_label = read_label(call, rows, 0)
+    share, live = shares(call, rows, single_label)
 
     label, z_label = rows.head - 1, tl.full(rows.rows.shape, 0.0, COMPUTE)  # of no vector in the body
     if not HAS_MASS:
-        label, z_label = highest_label(call, rows, lone)
+        label, z_label = highest_label(call, rows, single_label)
 
     # The row, whole before anything is made of it, and its maximum
     xs, zs = (), ()
@@ -212,7 +212,7 @@ def _resident_kernel(
         d = rest + exp(z_label - m)
         rest = tl.where(z_label == m, rest, tl.where(d < 1.0, 0.0, d - 1.0))
     rest = checked_rest(call, m, rest, d < 0.5)
-    loss_rows, total = row_loss(call, rows, m, rest, gap, total, share, live, lone)
+    loss_rows, total = row_loss(call, rows, m, rest, gap, total, share, live, single_label)
 
     # The gradient
     inverse = tl.full((), 1.0, COMPUTE)
@@ -235,7 +235,7 @@ def _resident_kernel(
             store_gradient(
                 grad_logits, rows, tile, grad_class, grad, vectors.scale, VEC if i < BODY_TILES else 1
             )  # fmt: skip
-        store_label_gradients(call, rows, row, grad_logits, grad_class, 0, rows.body, EDGES, lone)
+        store_label_gradients(call, rows, row, grad_logits, grad_class, 0, rows.body, EDGES, single_label)
 
     # The loss
     if upstream is None:

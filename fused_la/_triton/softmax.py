@@ -40,7 +40,7 @@ def log1p(x):
 
 
 @triton.jit
-def past(margin, others):
+def label_loss(margin, others):
     """log(1 + others * exp(margin)), however large the margin is."""
     near = margin < 40.0
     large = tl.where(near, 1.0, margin)
@@ -149,7 +149,7 @@ def part_of(z, mass, VEC: tl.constexpr, HAS_MASS: tl.constexpr):
 
 
 @triton.jit
-def join(part_1, part_2, HAS_MASS: tl.constexpr):
+def merge(part_1, part_2, HAS_MASS: tl.constexpr):
     """Two parts of each row as one; joining an empty part changes no bit."""
     m_1, rest_1, gap_1, total_1 = part_1
     m_2, rest_2, gap_2, total_2 = part_2
@@ -180,6 +180,6 @@ def load_part(at, step, there):
 
 
 @triton.jit
-def others_than(z, m, rest):
+def sum_others(z, m, rest):
     """The sum of exp(z_k - m) over all classes but one that stands at z: rest for a top class, at least 1 besides."""
     return tl.where(z == m, rest, 1.0 + rest - exp(z - m))

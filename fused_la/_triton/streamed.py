@@ -18,11 +18,11 @@ import triton
 import triton.language as tl
 
 from fused_la._triton.epilogue import Row, checked_rest, row_loss, store_gradient, store_label_gradients, tile_gradient
-from fused_la._triton.softmax import absorb, across_lanes, empty, exp, join, load_part, store_part
+from fused_la._triton.softmax import absorb, across_lanes, empty, exp, load_part, merge, store_part
 from fused_la._triton.targets import dense_mass, read_label, shares
 from fused_la._triton.tiles import (
     NUMBERS,
-    Call,
+    Arguments,
     Tile,
     across,
     along,
@@ -89,7 +89,7 @@ def _streamed_kernel(
         grad_class = 1
     if TARGET_ADJACENT:
         target_class = 1
-    call = Call(
+    call = Arguments(
         logits, None, vectors, n_classes, logits_class, target_class, scalar(tau_bits, COMPUTE),
         scalar(smoothing_bits, COMPUTE) if HAS_SMOOTHING else None, ignore_index,
         None if N_LABELS == 0 else N_LABELS, 1 if TARGET_ALIKE else None,
@@ -102,10 +102,10 @@ def _streamed_kernel(
     chunks_a_split = tl.cdiv(n_chunks, splits)
     first_chunk, last_chunk = split * chunks_a_split, tl.minimum((split + 1) * chunks_a_split, n_chunks)
     n_tiles = (rows.body - 1) // BLOCK_C + 1
-    lone = None
+    single_label = None
     if N_LABELS == 1:
-        lone = read_label(call, rows, 0)
-    share, live = shares(call, rows, lone)
+        single_label = read_label(call, rows, 0)
+    share, live = shares(call, rows, single_label)
     inverse = tl.full((), 1.0, COMPUTE)
 
     if upstream is None:
@@ -122,7 +122,7 @@ def _streamed_kernel(
             for i in range(chunk * CHUNK_TILES, tl.minimum((chunk + 1) * CHUNK_TILES, n_tiles)):
                 tile = masked_tile(rows, i * BLOCK_C, BLOCK_C)
                 of_chunk = _absorb(of_chunk, call, rows, tile, live, VEC, HAS_MASS)
-            part = join(part, across_lanes(of_chunk, HAS_MASS), HAS_MASS)
+            part = merge(part, across_lanes(of_chunk, HAS_MASS), HAS_MASS)
             if splits > 1:  # chunk 0 takes the edges along, as it does where one program passes over the row
                 store_part(parts + chunk * n_rows + rows.rows, n_chunks * n_rows, part, rows.there)
                 part = nothing
@@ -133,10 +133,10 @@ def _streamed_kernel(
             return
         for chunk in range(0, tl.where(splits > 1, n_chunks, 0)):
             stored = load_part(parts + chunk * n_rows + rows.rows, n_chunks * n_rows, rows.there)
-            part = join(part, stored, HAS_MASS)
+            part = merge(part, stored, HAS_MASS)
         m, rest, gap, total = part
         rest = checked_rest(call, m, rest, rest < 0.0)
-        loss_rows, total = row_loss(call, rows, m, rest, gap, total, share, live, lone)
+        loss_rows, total = row_loss(call, rows, m, rest, gap, total, share, live, single_label)
         tl.store(workspace + rows.rows, m, rows.there)
         tl.store(workspace + n_rows + rows.rows, rest, rows.there)
         tl.store(workspace + 2 * n_rows + rows.rows, total, rows.there)
@@ -163,7 +163,7 @@ def _streamed_kernel(
                 _write(call, rows, row, edge_tile(rows, n_classes, VEC), grad_logits, grad_class, 1)
         store_label_gradients(
             call, rows, row, grad_logits, grad_class, first_tile * BLOCK_C, tl.minimum(last_tile * BLOCK_C, rows.body),
-            EDGES, lone,
+            EDGES, single_label,
         )  # fmt: skip
     if upstream is None:
         finish(loss, workspace, loss_rows, rows, group, n_rows, n_groups, scratch, loss_parts, inverse, REDUCTION)

@@ -76,21 +76,21 @@ def read_label(call, rows, k):
 
 
 @triton.jit
-def label_of(call, rows, k, lone):
-    """The same; `lone` is what was read where a row has one label."""
-    if lone is None:
+def label_of(call, rows, k, single_label):
+    """The same; `single_label` is what was read where a row has one label."""
+    if single_label is None:
         return read_label(call, rows, k)
     else:
-        return lone
+        return single_label
 
 
 @triton.jit
-def shares(call, rows, lone):
+def shares(call, rows, single_label):
     """(share of the smoothing mass, whether any label counts) of each row."""
     if call.n_labels is None:
         return tl.full(rows.rows.shape, 1.0, call.tau.dtype), rows.rows >= 0
-    elif lone is not None:
-        return lone[0].share, lone[0].counts
+    elif single_label is not None:
+        return single_label[0].share, single_label[0].counts
     else:
         share = tl.zeros(rows.rows.shape, call.tau.dtype)
         live = tl.zeros(rows.rows.shape, tl.int1)

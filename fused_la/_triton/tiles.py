@@ -1,7 +1,7 @@
 """Where the rows and classes of a program lie in memory, and z: device functions that the kernels share.
 
 A program has one row, whose numbers are scalars, or BLOCK_ROWS rows, whose numbers are (BLOCK_ROWS,). A tile is some
-classes of them: (N,) of one row, (BLOCK_ROWS, N) of several. Arithmetic is in the dtype of `Call.tau`: float32, or
+classes of them: (N,) of one row, (BLOCK_ROWS, N) of several. Arithmetic is in the dtype of `Arguments.tau`: float32, or
 float64 for float64 logits.
 
 A row of classes that are neighbours in memory is cut at 16-byte boundaries, whatever its length and the step to the
@@ -45,7 +45,7 @@ NUMBERS = [
 ]  # fmt: skip
 
 
-class Call(NamedTuple):
+class Arguments(NamedTuple):
     """What a launch is asked for, handed from one device function to the next."""
 
     logits: Any

@@ -16,7 +16,7 @@ import triton
 from triton import knobs
 from triton.runtime import driver
 
-from fused_la._triton.launch_config import AS_WRITTEN
+from fused_la._triton.launch_config import NO_FP_FUSION
 
 MOST = 1024  # that are kept; of one that is dropped Triton finds what it compiled
 
@@ -38,7 +38,7 @@ class Variant:
         """On the device, which is the current one, and its current stream."""
         compiled = self._compiled
         if compiled is None:  # and in the interpreter, which compiles nothing
-            options = {"num_warps": self.num_warps, **AS_WRITTEN}
+            options = {"num_warps": self.num_warps, **NO_FP_FUSION}
             compiled = self.kernel[grid](*arguments, *self.constants, **options)
             if compiled is not None and _RUN_IS_KNOWN:
                 self._begin = compiled.function, compiled.packed_metadata, None, None, None

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from fused_la._triton.targets import row_weights
-from fused_la._triton.tiles import NUMBERS, Call, Rows, whole_vectors
+from fused_la._triton.tiles import NUMBERS, Arguments, Rows, whole_vectors
 
 WEIGHT_PARTS = tl.constexpr(32)  # each read by every program
 COPIES = tl.constexpr(4)
@@ -103,7 +103,7 @@ def _prepare_kernel(
             tl.store(counters + lanes, tl.zeros((BLOCK,), tl.int32), first + lanes < n_counters)
         tl.store(workspace + loss_parts + n_groups + lanes, tl.zeros((BLOCK,), COMPUTE), lanes < (-n_groups & 3))
     if REDUCTION == "mean":
-        call = Call(
+        call = Arguments(
             None, None, vectors, n_classes, None, None, tl.zeros((), COMPUTE), None, ignore_index,
             None if N_LABELS == 0 else N_LABELS, None,
         )  # fmt: skip

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fused_la._call import checks
 from fused_la._call.pairwise_margin import PairwiseMargin, normalized_prior, rounded
-from fused_la._call.values import holds
+from fused_la._call.values import holds_or_unknown
 
 
 def erm() -> PairwiseMargin:
@@ -131,7 +131,7 @@ def equalised(log_prior: Tensor, transform: Callable[[Tensor], Tensor] | None = 
         return PairwiseMargin(negative_offset=rounded(prior, log_prior))
     values = transform(prior.exp())
     checks.check_tensor("transform(pi)", values)
-    if values.shape != prior.shape or not holds(((values >= 0.0) & (values <= 1.0)).all()):
+    if values.shape != prior.shape or not holds_or_unknown(((values >= 0.0) & (values <= 1.0)).all()):
         raise ValueError(f"transform must give {len(prior)} numbers between 0 and 1, got {values}")
     return PairwiseMargin(negative_offset=rounded(values.double().log(), log_prior))
 
@@ -292,7 +292,7 @@ def fisher_consistent(log_prior: Tensor, log_delta: Tensor) -> PairwiseMargin:
     """
     prior = normalized_prior(log_prior)
     checks.check_class_vector("log_delta", log_delta, len(prior))
-    if not holds(log_delta.isfinite().all()):
+    if not holds_or_unknown(log_delta.isfinite().all()):
         raise ValueError(f"log_delta must be finite, got {log_delta}")
     offset = rounded(log_delta.double(), log_prior)
     alpha = rounded((log_delta.double() - prior).exp(), log_prior)

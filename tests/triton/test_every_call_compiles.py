@@ -1,0 +1,181 @@
+"""Every public call that reaches a kernel compiles as Triton specialises it, and calls share compiled kernels.
+
+The interpreter, in which the other tests run kernels, specialises nothing. It cannot show that a size of 1 is a
+constant without methods, or that another number of rows compiles a kernel anew. Here `every_call.py` makes the calls
+under `benchmarks.static.compile_only`, Triton with a driver that launches nothing, in processes without
+TRITON_INTERPRET.
+
+The calls are those of every entry point over its axes: rows, classes, labels and features from 1 on, in and out of
+multiples of 16; dtypes; layouts; reductions; options; with and without gradient. Any two values meet in some call.
+These go through Triton's front end for sm_90; fewer, in which each value occurs, go through the whole compiler.
+
+Left out: three values that meet (`-m slow` has them); AMD GPUs, for which this driver has no target (`python -m
+benchmarks.disassemble --all` compiles every variant for one); graphs of torch.compile, which launch what a call without
+them does; more than one rank; and strides beyond 2**31, which are 64-bit arguments.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+import every_call
+
+ROOT = Path(__file__).parents[2]
+OTHERS = tuple(name for name in every_call.ENTRY_POINTS if name not in ("losses", "heads"))
+N_PARTS = 2  # processes that share the calls of a test
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory) -> dict[str, str]:
+    """Of a process whose kernels are not interpreted and with a cache of its own."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    cache = str(tmp_path_factory.mktemp("triton"))
+    return env | {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": cache, "OMP_NUM_THREADS": "1"}
+
+
+def run_parts(environment: dict[str, str], *arguments: str) -> tuple[list[dict], list[dict]]:
+    """(what `every_call.py` found, the summary of each of its processes)."""
+
+    def part(i: int) -> list[dict]:
+        command = [sys.executable, str(ROOT / "tests" / "every_call.py"), *arguments, "--part", str(i), str(N_PARTS)]
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800, check=False
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    with concurrent.futures.ThreadPoolExecutor(N_PARTS) as pool:
+        parts = list(pool.map(part, range(N_PARTS)))
+    return [line for lines in parts for line in lines[:-1]], [lines[-1] for lines in parts]
+
+
+def assert_compiles(environment: dict[str, str], *names: str, strength: int = 2, options: tuple[str, ...] = ()) -> None:
+    arguments = ("compile", "--strength", str(strength), *options, "--only", *names)
+    failed, summaries = run_parts(environment, *arguments)
+    shown = "\n".join(f"{line['call']}\n    {line['cause']}" for line in failed[:10])
+    n_calls = sum(summary["calls"] for summary in summaries)
+    assert not failed, f"{len(failed)} of {n_calls} calls do not compile:\n{shown}"
+    assert all(summary["compiled"] > 0 for summary in summaries)
+
+
+# Every call -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("names", [("losses",), ("heads",), OTHERS], ids=" ".join)
+def test_any_two_arguments_compile_together(environment, names):
+    assert_compiles(environment, *names)
+
+
+def test_every_argument_passes_the_whole_compiler(environment):
+    assert_compiles(environment, "losses", "heads", "tau sweep", strength=1, options=("--whole-compiler",))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_100"])
+def test_every_argument_passes_the_whole_compiler_for_other_gpus(environment, target):
+    options = ("--whole-compiler", "--target", target)
+    assert_compiles(environment, *every_call.ENTRY_POINTS, strength=1, options=options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(every_call.ENTRY_POINTS))
+def test_any_three_arguments_compile_together(environment, name):
+    assert_compiles(environment, name, strength=3)
+
+
+def test_any_two_values_of_any_two_axes_meet_in_some_call():
+    axes = every_call.Axes(
+        {"a": (0, 1, 2), "b": "xyz", "c": (True, False)},
+        run=lambda choice: None,
+        allowed=lambda choice: not (choice.get("a") == 2 and choice.get("b") == "z"),
+    )
+    choices = every_call.combinations(axes, 2)
+    assert {(choice["a"], choice["b"]) for choice in choices} == {
+        (a, b) for a in (0, 1, 2) for b in "xyz" if (a, b) != (2, "z")
+    }
+    assert {(choice["b"], choice["c"]) for choice in choices} == {(b, c) for b in "xyz" for c in (True, False)}
+    assert len(choices) < 3 * 3 * 2
+    for name in ("rows", "classes", "dtype", "layout", "loss", "target", "option", "reduction", "mode"):
+        of_losses = every_call.combinations(every_call.ENTRY_POINTS["losses"], 1)
+        assert {choice[name] for choice in of_losses} == set(every_call.LOSS[name])
+
+
+# Calls that share compiled kernels ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def counted(environment) -> dict[str, dict]:
+    """For each group of calls its variants of each kernel."""
+    counts, _ = run_parts(environment, "count")
+    return {line["calls of"]: line for line in counts}
+
+
+@pytest.mark.parametrize("name", list(every_call.shared_calls()))
+def test_few_variants_of_a_kernel_serve_all_calls(counted, name):
+    """Two for all numbers of rows together; one where anything else changes that changes from batch to batch."""
+    found = counted[name]
+    most, variants = found["most"], found["variants"]
+    assert variants, f"calls over {name} launched nothing: {'; '.join(found['causes'])}"
+    too_many = {kernel: n for kernel, n in variants.items() if n > most}
+    wrong = [f"launch more than {most} variants of a kernel, {too_many}"] * bool(too_many)
+    wrong += [f"do not all compile: {cause}" for cause in found["causes"]]
+    assert not wrong, f"calls over {name} {', and '.join(wrong)}"
+
+
+HOOKED = """
+import torch
+from triton import knobs
+
+from benchmarks.static.compile_only import CompileOnlyDriver, compile_only
+from fused_la import logit_adjusted_cross_entropy
+
+handed = []
+CompileOnlyDriver.launcher_cls = lambda self, source, metadata: lambda *of_launch: handed.append(of_launch)
+logits, target, log_prior = torch.randn(3, 8), torch.tensor([0, 1, 2]), torch.zeros(8)
+
+def hooks_of_a_launch():
+    handed.clear()
+    logit_adjusted_cross_entropy(logits, target, log_prior, reduction="none", impl="triton")
+    (of_launch,) = handed  # grid (3), stream, function, metadata, launch metadata, hooks (2), arguments
+    return of_launch[7:9]
+
+def listen(metadata):
+    pass
+
+with compile_only("sm_90"):
+    hooks_of_a_launch()  # compiles
+    assert hooks_of_a_launch() == (None, None)
+    for i, place in enumerate(("launch_enter_hook", "launch_exit_hook")):
+        chain = getattr(knobs.runtime, place)
+        chain.add(listen)
+        assert hooks_of_a_launch()[i] is chain
+        chain.remove(listen)
+        assert hooks_of_a_launch() == (None, None)
+        setattr(knobs.runtime, place, listen)
+        assert hooks_of_a_launch()[i] is listen
+        setattr(knobs.runtime, place, None)
+        assert hooks_of_a_launch() == (None, None)
+        setattr(knobs.runtime, place, chain)
+"""
+
+
+def test_a_profiler_that_hangs_hooks_on_launches_is_called(environment):
+    """The driver here calls no hook; it is handed them, as a GPU's is."""
+    done = subprocess.run(
+        [sys.executable, "-c", HOOKED],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
