@@ -1,4 +1,7 @@
-"""python -m benchmarks [selection]: measure, and write JSON, Markdown and a picture; `host` has a file of its own."""
+"""python -m benchmarks [selection]: measure a selection of cases; writes JSON, Markdown and a plot.
+
+`python -m benchmarks host` goes to `benchmarks.static.host`.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from benchmarks.timing.run import in_fresh_processes, in_one_process
 RESULTS = Path(__file__).parent / "results"
 
 
-def a_name(what: str, names: Sequence[str]) -> Callable[[str], str]:
+def one_of(what: str, names: Sequence[str]) -> Callable[[str], str]:
     def check(text: str) -> str:
         if text not in names:
             raise argparse.ArgumentTypeError(f"no {what} {text!r}; there are {', '.join(map(repr, names))}")
@@ -31,7 +34,7 @@ def a_name(what: str, names: Sequence[str]) -> Callable[[str], str]:
     return check
 
 
-def a_positive(kind: type) -> Callable[[str], float]:
+def positive(kind: type) -> Callable[[str], float]:
     def check(text: str) -> float:
         try:
             value = kind(text)
@@ -56,13 +59,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         + "; ".join(f"{name}: {selection.description}" for name, selection in SELECTIONS.items())
         + f"; host, which has options of its own (`python -m benchmarks host --help`): {host.DESCRIPTION}",
     )
-    a_selection = a_name("selection", list(SELECTIONS))
+    selection_name = one_of("selection", list(SELECTIONS))
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         "selection",
         nargs="?",
         default="quick",
-        type=a_selection,
+        type=selection_name,
         help=f"what to measure: {', '.join(SELECTIONS)} (default: quick)",
     )
     which.add_argument("--quick", dest="selection", action="store_const", const="quick", help="the selection quick")
@@ -75,31 +78,31 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--providers",
         nargs="+",
         metavar="NAME",
-        type=a_name("provider", list(PROVIDERS)),
+        type=one_of("provider", list(PROVIDERS)),
         help="only these, and eager, which ratios are against",
     )
     axis: dict[str, Any] = dict(nargs="+", default=())
     parser.add_argument(
         "--classes",
         metavar="C",
-        type=a_positive(int),
+        type=positive(int),
         help="these numbers of classes in place of the selection's",
         **axis,
     )
     parser.add_argument(
-        "--rows", metavar="N", type=a_positive(int), help="these numbers of rows in place of the selection's", **axis
+        "--rows", metavar="N", type=positive(int), help="these numbers of rows in place of the selection's", **axis
     )
     parser.add_argument(
         "--dtypes",
         metavar="DTYPE",
-        type=a_name("dtype", DTYPES),
+        type=one_of("dtype", DTYPES),
         help=f"of {', '.join(DTYPES)}, in place of the selection's",
         **axis,
     )
-    parser.add_argument("--seconds", type=a_positive(float), help="to spend on each figure, instead of the selection's")
+    parser.add_argument("--seconds", type=positive(float), help="to spend on each figure, instead of the selection's")
     parser.add_argument(
         "--timeout",
-        type=a_positive(float),
+        type=positive(float),
         help="seconds without a figure after which a provider is stopped (default: 60 in quick, else 600)",
     )
     options = parser.parse_args(arguments)
@@ -126,16 +129,19 @@ def chosen_cases(selection: Selection, options: argparse.Namespace) -> list[Case
 
 
 def chosen_providers(case: Case, options: argparse.Namespace) -> list[str]:
-    """In their order, the baseline first; the selection script has fused_la alone, for its memory is of two steps."""
+    """Names of the providers of a case, the baseline first.
+
+    The selection "script" has fused_la alone: its processes hold the memory of two steps, and eager is one of them.
+    """
     names = options.providers or (["fused_la blocked"] if options.selection == "script" else list(PROVIDERS))
-    of_case = [name for name in names if PROVIDERS[name].head == bool(case.n_features)]
-    first = baseline(case).name
-    if not of_case or options.selection == "script":
-        return of_case
-    return [first, *(name for name in of_case if name != first)]
+    fitting = [name for name in names if PROVIDERS[name].head == bool(case.n_features)]
+    baseline_name = baseline(case).name
+    if not fitting or options.selection == "script":
+        return fitting
+    return [baseline_name, *(name for name in fitting if name != baseline_name)]
 
 
-def jobs_of(options: argparse.Namespace, cache_bytes: int) -> list[Job]:
+def make_jobs(options: argparse.Namespace, cache_bytes: int) -> list[Job]:
     selection = SELECTIONS[options.selection]
     return [
         Job(
@@ -164,7 +170,7 @@ def listing(options: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-def line_of(record: report.Record) -> str:
+def format_record(record: report.Record) -> str:
     setting = " ".join(filter(None, (record.get(key, "") for key in ("mode", "timer", "memory"))))
     start = f"{record['case']:28} {record['provider']:24} {setting:26} "
     if record["status"] == "timed":
@@ -185,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     now = datetime.datetime.now().astimezone()
     device = machine.device_facts(options.device)
     path = options.out / machine.slug(device["name"]) / f"{now:%Y-%m-%d-%H%M%S}.json"
-    jobs = jobs_of(options, device["cache_bytes"])
+    jobs = make_jobs(options, device["cache_bytes"])
     document: report.Document = {
         "selection": options.selection,
         "command": machine.command(),
@@ -211,19 +217,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if time.monotonic() - written > 2:
                 report.write_json(path, document)
                 written = time.monotonic()
-            print(line_of(record), flush=True)
+            print(format_record(record), flush=True)
         document["interrupted"] = False
     except KeyboardInterrupt:
         print("Interrupted: what is done is kept.", flush=True)
     finally:
         records.close()
-        finish(path, document)
+        write_results(path, document)
     if document["interrupted"]:
         return 130
     return 0 if any(record["status"] == "timed" for record in document["results"]) else 1
 
 
-def finish(path: Path, document: report.Document) -> None:
+def write_results(path: Path, document: report.Document) -> None:
     report.write_json(path, document)
     report.write_atomically(path.with_suffix(".md"), report.markdown(document))
     try:

@@ -1,12 +1,11 @@
-"""Every dtype and option of the package on small inputs against extended precision, one case at a time.
+"""Accuracy jobs of `benchmarks.on_gpu`: every dtype and option on small inputs against extended precision.
 
-A case is an option in a dtype, and makes a few calls of public functions. The loss and all gradients of each call are
-compared with the tests' oracle, which has the paper's formula in extended precision. The error allowed is that of the
-tests: twice the baseline's on the same input and dtype, plus two units in the last place of the largest element. The
-baseline is `F.cross_entropy` in float32 (float64) where it takes the arguments, and the package's reference formula
-where it does not.
+A job is an option in a dtype, and makes a few calls of public functions. The loss and all gradients of each call are
+compared with the tests' oracle, the paper's formula in extended precision. The limit of an error is that of the tests:
+twice the baseline's error on the same input and dtype, plus two units in the last place of the largest element. The
+baseline is `F.cross_entropy` in float32 (float64) if it takes the arguments, else the package's reference formula.
 
-On a GPU the implementation is "triton"; on a CPU too, in Triton's interpreter (TRITON_INTERPRET=1), on smaller shapes.
+The implementation is "triton", on a CPU in Triton's interpreter (TRITON_INTERPRET=1) and on smaller shapes.
 """
 
 from __future__ import annotations
@@ -39,26 +38,26 @@ from fused_la.posthoc import TauSweep, adjust_logits
 
 Record = dict[str, Any]
 ORACLE = Path(__file__).parents[1] / "tests" / "oracle.py"
-DTYPES = ("bfloat16", "float32", "float16", "float64")  # in order of value
+DTYPES = ("bfloat16", "float32", "float16", "float64")  # the most valuable first
 
 
 class Trial(NamedTuple):
-    """One call, and what it should give."""
+    """One call, its exact results, and a baseline."""
 
     what: str
     actual: Callable[[], Sequence[Tensor]]  # the loss, then gradients
     exact: Sequence[Tensor]  # float64, on the CPU
     baseline: Callable[[], Sequence[Tensor]]
-    eps: Sequence[float]  # a unit in the last place of 1, of each part
-    by_norm: bool = False  # judge the norm of each part, not its largest element: sums of products
-    slack: float = 0.0  # relative, of the loss, beside that
+    eps: Sequence[float]  # a unit in the last place of 1, for the loss and each gradient
+    by_norm: bool = False  # compare norms, not largest elements: for gradients that are sums of products
+    slack: float = 0.0  # relative error of the loss that is allowed in addition
 
 
 # Judging --------------------------------------------------------------------------------------------------------------
 
 
 def judge(trial: Trial) -> tuple[float, str]:
-    """The largest error as a part of what is allowed, and what is wrong, "" if nothing is."""
+    """The largest error as a fraction of its limit, and what is wrong ("" if nothing is)."""
     actual, baseline = ([part.detach().cpu().double() for part in parts()] for parts in (trial.actual, trial.baseline))
     if not len(actual) == len(baseline) == len(trial.exact) == len(trial.eps):
         return math.inf, f"{trial.what}: {len(actual)} results, not {len(trial.exact)}"
@@ -75,10 +74,10 @@ def judge(trial: Trial) -> tuple[float, str]:
             continue
         if not finite.any():
             continue
-        size = torch.linalg.vector_norm if trial.by_norm else (lambda part: part.abs().max())
-        error, scale = size((got - want)[finite]), size(want[finite])
-        of_baseline = size((base - want)[finite].nan_to_num(0.0, 0.0, 0.0))
-        limit = 2 * of_baseline + (2 * eps + (trial.slack if i == 0 else 0.0)) * scale
+        norm = torch.linalg.vector_norm if trial.by_norm else (lambda part: part.abs().max())
+        error, scale = norm((got - want)[finite]), norm(want[finite])
+        baseline_error = norm((base - want)[finite].nan_to_num(0.0, 0.0, 0.0))
+        limit = 2 * baseline_error + (2 * eps + (trial.slack if i == 0 else 0.0)) * scale
         ratio = 0.0 if error == 0 else float(error / limit)
         worst = max(worst, ratio)
         if not ratio <= 1:
@@ -87,7 +86,7 @@ def judge(trial: Trial) -> tuple[float, str]:
 
 
 def oracle() -> ModuleType:
-    """The tests' module of that name."""
+    """The module tests/oracle.py."""
     spec = importlib.util.spec_from_file_location("oracle", ORACLE)
     assert spec is not None
     assert spec.loader is not None
@@ -105,7 +104,7 @@ class Inputs:
 
     dtype: torch.dtype
     device: str
-    small: bool  # for the interpreter
+    small: bool  # small shapes, for the interpreter
 
     @cached_property
     def generator(self) -> torch.Generator:
@@ -117,7 +116,7 @@ class Inputs:
 
     @property
     def wide(self) -> torch.dtype:
-        """In which the loss is computed."""
+        """The dtype in which the loss is computed."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     def shape(self, *shape: int, small: tuple[int, ...]) -> tuple[int, ...]:
@@ -131,7 +130,7 @@ class Inputs:
         return torch.rand(shape, generator=self.generator, dtype=torch.float64).to(self.device, self.wide)
 
     def labels(self, n_classes: int, *shape: int) -> Tensor:
-        """The first and the last class among them."""
+        """Random labels, with the first and the last class among them."""
         labels = torch.randint(n_classes, shape, generator=self.generator)
         if labels.numel() > 1:
             labels.view(-1)[0], labels.view(-1)[-1] = 0, n_classes - 1
@@ -141,7 +140,7 @@ class Inputs:
         return self.randn(n_rows, n_classes, dtype=self.wide).softmax(1)
 
     def log_prior(self, n_classes: int) -> Tensor:
-        """Of counts that fall from 1000 to 2."""
+        """The log prior of counts that fall from 1000 to 2."""
         ranks = torch.arange(1, n_classes + 1, dtype=torch.float64)
         return log_prior_from_counts((1000 * ranks**-0.7).clamp_min(2).round()).to(self.device)
 
@@ -165,7 +164,7 @@ def row_shape(logits: Tensor) -> tuple[int, ...]:
 # Trials of logits, margins and heads ----------------------------------------------------------------------------------
 
 
-def of_logits(
+def logits_trial(
     x: Inputs,
     logits: Tensor,
     target: Tensor,
@@ -178,7 +177,7 @@ def of_logits(
     loss: Callable[..., Tensor] = logit_adjusted_cross_entropy,
     **options: Any,
 ) -> Trial:
-    """`logit_adjusted_cross_entropy`, or another function that is called as it is."""
+    """A trial of `logit_adjusted_cross_entropy`, or of `loss`, a function with the same arguments."""
 
     def actual(impl: str = "triton", loss: Callable[..., Tensor] = loss) -> Sequence[Tensor]:
         z, prior = leaf(logits), leaf(log_prior, learned)
@@ -195,32 +194,32 @@ def of_logits(
     def reference() -> Sequence[Tensor]:
         return actual("reference", logit_adjusted_cross_entropy)
 
-    # Eager cross entropy multiplies 0 by infinity where a class is out.
+    # Eager cross entropy multiplies 0 by infinity if a class is excluded.
     has_eager = not (options.keys() & {"target_weight", "smoothing_distribution"} or log_prior.isinf().any())
     exact = x.truth(logits, target, log_prior, tau, reduction=reduction, grad_loss=upstream, **options)
     eps = torch.finfo(x.wide).eps
-    of_prior = max(eps, torch.finfo(log_prior.dtype).eps)
+    prior_eps = max(eps, torch.finfo(log_prior.dtype).eps)
     return Trial(
         f"{tuple(logits.shape)}, {reduction}{', learned prior' if learned else ''}",
         actual,
         exact if learned else exact[:2],
         eager if has_eager else reference,
-        (eps, torch.finfo(x.dtype).eps, of_prior)[: 3 if learned else 2],
+        (eps, torch.finfo(x.dtype).eps, prior_eps)[: 3 if learned else 2],
     )
 
 
-def in_every_reduction(x: Inputs, logits: Tensor, target: Tensor, log_prior: Tensor, **options: Any) -> Iterator[Trial]:
-    """A mean as in training; rows with an upstream gradient each and a learned prior; a sum with one for all."""
+def every_reduction(x: Inputs, logits: Tensor, target: Tensor, log_prior: Tensor, **options: Any) -> Iterator[Trial]:
+    """Trials of a mean, as in training; of rows with their own upstream gradients and a learned prior; of a sum."""
     rows = x.upstream(row_shape(logits))
-    yield of_logits(x, logits, target, log_prior, **options)
-    yield of_logits(x, logits, target, log_prior, reduction="none", upstream=rows, learned=True, **options)
-    yield of_logits(x, logits, target, log_prior, reduction="sum", upstream=-1.7, **options)
+    yield logits_trial(x, logits, target, log_prior, **options)
+    yield logits_trial(x, logits, target, log_prior, reduction="none", upstream=rows, learned=True, **options)
+    yield logits_trial(x, logits, target, log_prior, reduction="sum", upstream=-1.7, **options)
 
 
 def margin_rows(
     x: Inputs, logits: Tensor, target: Tensor, margin: PairwiseMargin, upstream: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Exact losses (N,) and gradient (N, C) of (N, C) logits and (N,) labels: the row's own offsets are added first."""
+    """Exact losses (N,) and gradient (N, C) of a margin on (N, C) logits; the offsets of each row are added first."""
     n_classes = logits.shape[1]
 
     def vector(value: Tensor | float | None, default: float) -> Tensor:
@@ -238,7 +237,7 @@ def margin_rows(
     return exact.loss * weight, exact.grad_logits * scale
 
 
-def of_margin(x: Inputs, margin: PairwiseMargin, logits: Tensor, target: Tensor, reduction: str) -> Trial:
+def margin_trial(x: Inputs, margin: PairwiseMargin, logits: Tensor, target: Tensor, reduction: str) -> Trial:
     n_rows = len(logits)
     rows = x.upstream((n_rows,)) if reduction == "none" else torch.full((n_rows,), 1.0 / n_rows, dtype=torch.float64)
 
@@ -257,8 +256,8 @@ def of_margin(x: Inputs, margin: PairwiseMargin, logits: Tensor, target: Tensor,
     )
 
 
-def of_head(x: Inputs, n_rows: int, n_features: int, n_classes: int, kind: str, reduction: str) -> Trial:
-    """A head of one label or two, or under a margin with an offset of the label."""
+def head_trial(x: Inputs, n_rows: int, n_features: int, n_classes: int, kind: str, reduction: str) -> Trial:
+    """A trial of a head: with one label a row, two, or a margin with a target_offset."""
     features = x.randn(n_rows, n_features, scale=1.0)
     weight = x.randn(n_classes, n_features, scale=2.0 / math.sqrt(n_features))
     bias, log_prior = x.randn(n_classes, scale=1.0), x.log_prior(n_classes)
@@ -281,7 +280,7 @@ def of_head(x: Inputs, n_rows: int, n_features: int, n_classes: int, kind: str, 
         return gradients_of(value, leaves, upstream)
 
     def whole() -> Sequence[Tensor]:
-        """Logits as a head makes them, and the reference formula."""
+        """The baseline: logits of a head, then the reference formula."""
         leaves = [leaf(tensor) for tensor in (features, weight, bias)]
         logits = F.linear(*leaves)
         if kind == "margin":
@@ -306,167 +305,169 @@ def of_head(x: Inputs, n_rows: int, n_features: int, n_classes: int, kind: str, 
         whole,
         (torch.finfo(x.wide).eps, eps, eps, eps),
         by_norm=True,
-        slack=1e-12 if x.dtype == torch.float64 else 1e-5,  # of a mean, in which the baseline's errors may cancel
+        slack=1e-12 if x.dtype == torch.float64 else 1e-5,  # in a mean the baseline's errors may cancel
     )
 
 
-# Options, in order of value -------------------------------------------------------------------------------------------
+# Options --------------------------------------------------------------------------------------------------------------
 
 
 def one_label(x: Inputs) -> Iterator[Trial]:
     logits = x.randn(*x.shape(37, 8142, small=(5, 37)))
-    yield from in_every_reduction(x, logits, x.labels(logits.shape[1], len(logits)), x.log_prior(logits.shape[1]))
+    yield from every_reduction(x, logits, x.labels(logits.shape[1], len(logits)), x.log_prior(logits.shape[1]))
 
 
 def aligned_rows(x: Inputs) -> Iterator[Trial]:
     logits = x.randn(*x.shape(37, 8192, small=(5, 256)))
-    yield of_logits(x, logits, x.labels(logits.shape[1], len(logits)), x.log_prior(logits.shape[1]))
+    yield logits_trial(x, logits, x.labels(logits.shape[1], len(logits)), x.log_prior(logits.shape[1]))
 
 
 def long_rows(x: Inputs) -> Iterator[Trial]:
-    """Rows that several programs share."""
+    """Rows that are split over several programs."""
     logits = x.randn(*x.shape(3, 200_003, small=(1, 33_003)))
     n_rows, n_classes = logits.shape
     target, log_prior = x.labels(n_classes, n_rows), x.log_prior(n_classes)
-    yield of_logits(x, logits, target, log_prior)
+    yield logits_trial(x, logits, target, log_prior)
     if not x.small:
         rows = x.upstream((n_rows,))
-        yield of_logits(x, logits, target, log_prior, reduction="none", upstream=rows, learned=True)
+        yield logits_trial(x, logits, target, log_prior, reduction="none", upstream=rows, learned=True)
 
 
 def middle_rows(x: Inputs) -> Iterator[Trial]:
-    """Rows of more than one partial sum, and enough of them for one program each."""
+    """Rows with more than one partial sum, and enough rows for one program each."""
     logits = x.randn(*x.shape(300, 20_001, small=(2, 1_201)))
-    yield of_logits(x, logits, x.labels(logits.shape[1], len(logits)), x.log_prior(logits.shape[1]))
+    yield logits_trial(x, logits, x.labels(logits.shape[1], len(logits)), x.log_prior(logits.shape[1]))
 
 
 def short_rows(x: Inputs) -> Iterator[Trial]:
     for shape in ((600, 17), (5, 1), (300, 3), (64, 1000)) if not x.small else ((9, 17), (3, 1)):
         logits = x.randn(*shape)
-        yield of_logits(x, logits, x.labels(shape[1], shape[0]), x.log_prior(shape[1]))
+        yield logits_trial(x, logits, x.labels(shape[1], shape[0]), x.log_prior(shape[1]))
 
 
 def one_row(x: Inputs) -> Iterator[Trial]:
     (n_classes,) = x.shape(8142, small=(70,))
     logits, log_prior = x.randn(1, n_classes), x.log_prior(n_classes)
-    yield of_logits(x, logits, x.labels(n_classes, 1), log_prior)
+    yield logits_trial(x, logits, x.labels(n_classes, 1), log_prior)
 
 
-def usual(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits, labels and log prior of most options: rows whose ends lie between the boundaries of vectors."""
+def default_inputs(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, labels and log prior of most options; rows do not end on the boundary of a vector."""
     n_rows, n_classes = x.shape(37, 1003, small=(5, 37))
     return x.randn(n_rows, n_classes), x.labels(n_classes, n_rows), x.log_prior(n_classes)
 
 
 def several_labels(x: Inputs) -> Iterator[Trial]:
-    logits, _, log_prior = usual(x)
+    logits, _, log_prior = default_inputs(x)
     n_rows, n_classes = logits.shape
     for n_labels in (2, 5):
         target = x.labels(n_classes, n_rows, n_labels)
         target[0] = target[0, 0]  # one class several times
         target[1, -1], target[2] = -100, -100
-        yield from in_every_reduction(x, logits, target, log_prior, target_weight=x.rand(n_rows, n_labels))
+        yield from every_reduction(x, logits, target, log_prior, target_weight=x.rand(n_rows, n_labels))
 
 
 def class_probabilities(x: Inputs) -> Iterator[Trial]:
-    logits, _, log_prior = usual(x)
-    yield from in_every_reduction(x, logits, x.probabilities(*logits.shape), log_prior)
+    logits, _, log_prior = default_inputs(x)
+    yield from every_reduction(x, logits, x.probabilities(*logits.shape), log_prior)
 
 
 def ignored_rows(x: Inputs) -> Iterator[Trial]:
-    logits, target, log_prior = usual(x)
+    logits, target, log_prior = default_inputs(x)
     target[::3] = -100
     logits[3] = math.nan
-    yield of_logits(x, logits, target, log_prior)
-    yield of_logits(x, logits[:1], target[:1], log_prior)  # a mean over no rows
+    yield logits_trial(x, logits, target, log_prior)
+    yield logits_trial(x, logits[:1], target[:1], log_prior)  # a mean over no rows
 
 
 def class_weights(x: Inputs) -> Iterator[Trial]:
-    logits, target, log_prior = usual(x)
-    yield from in_every_reduction(x, logits, target, log_prior, weight=x.rand(logits.shape[1]))
+    logits, target, log_prior = default_inputs(x)
+    yield from every_reduction(x, logits, target, log_prior, weight=x.rand(logits.shape[1]))
 
 
 def label_smoothing(x: Inputs) -> Iterator[Trial]:
-    logits, target, log_prior = usual(x)
-    yield from in_every_reduction(x, logits, target, log_prior, label_smoothing=0.1)
+    logits, target, log_prior = default_inputs(x)
+    yield from every_reduction(x, logits, target, log_prior, label_smoothing=0.1)
     weight = x.rand(logits.shape[1])
-    yield of_logits(x, logits, target, log_prior, label_smoothing=0.1, weight=weight)
+    yield logits_trial(x, logits, target, log_prior, label_smoothing=0.1, weight=weight)
 
 
 def smoothing_distribution(x: Inputs) -> Iterator[Trial]:
-    logits, target, log_prior = usual(x)
+    logits, target, log_prior = default_inputs(x)
     options: dict[str, Any] = dict(label_smoothing=0.2, smoothing_distribution=log_prior.exp())
-    yield from in_every_reduction(x, logits, target, log_prior, **options)
-    yield of_logits(x, logits, x.probabilities(*logits.shape), log_prior, **options)
+    yield from every_reduction(x, logits, target, log_prior, **options)
+    yield logits_trial(x, logits, x.probabilities(*logits.shape), log_prior, **options)
 
 
 def classes_without_prior(x: Inputs) -> Iterator[Trial]:
-    logits, target, log_prior = usual(x)
+    logits, target, log_prior = default_inputs(x)
     log_prior[5:25] = -math.inf
     target = torch.where((target >= 5) & (target < 25), 2, target)
     logits[0, 6], logits[1, 7] = math.inf, math.nan
-    yield of_logits(x, logits, target, log_prior)
+    yield logits_trial(x, logits, target, log_prior)
     rows = x.upstream((len(logits),))
-    yield of_logits(x, logits, target, log_prior, reduction="none", upstream=rows, learned=True)
+    yield logits_trial(x, logits, target, log_prior, reduction="none", upstream=rows, learned=True)
 
 
 def another_tau(x: Inputs) -> Iterator[Trial]:
-    logits, target, log_prior = usual(x)
+    logits, target, log_prior = default_inputs(x)
     for tau in (0.0, 1.7):
-        yield of_logits(x, logits, target, log_prior, tau)
+        yield logits_trial(x, logits, target, log_prior, tau)
 
 
 def confident_rows(x: Inputs) -> Iterator[Trial]:
-    """Each row alone: its loss and its gradient have digits of their own."""
-    logits, target, log_prior = usual(x)
+    """Each row is a trial, so that its small loss and gradient are judged by their own size."""
+    logits, target, log_prior = default_inputs(x)
     lead = torch.linspace(5, 40, len(logits), device=x.device).to(logits)
     logits = logits.scatter_add(1, target[:, None], lead[:, None] + 10)
     for row in range(0, len(logits), 9 if not x.small else 2):
-        yield of_logits(x, logits[row : row + 1], target[row : row + 1], log_prior)
+        yield logits_trial(x, logits[row : row + 1], target[row : row + 1], log_prior)
 
 
 def learned_prior(x: Inputs) -> Iterator[Trial]:
-    logits, target, log_prior = usual(x)
-    yield of_logits(x, logits, target, log_prior, learned=True)
-    yield of_logits(x, logits, target, log_prior, reduction="sum", learned=True, weight=x.rand(logits.shape[1]))
+    logits, target, log_prior = default_inputs(x)
+    yield logits_trial(x, logits, target, log_prior, learned=True)
+    yield logits_trial(x, logits, target, log_prior, reduction="sum", learned=True, weight=x.rand(logits.shape[1]))
 
 
 def upstream_gradients(x: Inputs) -> Iterator[Trial]:
-    logits, target, log_prior = usual(x)
+    logits, target, log_prior = default_inputs(x)
     for upstream in (0.0, -3.25):
-        yield of_logits(x, logits, target, log_prior, upstream=upstream)
+        yield logits_trial(x, logits, target, log_prior, upstream=upstream)
 
 
 def loss_scale(x: Inputs) -> Iterator[Trial]:
-    """Without it most gradients of so many rows are 0 in float16."""
+    """Without a loss scale most float16 gradients of so many rows are 0."""
     logits = x.randn(*x.shape(4096, 1003, small=(40, 37)))
     n_rows, n_classes = logits.shape
-    yield of_logits(x, logits, x.labels(n_classes, n_rows), x.log_prior(n_classes), upstream=2.0**12)
+    yield logits_trial(x, logits, x.labels(n_classes, n_rows), x.log_prior(n_classes), upstream=2.0**12)
 
 
 def images(x: Inputs) -> Iterator[Trial]:
     shape = x.shape(2, 19, 15, 17, small=(2, 6, 3, 2))
     logits, target, log_prior = x.randn(*shape), x.labels(shape[1], shape[0], *shape[2:]), x.log_prior(shape[1])
-    yield from in_every_reduction(x, logits, target, log_prior)
-    yield of_logits(x, logits.contiguous(memory_format=torch.channels_last), target, log_prior)
+    yield from every_reduction(x, logits, target, log_prior)
+    yield logits_trial(x, logits.contiguous(memory_format=torch.channels_last), target, log_prior)
 
 
 def rows_in_memory(x: Inputs) -> Iterator[Trial]:
-    """Rows that begin and end anywhere, with columns between them that are others'; classes that are not adjacent."""
+    """Rows that begin and end anywhere in memory, with foreign columns between them; classes that are not adjacent."""
     n_rows, n_classes = x.shape(37, 1000, small=(5, 40))
     target, log_prior = x.labels(n_classes, n_rows), x.log_prior(n_classes)
     for first, padding in ((1, 0), (3, 4), (0, 24), (8, 17)):
         whole = x.randn(n_rows, first + n_classes + padding)
-        yield of_logits(x, whole[:, first : first + n_classes], target, log_prior)
-    yield of_logits(x, x.randn(n_classes, n_rows).T, target, log_prior)
+        yield logits_trial(x, whole[:, first : first + n_classes], target, log_prior)
+    yield logits_trial(x, x.randn(n_classes, n_rows).T, target, log_prior)
 
 
-def of_preset(preset: Callable[[Tensor], PairwiseMargin], scale: float = 3.0) -> Callable[[Inputs], Iterator[Trial]]:
+def preset_trials(
+    preset: Callable[[Tensor], PairwiseMargin], scale: float = 3.0
+) -> Callable[[Inputs], Iterator[Trial]]:
     def trials(x: Inputs) -> Iterator[Trial]:
-        logits, target, log_prior = usual(x)
+        logits, target, log_prior = default_inputs(x)
         logits, margin = x.randn(*logits.shape, scale=scale), preset(log_prior)
-        yield of_margin(x, margin, logits, target, "mean")
-        yield of_margin(x, margin, logits, target, "none")
+        yield margin_trial(x, margin, logits, target, "mean")
+        yield margin_trial(x, margin, logits, target, "none")
 
     return trials
 
@@ -474,11 +475,11 @@ def of_preset(preset: Callable[[Tensor], PairwiseMargin], scale: float = 3.0) ->
 def heads(x: Inputs) -> Iterator[Trial]:
     n, d, c = x.shape(70, 48, 5003, small=(4, 6, 13))
     for kind, reduction in (("one label", "mean"), ("two labels", "none"), ("margin", "mean")):
-        yield of_head(x, n, d, c, kind, reduction)
+        yield head_trial(x, n, d, c, kind, reduction)
 
 
 def module(x: Inputs) -> Iterator[Trial]:
-    logits, target, _ = usual(x)
+    logits, target, _ = default_inputs(x)
     counts = torch.arange(logits.shape[1], 0, -1)
     criterion = LogitAdjustedCrossEntropyLoss(counts, tau=1.3).to(x.device)
     log_prior = log_prior_from_counts(counts).to(x.device)
@@ -486,12 +487,12 @@ def module(x: Inputs) -> Iterator[Trial]:
     def loss(logits: Tensor, target: Tensor, *_: Any, **__: Any) -> Tensor:
         return criterion(logits, target)
 
-    yield of_logits(x, logits, target, log_prior, 1.3, loss=loss)
+    yield logits_trial(x, logits, target, log_prior, 1.3, loss=loss)
 
 
 def compiled(x: Inputs) -> Iterator[Trial]:
-    """As part of a graph of `torch.compile`, between operators that it fuses."""
-    logits, target, log_prior = usual(x)
+    """The loss in a graph of `torch.compile`, between operators that it fuses."""
+    logits, target, log_prior = default_inputs(x)
 
     @torch.compile(fullgraph=True)
     def graph(logits: Tensor, target: Tensor, log_prior: Tensor, tau: float, reduction: str, impl: str) -> Tensor:
@@ -500,11 +501,11 @@ def compiled(x: Inputs) -> Iterator[Trial]:
     def loss(logits: Tensor, target: Tensor, log_prior: Tensor, tau: float, *, reduction: str, impl: str) -> Tensor:
         return graph(logits, target, log_prior, tau, reduction, impl)
 
-    yield of_logits(x, logits, target, log_prior, loss=loss)
+    yield logits_trial(x, logits, target, log_prior, loss=loss)
 
 
 def post_hoc(x: Inputs) -> Iterator[Trial]:
-    """Predictions for many tau, their counts and the metric: integers, on numbers that are added without rounding."""
+    """Predictions for many tau, their counts and the metric. Sums of the inputs are exact, so counts must be too."""
     n_rows, n_classes = x.shape(500, 1003, small=(12, 19))
     logits = x.randn(n_rows, n_classes, scale=8.0).clamp(-100, 100).round().div(4)
     log_prior = x.randn(n_classes, scale=8.0, dtype=torch.float32).round().div(8) - 8
@@ -543,7 +544,7 @@ def post_hoc(x: Inputs) -> Iterator[Trial]:
     yield Trial("BalancedError", metric, rates, lambda: rates, (torch.finfo(torch.float32).eps,) * 2)
 
 
-OPTIONS: dict[str, Callable[[Inputs], Iterator[Trial]]] = {
+OPTIONS: dict[str, Callable[[Inputs], Iterator[Trial]]] = {  # the most valuable first
     "one label": one_label,
     "long rows": long_rows,
     "rows in memory": rows_in_memory,
@@ -560,8 +561,8 @@ OPTIONS: dict[str, Callable[[Inputs], Iterator[Trial]]] = {
     "learned prior": learned_prior,
     "loss scale": loss_scale,
     "upstream gradients": upstream_gradients,
-    "vector scaling": of_preset(lambda prior: margins.vector_scaling(prior, 0.3, 1.2)),
-    "ldam": of_preset(margins.ldam, scale=0.5),
+    "vector scaling": preset_trials(lambda prior: margins.vector_scaling(prior, 0.3, 1.2)),
+    "ldam": preset_trials(margins.ldam, scale=0.5),
     "images": images,
     "rows of middle length": middle_rows,
     "torch.compile": compiled,
@@ -570,19 +571,19 @@ OPTIONS: dict[str, Callable[[Inputs], Iterator[Trial]]] = {
     "confident rows": confident_rows,
     "post hoc": post_hoc,
     "module": module,
-    "adaptive": of_preset(margins.adaptive),
-    "balanced": of_preset(margins.balanced),
-    "equalised": of_preset(margins.equalised),
-    "logit adjusted, consistent": of_preset(lambda prior: margins.logit_adjusted(prior, 0.5, consistent=True)),
-    "cdt": of_preset(lambda prior: margins.cdt(prior, 0.3)),
-    "fisher consistent": of_preset(lambda prior: margins.fisher_consistent(prior, prior.cos())),
+    "adaptive": preset_trials(margins.adaptive),
+    "balanced": preset_trials(margins.balanced),
+    "equalised": preset_trials(margins.equalised),
+    "logit adjusted, consistent": preset_trials(lambda prior: margins.logit_adjusted(prior, 0.5, consistent=True)),
+    "cdt": preset_trials(lambda prior: margins.cdt(prior, 0.3)),
+    "fisher consistent": preset_trials(lambda prior: margins.fisher_consistent(prior, prior.cos())),
 }
-ONLY = {"loss scale": ("float16",), "torch.compile": ("bfloat16", "float32")}
+ONLY_DTYPES = {"loss scale": ("float16",), "torch.compile": ("bfloat16", "float32")}
 
 
 @dataclass(frozen=True)
 class AccuracyJob:
-    """One option in one dtype, as it goes to a process of its own."""
+    """One option in one dtype, as it is sent to a worker process."""
 
     option: str
     dtype: str
@@ -592,14 +593,14 @@ class AccuracyJob:
         return {"option": self.option, "dtype": self.dtype, "status": status, "reason": reason, **figures}
 
     def run(self) -> Iterator[Record]:
-        """One record: "right", "wrong" with what is, or "not available"."""
+        """One record: "right", "wrong" with what is wrong, or "not available"."""
         start = time.monotonic()
         x = Inputs(getattr(torch, self.dtype), self.device, small=self.device == "cpu")
         worst, wrong, n_calls = 0.0, [], 0
         try:
             for trial in OPTIONS[self.option](x):
-                of_limit, what = judge(trial)
-                worst, n_calls = max(worst, of_limit), n_calls + 1
+                fraction, what = judge(trial)
+                worst, n_calls = max(worst, fraction), n_calls + 1
                 wrong += [what] if what else []
         except ImportError as error:
             yield self.record("not available", f"not installed: {error}")
@@ -614,16 +615,16 @@ class AccuracyJob:
 
 
 def jobs(device: str) -> list[AccuracyJob]:
-    """In order of value: every dtype of an option before the next option."""
+    """All jobs, the most valuable first: every dtype of an option before the next option."""
     return [
         AccuracyJob(option, dtype, device)
         for option in OPTIONS
         for dtype in DTYPES
-        if dtype in ONLY.get(option, DTYPES)
+        if dtype in ONLY_DTYPES.get(option, DTYPES)
     ]
 
 
-def jobs_without_a_gpu() -> list[AccuracyJob]:
-    """Every option; the less valuable half in bfloat16 and float32 alone."""
+def dry_run_jobs() -> list[AccuracyJob]:
+    """Every option, but the less valuable half only in bfloat16 and float32."""
     half = list(OPTIONS)[len(OPTIONS) // 2 :]
     return [job for job in jobs("cpu") if job.option not in half or job.dtype in DTYPES[:2]]

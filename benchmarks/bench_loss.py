@@ -1,11 +1,11 @@
-"""Forward + backward of every provider with pytest-benchmark, on the cases of the selection quick.
+"""Forward + backward of every provider with pytest-benchmark, on the cases of the selection "quick".
 
     pytest benchmarks/bench_loss.py --benchmark-columns=median,iqr,rounds --benchmark-group-by=param:case
 
-Providers, cases, check and step are those of `python -m benchmarks`. Each timed round is preceded by one of eager cross
-entropy, so that `extra_info["times_faster_than_eager"]` compares medians of alternating runs in one process. On a GPU a
-round lasts until the device has finished; times by device events are the command's. Bytes: the least that any
-implementation moves, logits read once and their gradient written once.
+Providers, cases, check and step are those of `python -m benchmarks`. A round of eager cross entropy precedes each timed
+round, so `extra_info["times_faster_than_eager"]` compares medians of alternating runs in one process. On a GPU a round
+lasts until the device has finished; `python -m benchmarks` also times by device events. Bytes are the least that any
+implementation moves: logits read once, their gradient written once.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def bench_forward_backward(benchmark, case: Case, provider: Provider, memory: st
         if memory == "returned":
             clocks.return_memory()
 
-    def one_of_eager() -> None:
+    def run_eager() -> None:
         times = clocks.wall_times(prepare, lambda _: eager.both(), 1, DEVICE)
         eager_times.extend(times)
         eager.reset()
@@ -66,7 +66,7 @@ def bench_forward_backward(benchmark, case: Case, provider: Provider, memory: st
         clocks.synchronize(DEVICE)
 
     eager_times: list[float] = []
-    benchmark.pedantic(run, setup=one_of_eager, rounds=21, warmup_rounds=3)
+    benchmark.pedantic(run, setup=run_eager, rounds=21, warmup_rounds=3)
     step.reset()
     median = benchmark.stats.stats.median
     benchmark.extra_info |= {

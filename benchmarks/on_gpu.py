@@ -1,23 +1,23 @@
-"""All that only a GPU can tell, in a few minutes of one: `bash benchmarks/on_gpu.sh [seconds] [--dry-run]`.
+"""Every check that needs a GPU, in a few minutes: `bash benchmarks/on_gpu.sh [seconds] [--dry-run]`.
 
 Stages, the most valuable first:
 
-1. accuracy: every dtype and option on small inputs against extended precision, in as many processes as there are cores,
-   which compile for each other; then what will be timed is compiled and checked.
+1. accuracy: every dtype and option on small inputs against extended precision (`accuracy`), in as many processes as
+   there are cores, which share compiled kernels; then what will be timed is compiled and checked.
 2. speed: copy bandwidth, then forward and forward + backward of this package, eager cross entropy, `torch.compile` and
-   other libraries.
-3. profile: counters of one step's kernels, read by `ncu` where it is installed.
+   other libraries (`timing.speed`).
+3. profile: counters of one step's kernels, read by `ncu` if it is installed (`timing.profiled`).
 4. tests: those marked gpu.
 
-A stage begins only if the time left holds the least that makes it worth while, and so does a case in it. A case runs in
-a process with a limit of time: one that crashes or hangs, or a stage that raises, costs its own results and no others.
-Results go to $OUT (else a folder of benchmarks/results) as they come: `results.jsonl` has everything, `summary.md` what
-is printed last, `ncu-<classes>.csv` and `tests.txt` what those tools printed. The exit status is 1 if anything was
-wrong, except a library that is only compared with.
+A stage, and a job in it, begins only if enough time is left to be worth while. Each job runs in a process with a time
+limit: a job that crashes or hangs, or a stage that raises, loses only its own results. Results go to $OUT (else to a
+folder of benchmarks/results) as they come: `results.jsonl` has all records, `summary.md` the text printed last,
+`ncu-<classes>.csv` and `tests.txt` the output of these tools. The exit status is 1 if anything was wrong, except in
+libraries that are only compared with.
 
---dry-run needs no GPU: kernels run in Triton's interpreter on tiny shapes, a CPU's clock stands in for a device's, a
-sample stands in for ncu's output, and tests are only collected. What it times means nothing. There, what was left out
-for want of time is wrong too.
+--dry-run needs no GPU: kernels run in Triton's interpreter on tiny shapes, a CPU's clock replaces the device's, a
+sample replaces ncu's output, and tests are only collected. Its times mean nothing. It also fails if anything was
+skipped for lack of time.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ import torch
 from benchmarks import accuracy
 from benchmarks.timing import machine, profiled, speed
 from benchmarks.timing.pool import in_processes
-from benchmarks.timing.report import as_json, table, write_atomically
+from benchmarks.timing.report import json_safe, table, write_atomically
 
 Record = dict[str, Any]
 ROOT = Path(__file__).parents[1]
 WHEELS = ROOT / "benchmarks" / "wheels"
 SECONDS = 420.0
-LAST_WORDS = 5.0  # seconds to stop what runs and to write the summary
-MOST_PROCESSES = 16
-BAD = ("wrong", "failed", "crashed")
+WRAP_UP_SECONDS = 5.0  # seconds to stop what still runs and to write the summary
+MAX_PROCESSES = 16
+BAD_STATUSES = ("wrong", "failed", "crashed")
 COUNT = re.compile(r"\b(\d+) ([a-z]+)\b")
 
 
@@ -63,7 +63,7 @@ COUNT = re.compile(r"\b(\d+) ([a-z]+)\b")
 
 @dataclass
 class Run:
-    """What all stages share. Records are written as they come."""
+    """State of the whole run; records are written to results.jsonl as they come."""
 
     out: Path
     seconds: float
@@ -73,7 +73,7 @@ class Run:
 
     @property
     def deadline(self) -> float:
-        return self.started + self.seconds - LAST_WORDS
+        return self.started + self.seconds - WRAP_UP_SECONDS
 
     @property
     def device(self) -> str:
@@ -83,9 +83,9 @@ class Run:
         record = {"stage": stage, **record, "at": round(time.monotonic() - self.started, 1)}
         self.records.append(record)
         with (self.out / "results.jsonl").open("a") as file:
-            file.write(json.dumps(as_json(record), default=str) + "\n")
-        if record["status"] != "skipped" or len(self.of(stage)) == 1:  # of cases they come by the hundred
-            print(line_of(record), flush=True)
+            file.write(json.dumps(json_safe(record), default=str) + "\n")
+        if record["status"] != "skipped" or len(self.of(stage)) == 1:  # print one skipped job of a stage, not hundreds
+            print(format_record(record), flush=True)
 
     def of(self, stage: str, *statuses: str) -> list[Record]:
         return [r for r in self.records if r["stage"] == stage and (r["status"] in statuses or not statuses)]
@@ -94,22 +94,22 @@ class Run:
 @dataclass(frozen=True)
 class Stage:
     name: str
-    least: float  # seconds; with less left it is not begun
-    share: float  # of the whole time, which it may take at most
-    run: Callable[[Run, float], Iterable[Record]]  # until a time of time.monotonic
+    min_seconds: float  # seconds; with less time left the stage is not begun
+    share: float  # the most of the whole time that the stage may take
+    run: Callable[[Run, float], Iterable[Record]]  # run(run, until), a time of time.monotonic
 
 
 def run_stages(run: Run, stages: Sequence[Stage]) -> None:
     for stage in stages:
         left = run.deadline - time.monotonic()
-        if left < stage.least:
+        if left < stage.min_seconds:
             run.add(stage.name, {"status": "skipped", "reason": f"not begun: {max(left, 0):.0f} s were left"})
             continue
         start = time.monotonic()
         try:
-            # A dry run has to come through, however slow its interpreter is here.
-            until = run.deadline if run.dry else min(run.deadline, start + stage.share * run.seconds)
-            for record in stage.run(run, until):
+            # A dry run must reach the end of a stage, however slow the interpreter is.
+            deadline = run.deadline if run.dry else min(run.deadline, start + stage.share * run.seconds)
+            for record in stage.run(run, deadline):
                 run.add(stage.name, record)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -123,15 +123,15 @@ def run_stages(run: Run, stages: Sequence[Stage]) -> None:
         write_atomically(run.out / "summary.md", summary(run))
 
 
-def run_command(command: Sequence[str], path: Path, until: float, **environment: str) -> int | None:
-    """Exit code of a command whose output goes to a file; None if it was stopped, with all that it had started."""
+def run_command(command: Sequence[str], path: Path, deadline: float, **environment: str) -> int | None:
+    """Exit code of a command whose output goes to a file; None if it and its children were stopped at `deadline`."""
     with path.open("wb") as file:
         process = subprocess.Popen(
             command, cwd=ROOT, env={**os.environ, **environment}, stdout=file, stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
         try:
-            return process.wait(max(0.0, until - time.monotonic()))
+            return process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             return None
         finally:
@@ -144,7 +144,7 @@ def run_command(command: Sequence[str], path: Path, until: float, **environment:
 
 
 def install_wheels(folder: Path, target: Path) -> Iterator[Record]:
-    """Install each wheel of a folder into a target of its own, offline, and put all together in `target/site`."""
+    """Install each wheel of a folder offline into its own folder, then merge these folders into `target/site`."""
     options = ("--no-index", "--no-deps", "--no-compile", "--no-cache-dir", "--disable-pip-version-check", "--quiet")
 
     def install(numbered: tuple[int, Path]) -> tuple[Path, str]:
@@ -161,14 +161,14 @@ def install_wheels(folder: Path, target: Path) -> Iterator[Record]:
     wheels = sorted(folder.glob("*.whl"))
     with ThreadPoolExecutor(8) as threads:
         for wheel, (part, error) in zip(wheels, threads.map(install, enumerate(wheels)), strict=True):
-            if not error:  # packages of several wheels may share a folder
+            if not error:  # several wheels may have files in one folder
                 shutil.copytree(part, target / "site", dirs_exist_ok=True)
             shutil.rmtree(part, ignore_errors=True)
             yield {"wheel": wheel.name, "status": "failed" if error else "installed", "reason": error}
 
 
 def add_to_path(site: Path) -> None:
-    """Here, after the checkout, and in every process from now on; with what its .pth files add."""
+    """Add a site folder, with the paths of its .pth files, to the path of this process and its children."""
     script = "import json, site, sys; old = set(sys.path); site.addsitedir(sys.argv[1]); "
     script += "print(json.dumps([path for path in sys.path if path not in old]))"
     done = subprocess.run([sys.executable, "-c", script, str(site)], capture_output=True, text=True, check=True)
@@ -182,7 +182,7 @@ def add_to_path(site: Path) -> None:
 
 def n_processes() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(cores or 1, MOST_PROCESSES)
+    return min(cores or 1, MAX_PROCESSES)
 
 
 def cache_bytes(run: Run) -> int:
@@ -190,21 +190,21 @@ def cache_bytes(run: Run) -> int:
 
 
 def speed_jobs(run: Run) -> list[speed.SpeedJob]:
-    return speed.jobs_without_a_gpu() if run.dry else speed.jobs(cache_bytes(run))
+    return speed.dry_run_jobs() if run.dry else speed.jobs(cache_bytes(run))
 
 
-def accuracy_stage(run: Run, until: float) -> Iterator[Record]:
-    compiled = [replace(job, time=False) for job in speed_jobs(run) if job.provider in speed.COMPILED]
-    jobs = [*(accuracy.jobs_without_a_gpu() if run.dry else accuracy.jobs(run.device)), *compiled]
-    yield from in_processes(jobs, n_processes(), until, timeout=90.0, least=1.0 if run.dry else 12.0)
+def accuracy_stage(run: Run, deadline: float) -> Iterator[Record]:
+    compile_jobs = [replace(job, time=False) for job in speed_jobs(run) if job.provider in speed.COMPILED_PROVIDERS]
+    jobs = [*(accuracy.dry_run_jobs() if run.dry else accuracy.jobs(run.device)), *compile_jobs]
+    yield from in_processes(jobs, n_processes(), deadline, timeout=90.0, min_seconds=1.0 if run.dry else 12.0)
 
 
-def speed_stage(run: Run, until: float) -> Iterator[Record]:
+def speed_stage(run: Run, deadline: float) -> Iterator[Record]:
     jobs = [speed.CopyJob(run.device, cache_bytes(run)), *speed_jobs(run)]
-    yield from in_processes(jobs, 1, until, timeout=60.0, least=1.0 if run.dry else 5.0)
+    yield from in_processes(jobs, 1, deadline, timeout=60.0, min_seconds=1.0 if run.dry else 5.0)
 
 
-def profile_stage(run: Run, until: float) -> Iterator[Record]:
+def profile_stage(run: Run, deadline: float) -> Iterator[Record]:
     ncu = "ncu" if run.dry else profiled.find_ncu()
     if ncu is None:
         yield {"status": "not available", "reason": "ncu is not installed"}
@@ -214,11 +214,14 @@ def profile_stage(run: Run, until: float) -> Iterator[Record]:
         script = [sys.executable, "-m", "benchmarks.timing.profiled", "--classes", str(classes)]
         kernels: list[Record] = []
         code, text = None, ""
-        for metrics in (profiled.METRICS, profiled.FEW_METRICS):  # the few, where one of the others is not known
-            if until - time.monotonic() < (1.0 if run.dry else 15.0):
+        for metrics in (
+            profiled.METRICS,
+            profiled.BASIC_METRICS,
+        ):  # the few, if this ncu does not know one of the others
+            if deadline - time.monotonic() < (1.0 if run.dry else 15.0):
                 break
             command = profiled.command(ncu, list(metrics), script)
-            code = run_command(script if run.dry else command, path, until)
+            code = run_command(script if run.dry else command, path, deadline)
             text = path.read_text(errors="replace")
             kernels = profiled.parse(profiled.SAMPLE if run.dry else text)
             if code is None or (code == 0 and kernels):
@@ -228,15 +231,19 @@ def profile_stage(run: Run, until: float) -> Iterator[Record]:
         elif code is None:
             yield {"classes": classes, "status": "unfinished", "reason": "too little time was left"}
         else:
-            yield {"classes": classes, "status": "failed", "reason": f"exit code {code}: {profiled.complaint(text)}"}
+            yield {
+                "classes": classes,
+                "status": "failed",
+                "reason": f"exit code {code}: {profiled.error_summary(text)}",
+            }
 
 
-def tests_stage(run: Run, until: float) -> Iterator[Record]:
+def tests_stage(run: Run, deadline: float) -> Iterator[Record]:
     path = run.out / "tests.txt"
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/triton/test_gpu.py", "-q", "-p", "no:cacheprovider"]
     command += ["--collect-only"] if run.dry else ["--tb=short"]
-    # Plugins that happen to be installed have warnings of their own, and here a warning is an error.
-    code = run_command(command, path, until, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+    # Installed plugins may warn, and in these tests a warning is an error.
+    code = run_command(command, path, deadline, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
     counts = counts_of_tests(path.read_text(errors="replace"))
     if code is None:
         yield {"status": "wrong" if counts["failed"] else "unfinished", "reason": "stopped: no time left", **counts}
@@ -248,7 +255,7 @@ def tests_stage(run: Run, until: float) -> Iterator[Record]:
 
 
 def counts_of_tests(text: str) -> Counter[str]:
-    """Of what pytest -q printed, also where it was stopped before its last line."""
+    """Counts of outcomes in the output of pytest -q, also if it was stopped before its last line."""
     names = {"error": "errors", "test": "collected", "tests": "collected"}
     last = text.rstrip().rpartition("\n")[2]
     counts: Counter[str] = Counter()
@@ -268,21 +275,21 @@ STAGES = (
 )
 
 
-# What is said of it ---------------------------------------------------------------------------------------------------
+# Summary --------------------------------------------------------------------------------------------------------------
 
 
-def line_of(record: Record) -> str:
-    """A record in a line."""
+def format_record(record: Record) -> str:
+    """A record as one line of text."""
     keys = ("wheel", "option", "case", "provider", "kernel", "mode", "timer", "dtype")
-    hidden = ("dtype",) if "case" in record else ()  # a case names its own
+    hidden = ("dtype",) if "case" in record else ()  # the case's name has it
     what = [str(record[key]) for key in keys if record.get(key) and key not in hidden]
     what += [f"{record['classes']} classes"] if "kernel" in record else []
     figures = [f"{record['ms']:.4g} ms"] if "ms" in record else []
     figures += [f"{record['gb_per_s']:.4g} GB/s"] if "gb_per_s" in record else []
     figures += [f"{record['part_of_allowed']:.0%} of the error allowed"] if "part_of_allowed" in record else []
-    said = " ".join([*what, record["status"]]) + "".join(f", {figure}" for figure in figures)
-    said += f": {record['reason']}" if record.get("reason") else ""
-    return f"{record['at']:6.1f} s {record['stage']}: {said}"
+    line = " ".join([*what, record["status"]]) + "".join(f", {figure}" for figure in figures)
+    line += f": {record['reason']}" if record.get("reason") else ""
+    return f"{record['at']:6.1f} s {record['stage']}: {line}"
 
 
 def is_peer(record: Record) -> bool:
@@ -290,12 +297,12 @@ def is_peer(record: Record) -> bool:
 
 
 def problems(run: Run) -> list[Record]:
-    """Records for which the exit status is 1."""
-    bad = BAD if not run.dry else (*BAD, "skipped", "unfinished")
+    """Records that make the exit status 1."""
+    bad = BAD_STATUSES if not run.dry else (*BAD_STATUSES, "skipped", "unfinished")
     return [r for r in run.records if r["status"] in bad and not is_peer(r)]
 
 
-def cell(value: float | None, form: str = ".4g") -> str:
+def format_cell(value: float | None, form: str = ".4g") -> str:
     return "" if value is None else format(value, form)
 
 
@@ -305,11 +312,11 @@ def microseconds(*milliseconds: float | None) -> str:
 
 
 def speed_tables(run: Run) -> list[str]:
-    """Milliseconds with many rows, microseconds with few; of the host's time its lower quartile."""
+    """Tables of milliseconds with many rows, and of microseconds with few (host time: lower quartile)."""
     everything = run.of("speed", "timed")
     copy = next((r["gb_per_s"] for r in everything if r["provider"] == "copy"), None)
     timed = {(r["case"], r["mode"], r["timer"], r["provider"]): r for r in everything if r["provider"] != "copy"}
-    providers = [name for name in (*speed.FIRST, *speed.PEERS) if any(key[3] == name for key in timed)]
+    providers = [name for name in (*speed.MAIN_PROVIDERS, *speed.PEERS) if any(key[3] == name for key in timed)]
     cases = {(r["dtype"], r["classes"], r["case"]) for r in timed.values()}
     many, few = [], []
     for dtype, _, case in sorted(cases):
@@ -321,7 +328,7 @@ def speed_tables(run: Run) -> list[str]:
             found, ours = figures(mode, "events"), timed.get((case, mode, "events", speed.OURS))
             share = ours["gb_per_s"] / copy if ours and copy else None
             if any(found):
-                many.append((case, mode, cell(share, ".0%"), *map(cell, found)))
+                many.append((case, mode, format_cell(share, ".0%"), *map(format_cell, found)))
         replayed, host = figures("both", "graph"), figures("both", "host", "ms_low")
         if any((*replayed, *host)) and dtype == "bfloat16":  # the others are in results.jsonl
             few.append((case, *(microseconds(g, h) for g, h in zip(replayed, host, strict=True))))
@@ -337,12 +344,12 @@ def profile_table(run: Run) -> list[str]:
     names = [name for name in profiled.METRICS.values() if any(name in r for r in kernels)]
     stalls = sorted((n for n in names if n.startswith("stall_")), key=lambda n: -max(r.get(n, 0.0) for r in kernels))
     names = [name for name in names if name not in stalls[5:]]  # the five largest
-    rows = [(name, *(cell(r.get(name), ".4g") for r in kernels)) for name in names]
+    rows = [(name, *(format_cell(r.get(name), ".4g") for r in kernels)) for name in names]
     return [table(("metric", *(f"{r['classes']}: {r['kernel']}" for r in kernels)), rows)] if rows else []
 
 
 def summary(run: Run) -> str:
-    """What matters, in at most about 60 lines."""
+    """The most important results in about 60 lines."""
     facts = next(iter(run.of("run")), {})
     named = ("name", "driver", "torch", "triton", "commit", "date")
     lines = ["# " + "; ".join(str(facts[key]) for key in named if facts.get(key))]
@@ -356,10 +363,10 @@ def summary(run: Run) -> str:
             keys = ("collected", "passed", "failed", "errors", "skipped")
             found = [f"{r[key]} {key}" for r in run.of("tests") for key in keys if r.get(key)]
             outcome = f"{outcome} ({', '.join(found)})" if found else outcome
-        stages.append((stage.name, cell(seconds, ".0f"), outcome))
+        stages.append((stage.name, format_cell(seconds, ".0f"), outcome))
     parts = ["\n".join(lines) + "\n", table(("stage", "s", "outcome"), stages)]
-    listed = [*problems(run), *(r for r in run.records if is_peer(r) and r["status"] in BAD)]
-    parts += ["\n".join(f"- {line_of(r)[:240]}" for r in listed[:8]) + "\n"] if listed else []
+    listed = [*problems(run), *(r for r in run.records if is_peer(r) and r["status"] in BAD_STATUSES)]
+    parts += ["\n".join(f"- {format_record(r)[:240]}" for r in listed[:8]) + "\n"] if listed else []
     parts += [f"and {len(listed) - 8} more in results.jsonl\n"] if len(listed) > 8 else []
     return "\n".join([*parts, *speed_tables(run), *profile_table(run)])
 
@@ -408,19 +415,19 @@ def folder_of_results(dry: bool) -> Path:
 
 
 def set_environment(dry: bool) -> None:
-    """Of this process's children: kernels of a dry run in the interpreter, and one thread of each process."""
+    """Environment of child processes: one thread each, and in a dry run Triton's interpreter."""
     os.environ.pop("TRITON_INTERPRET", None)
     if dry:
         os.environ |= {"TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore::RuntimeWarning:triton.runtime.interpreter"}
     os.environ |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
 
-def stopped(*_: object) -> None:
+def raise_interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
 def main(arguments: Sequence[str] | None = None, stages: Sequence[Stage] = STAGES) -> int:
-    before = time.time() - float(os.environ.pop("ON_GPU_BEGAN", time.time()))  # in the shell, and importing
+    before = time.time() - float(os.environ.pop("ON_GPU_BEGAN", time.time()))  # seconds in the shell and for imports
     started = time.monotonic() - before
     options = parse(arguments)
     set_environment(options.dry_run)
@@ -428,7 +435,7 @@ def main(arguments: Sequence[str] | None = None, stages: Sequence[Stage] = STAGE
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.jsonl").unlink(missing_ok=True)
     run = Run(out, options.seconds, options.dry_run, started)
-    signal.signal(signal.SIGTERM, stopped)  # as Ctrl-C does: what is done is kept, and no process is left
+    signal.signal(signal.SIGTERM, raise_interrupt)  # like Ctrl-C: results so far are kept, and no process is left
     interrupted = False
     try:
         run.add("run", facts(run))

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# All that only a GPU can tell, in a few minutes of one, the most valuable first:
+# Every check that needs a GPU, in a few minutes, the most valuable first:
 #
 #   bash benchmarks/on_gpu.sh [seconds] [--dry-run]
 #
-# Needs a Python with PyTorch and Triton, and nothing else: no network, nothing installed. What of it is measured beside
-# this package is installed, for this run alone, from the wheels in benchmarks/wheels, if there are any. --dry-run goes
-# through every stage without a GPU. See benchmarks/on_gpu.py.
+# Needs a Python with PyTorch and Triton, and nothing else: no network, no installed package. If benchmarks/wheels has
+# wheels of libraries to compare with, they are installed for this run alone. --dry-run goes through every stage without
+# a GPU. See benchmarks/on_gpu.py.
 set -euo pipefail
-ON_GPU_BEGAN=$(date +%s.%N) # the seconds that importing PyTorch takes count too
+ON_GPU_BEGAN=$(date +%s.%N) # so that the time of importing PyTorch counts too
 export ON_GPU_BEGAN
 checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 

@@ -3,16 +3,16 @@
     python examples/digits_lt.py
     python examples/digits_lt.py --seeds 30 --imb-factor 0.1 --out /tmp/digits
 
-scikit-learn's bundled 8x8 scans of handwritten digits (nothing is downloaded) are made long-tailed. Half of as many
-images as the scarcest digit has are held out of every class, a third of them for validation ("val"), the others for
-testing ("test"): equally many of every class, none of them trained on, none in both. Of the rest the class of rank i of
-K keeps int(n_max * imb_factor ** (i / (K - 1))) for training. Each seed shuffles which digit has which rank, draws the
+scikit-learn's bundled 8x8 scans of handwritten digits are made long-tailed; nothing is downloaded. Every class holds
+out the same number of images, half of what the scarcest digit has: a third of them for validation ("val"), the others
+for testing ("test"). No image is in two of these sets or trained on. From the remaining images the class of rank i of K
+keeps int(n_max * imb_factor ** (i / (K - 1))) for training. Each seed shuffles which digit has which rank, draws the
 images and initialises the models anew.
 
-The methods are losses to train with, or correct a model of plain cross entropy (ERM) once it is trained: weight
-normalisation (a class's weight over its norm^tau, the bias kept, or its score over its frequency^tau) and logit
-adjustment post hoc. tau = 1 needs no choice; tau* is the best on "val" of the model in question. The table, three
-figures and all numbers per seed (JSON) say how each method does on "test":
+A method is either a loss to train with, or a correction of a trained model of plain cross entropy (ERM). The
+corrections are weight normalisation (a class's weight over its norm^tau with the bias kept, or its score over its
+frequency^tau) and logit adjustment post hoc. tau = 1 needs no choice; tau* is each model's best on "val". The table,
+three figures and all numbers per seed (JSON) report for each method on "test":
 
     balanced error     mean over classes of the error of a class: mean and standard deviation over seeds, and a 95 %
                        interval (Student's t) for what the mean over many seeds would be
@@ -37,7 +37,7 @@ import scipy.stats
 import sklearn
 import torch
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure  # not pyplot, which looks for a display
+from matplotlib.figure import Figure  # not pyplot, because it looks for a display
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -62,7 +62,7 @@ ERM = "ERM"
 
 
 def balanced(log_prior: Tensor) -> PairwiseMargin:
-    """alpha_y = 1 / (C pi_y), of mean 1 over the training images, so that step size and weight decay mean the same."""
+    """alpha_y = 1 / (C pi_y), of mean 1 over training images: step size and weight decay mean the same as for ERM."""
     margin = margins.balanced(log_prior)
     assert margin.alpha is not None
     return PairwiseMargin(alpha=margin.alpha / len(log_prior))
@@ -81,7 +81,7 @@ LOSSES: dict[str, Callable[[Tensor], PairwiseMargin]] = {
 }
 BY_NORM, BY_PRIOR, POST_HOC = "normalised by norm", "normalised by prior", "post hoc"
 TAUS = [round(0.1 * i, 1) for i in range(31)]
-METHODS = [  # the lines of the table
+METHODS = [  # lines of the table
     ERM,
     f"{BY_NORM}, tau = 1",
     f"{BY_NORM}, tau*",
@@ -94,7 +94,7 @@ METHODS = [  # the lines of the table
     f"{POST_HOC}, tau*",
     "adjusted loss, tau = 1",
 ]
-IN_FIGURE = [ERM, f"{BY_NORM}, tau*", "balanced", f"{POST_HOC}, tau = 1", "adjusted loss, tau = 1"]
+FIGURE_METHODS = [ERM, f"{BY_NORM}, tau*", "balanced", f"{POST_HOC}, tau = 1", "adjusted loss, tau = 1"]
 
 
 # ---- Data
@@ -120,11 +120,11 @@ def split_digits(target: Tensor, profile: list[int], n_val: int, n_test: int, se
     return Split(torch.cat(train), torch.cat(val), torch.cat(test), class_of_rank)
 
 
-# ---- Training: the models of all seeds and losses as one batch of models
+# ---- Training: the models of all seeds and losses are trained as one batch of models
 
 
-def full(margin: PairwiseMargin) -> list[Tensor]:
-    """alpha and both offsets, (C,) each, so that margins of any kind can be stacked."""
+def margin_vectors(margin: PairwiseMargin) -> list[Tensor]:
+    """alpha and both offsets of a margin as (C,) vectors, with defaults filled in, so that margins can be stacked."""
     zero = torch.zeros(N_CLASSES)
     vectors = (margin.alpha, margin.negative_offset, margin.target_offset)
     return [default if given is None else given for given, default in zip(vectors, (zero + 1, zero, zero), strict=True)]
@@ -133,7 +133,7 @@ def full(margin: PairwiseMargin) -> list[Tensor]:
 def loss_of_models(
     template: nn.Module, parameters: dict[str, Tensor], images: Tensor, target: Tensor, vectors: list[Tensor]
 ) -> Tensor:
-    """(n_models,) from stacked parameters, and images, targets and margins of every model."""
+    """The loss of each model, (n_models,), from stacked parameters, images, targets and margins."""
 
     def loss(parameters: dict[str, Tensor], images: Tensor, target: Tensor, vectors: list[Tensor]) -> Tensor:
         logits = torch.func.functional_call(template, parameters, (images,))
@@ -151,9 +151,9 @@ def train(
     n_steps: int,
     progress: tqdm,
 ) -> list[nn.Sequential]:
-    """Train each model by itself: neither the sum of their losses nor an optimizer mixes their parameters."""
+    """Train all models at once, each as if alone: neither the sum of losses nor the optimizer mixes parameters."""
     parameters, _ = torch.func.stack_module_state(models)
-    vectors = [torch.stack(column) for column in zip(*map(full, loss_margins), strict=True)]
+    vectors = [torch.stack(column) for column in zip(*map(margin_vectors, loss_margins), strict=True)]
     optimizer = new_optimizer(parameters.values())
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)
     for _ in range(n_steps):
@@ -168,7 +168,7 @@ def train(
     return models
 
 
-# ---- What the methods do on a split: rates in %, and the error of each class
+# ---- Evaluation of the methods on a split: rates in %, and the error of each class
 
 
 Rates = dict[str, Any]
@@ -184,7 +184,7 @@ def rates(computed: dict[str, Tensor], class_error: Tensor, class_counts: Tensor
 
 
 def raw_rates(logits: Tensor, target: Tensor, class_counts: Tensor, class_of_rank: Tensor) -> Rates:
-    metric = BalancedError(class_counts, n_bootstrap=0)  # the intervals here are over seeds
+    metric = BalancedError(class_counts, n_bootstrap=0)  # no bootstrap: the intervals here are over seeds
     metric.update(logits, target)
     computed = metric.compute()
     return rates(computed, computed["class_error"], class_counts, class_of_rank)
@@ -193,7 +193,7 @@ def raw_rates(logits: Tensor, target: Tensor, class_counts: Tensor, class_of_ran
 def sweeps(
     model: nn.Sequential, images: Tensor, target: Tensor, class_counts: Tensor, split: str
 ) -> dict[str, TauSweep]:
-    """Every correction of a model of plain cross entropy, at every tau."""
+    """Every correction of a model that was trained with plain cross entropy, at every tau."""
     log_prior, head = log_prior_from_counts(class_counts), model[-1]
     assert isinstance(head, nn.Linear)
     options = {"split": split, "class_counts": class_counts}
@@ -208,7 +208,7 @@ def sweeps(
 
 
 def choose_taus(model: nn.Sequential, images: Tensor, target: Tensor, split: Split) -> dict[str, float]:
-    """tau* of every correction. Of all images this reads those of "val", and counts those of "train"."""
+    """tau* of every correction. This reads only the images of "val" and the class counts of "train"."""
     class_counts = count_classes(target[split.train], N_CLASSES)
     on_val = sweeps(model, images[split.val], target[split.val], class_counts, "val")
     return {name: sweep.best() for name, sweep in on_val.items()}
@@ -217,40 +217,40 @@ def choose_taus(model: nn.Sequential, images: Tensor, target: Tensor, split: Spl
 def evaluate(
     models: dict[str, nn.Sequential], tau_star: dict[str, float], images: Tensor, target: Tensor, split: Split
 ) -> dict[str, Rates]:
-    """Every method on "test"; "NAME, tau = T" for every correction and tau."""
+    """Evaluate every method on "test". A correction at a tau is named "NAME, tau = T"."""
     class_counts = count_classes(target[split.train], N_CLASSES)
     images, target = images[split.test], target[split.test]
-    found = {
+    results = {
         name: raw_rates(model(images), target, class_counts, split.class_of_rank) for name, model in models.items()
     }
     for name, sweep in sweeps(models[ERM], images, target, class_counts, "test").items():
         computed, class_error = sweep.compute(), sweep.class_error()
         for t, tau in enumerate(sweep.taus):
             at_tau = {key: values[t] for key, values in computed.items()}
-            found[f"{name}, tau = {tau:g}"] = rates(at_tau, class_error[t], class_counts, split.class_of_rank)
-        found[f"{name}, tau*"] = found[f"{name}, tau = {tau_star[name]:g}"]
-    return found
+            results[f"{name}, tau = {tau:g}"] = rates(at_tau, class_error[t], class_counts, split.class_of_rank)
+        results[f"{name}, tau*"] = results[f"{name}, tau = {tau_star[name]:g}"]
+    return results
 
 
-# ---- Output. `found[model][method][rate]` has one entry a seed, the first axis.
+# ---- Output. The first axis of `results[model][method][rate]` is the seed.
 
-Found = dict[str, dict[str, dict[str, np.ndarray]]]
+Results = dict[str, dict[str, dict[str, np.ndarray]]]
 
 
 def deviation(values: np.ndarray) -> np.ndarray:
-    """Standard deviation over seeds; one seed has none."""
+    """Standard deviation over seeds; NaN for one seed."""
     return values.std(axis=0, ddof=1) if len(values) > 1 else np.full(values.shape[1:], np.nan)
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-    """95 % for the mean over seeds; one seed has none."""
+    """95 % interval for the mean over seeds; NaN for one seed."""
     if len(values) < 2:
         return np.nan, np.nan
     half = scipy.stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
     return float(values.mean() - half), float(values.mean() + half)
 
 
-def format_table(found: Found) -> str:
+def format_table(results: Results) -> str:
     def show(value: float, width: int) -> str:
         return ("-" if np.isnan(value) else f"{value:.2f}").rjust(width)
 
@@ -258,20 +258,20 @@ def format_table(found: Found) -> str:
     for model in MODELS:
         lines.append(f"{model:29} balanced error   95 % interval  long-tailed error     many   medium      few")
         for method in METHODS:
-            of = found[model][method]
-            error = of["balanced_error"]
+            rates_of_method = results[model][method]
+            error = rates_of_method["balanced_error"]
             low, high = interval(error)
             others = zip(("long_tailed_error", "many_error", "medium_error", "few_error"), (17, 7, 7, 7), strict=True)
             lines.append(
                 f"{method:29} {show(float(error.mean()), 6)} ± {show(float(deviation(error)), 5)}  "
                 f"{show(low, 5)} to {show(high, 5)}  "
-                + "  ".join(show(float(of[name].mean()), width) for name, width in others)
+                + "  ".join(show(float(rates_of_method[name].mean()), width) for name, width in others)
             )
         lines.append("")
     return "\n".join(lines)
 
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; markers and dashes do the same in grey.
+# Okabe and Ito's colours, which colour-blind readers can tell apart; markers and dashes tell lines apart in grey.
 STYLES: list[dict[str, Any]] = [
     {"color": color, "marker": marker, "linestyle": linestyle}
     for color, marker, linestyle in zip(
@@ -291,7 +291,7 @@ STYLE_OF = {
 
 
 def standard_error(values: np.ndarray) -> np.ndarray:
-    return np.nan_to_num(deviation(values)) / len(values) ** 0.5  # one seed: bars of no height
+    return np.nan_to_num(deviation(values)) / len(values) ** 0.5  # for one seed the bars have no height
 
 
 def panels_of(title: str, y_label: str, x_label: str, sharey: bool = True) -> tuple[Figure, dict[str, Axes]]:
@@ -309,12 +309,12 @@ def panels_of(title: str, y_label: str, x_label: str, sharey: bool = True) -> tu
 BY_RANK = "training images of the class, by class rank"
 
 
-def plot_error_by_rank(found: Found, profile: list[int], title: str) -> Figure:
+def plot_error_by_rank(results: Results, profile: list[int], title: str) -> Figure:
     figure, panels = panels_of(title, 'error on "test" (%)', BY_RANK)
     for model, panel in panels.items():
-        for i, method in enumerate(IN_FIGURE):
-            error = found[model][method]["class_error_by_rank"]
-            x = np.arange(N_CLASSES) + 0.12 * (i - (len(IN_FIGURE) - 1) / 2)  # so that no bar hides another
+        for i, method in enumerate(FIGURE_METHODS):
+            error = results[model][method]["class_error_by_rank"]
+            x = np.arange(N_CLASSES) + 0.12 * (i - (len(FIGURE_METHODS) - 1) / 2)  # so that no bar hides another
             style = STYLE_OF[method] | {"label": method, "markersize": 5}
             panel.errorbar(x, error.mean(axis=0), standard_error(error), capsize=2, **style)
         panel.set_xticks(range(N_CLASSES), [str(n_train) for n_train in profile])
@@ -323,19 +323,19 @@ def plot_error_by_rank(found: Found, profile: list[int], title: str) -> Figure:
     return figure
 
 
-def plot_error_against_tau(found: Found, title: str) -> Figure:
-    """Figure 3. At tau = 0 every curve is ERM."""
+def plot_error_against_tau(results: Results, title: str) -> Figure:
+    """Figure 3 of the paper. At tau = 0 every curve equals ERM."""
     figure, panels = panels_of(title, 'balanced error on "test" (%)', "tau")
     curves = {name: [f"{name}, tau = {tau:g}" for tau in TAUS] for name in (POST_HOC, BY_NORM, BY_PRIOR)}
     curves["adjusted loss"] = [ERM] + [f"adjusted loss, tau = {tau:g}" for tau in LOSS_TAUS]
     for model, panel in panels.items():
-        erm = found[model][ERM]["balanced_error"].mean()
+        erm = results[model][ERM]["balanced_error"].mean()
         panel.axhline(erm, color=STYLES[0]["color"], linewidth=1, label=ERM)
         for style, (name, methods) in zip((STYLES[1], STYLES[3], STYLES[5], STYLES[2]), curves.items(), strict=True):
             taus = (0.0, *LOSS_TAUS) if name == "adjusted loss" else TAUS
-            error = np.stack([found[model][method]["balanced_error"] for method in methods], axis=1)
+            error = np.stack([results[model][method]["balanced_error"] for method in methods], axis=1)
             mean, bar = error.mean(axis=0), standard_error(error)
-            every = 1 if name == "adjusted loss" else 5  # markers
+            every = 1 if name == "adjusted loss" else 5  # tau values between markers
             panel.plot(taus, mean, label=name, markersize=4, markevery=every, **style)
             panel.fill_between(taus, mean - bar, mean + bar, color=style["color"], alpha=0.2, linewidth=0)
         panel.axvline(1, color="0.5", linewidth=1, linestyle=":")  # where logit adjustment is Fisher-consistent
@@ -345,7 +345,7 @@ def plot_error_against_tau(found: Found, title: str) -> Figure:
 
 
 def plot_weight_norms(norms: dict[str, dict[str, np.ndarray]], profile: list[int], title: str) -> Figure:
-    """Figure 1: norm of a class's row of the classifier, over the mean of all, against the rank of the class."""
+    """Figure 1 of the paper: norm of each class's weight over the mean of all classes, against the class rank."""
     figure, panels = panels_of(title, "norm of a class's weight / mean over classes", BY_RANK)
     for model, panel in panels.items():
         for style, (optimizer, by_seed) in zip((STYLES[2], STYLES[5]), norms[model].items(), strict=True):
@@ -361,7 +361,7 @@ def plot_weight_norms(norms: dict[str, dict[str, np.ndarray]], profile: list[int
 
 def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # it may be ASCII, and --out is any name
+        sys.stdout.reconfigure(errors="backslashreplace")  # stdout may be ASCII, and --out may be any name
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=10, help="number of repetitions (default: %(default)s)")
     parser.add_argument(
@@ -391,7 +391,7 @@ def main() -> None:
     n_smallest = int(count_classes(target, N_CLASSES).min())
     n_val = n_smallest // 6  # of each class
     n_test = n_smallest // 2 - n_val
-    n_max = n_smallest - n_val - n_test  # the most that every digit can give, because any of them may come first
+    n_max = n_smallest - n_val - n_test  # what every digit has left, because any of them may come first
     depth = [rank / (N_CLASSES - 1) for rank in range(N_CLASSES)]  # 0 at the head, 1 at the end of the tail
     profile = [int(n_max * args.imb_factor**d) for d in depth]  # training images by class rank
     if min(profile) < 1:
@@ -417,7 +417,7 @@ def main() -> None:
         for name, new_model in MODELS.items():
             for optimizer, new_optimizer, losses in (
                 ("SGD with momentum", sgd, LOSSES),
-                ("Adam", adam, {ERM: LOSSES[ERM]}),  # for Figure 1 alone
+                ("Adam", adam, {ERM: LOSSES[ERM]}),  # only for Figure 1
             ):
                 models, loss_margins = [], []
                 for seed, split in enumerate(splits):
@@ -435,20 +435,20 @@ def main() -> None:
                 with torch.no_grad():
                     norms[name][optimizer] = np.array(
                         [
-                            torch.linalg.vector_norm(of_seed[ERM][-1].weight, dim=1)[split.class_of_rank].tolist()
-                            for of_seed, split in zip(trained, splits, strict=True)
+                            torch.linalg.vector_norm(by_loss[ERM][-1].weight, dim=1)[split.class_of_rank].tolist()
+                            for by_loss, split in zip(trained, splits, strict=True)
                         ]
                     )
                     if losses is LOSSES:
-                        for of_seed, split in zip(trained, splits, strict=True):
-                            tau_star[name].append(choose_taus(of_seed[ERM], images, target, split))
-                            by_seed[name].append(evaluate(of_seed, tau_star[name][-1], images, target, split))
-    found = {
+                        for by_loss, split in zip(trained, splits, strict=True):
+                            tau_star[name].append(choose_taus(by_loss[ERM], images, target, split))
+                            by_seed[name].append(evaluate(by_loss, tau_star[name][-1], images, target, split))
+    results = {
         name: {
-            method: {rate: np.array([of_seed[method][rate] for of_seed in of_model]) for rate in of_model[0][method]}
-            for method in of_model[0]
+            method: {rate: np.array([run[method][rate] for run in runs]) for rate in runs[0][method]}
+            for method in runs[0]
         }
-        for name, of_model in by_seed.items()
+        for name, runs in by_seed.items()
     }
 
     title = f"Digits with {profile[0]} down to {profile[-1]} training images a class"
@@ -456,20 +456,20 @@ def main() -> None:
     print(
         f"\n{title}; {n_test} test images of each, {n_val} to choose tau*: %, mean ± standard deviation {over_seeds}\n"
     )
-    print(format_table(found))
+    print(format_table(results))
     for model, chosen in tau_star.items():
         means = ", ".join(f"{name} {np.mean([taus[name] for taus in chosen]):.2f}" for name in chosen[0])
         print(f'{model}: mean tau*, chosen on "val": {means}')
     title = f"{title}: mean ± standard error {over_seeds}"
     figures = {
-        "error_by_rank.png": plot_error_by_rank(found, profile, title),
-        "balanced_error_by_tau.png": plot_error_against_tau(found, title),
+        "error_by_rank.png": plot_error_by_rank(results, profile, title),
+        "balanced_error_by_tau.png": plot_error_against_tau(results, title),
         "weight_norm_by_rank.png": plot_weight_norms(norms, profile, title),
     }
     for name, figure in figures.items():
         figure.savefig(args.out / name, dpi=90)
 
-    def listed(values: np.ndarray) -> list:
+    def json_list(values: np.ndarray) -> list:
         return values.tolist() if not np.isnan(values).any() else [None] * len(values)  # JSON has no NaN
 
     report = {
@@ -493,14 +493,20 @@ def main() -> None:
         | {module.__name__: module.__version__ for module in (fused_la, torch, np, scipy, sklearn, matplotlib)},
         "table": METHODS,
         "interval_of_balanced_error": {
-            model: {method: listed(np.array(interval(found[model][method]["balanced_error"]))) for method in METHODS}
+            model: {
+                method: json_list(np.array(interval(results[model][method]["balanced_error"]))) for method in METHODS
+            }
             for model in MODELS
         },
-        "tau_star": {model: {n: [taus[n] for taus in of] for n in of[0]} for model, of in tau_star.items()},
-        "weight_norm_by_rank": {model: {o: v.tolist() for o, v in of.items()} for model, of in norms.items()},
+        "tau_star": {model: {n: [t[n] for t in by_run] for n in by_run[0]} for model, by_run in tau_star.items()},
+        "weight_norm_by_rank": {
+            model: {o: v.tolist() for o, v in by_optimizer.items()} for model, by_optimizer in norms.items()
+        },
         "results": {
-            model: {method: {rate: listed(v) for rate, v in of.items()} for method, of in of_model.items()}
-            for model, of_model in found.items()
+            model: {
+                method: {rate: json_list(v) for rate, v in by_rate.items()} for method, by_rate in by_method.items()
+            }
+            for model, by_method in results.items()
         },
     }
     (args.out / "results.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")

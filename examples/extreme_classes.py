@@ -1,19 +1,20 @@
-"""A head of 10^5 to 10^6 long-tailed classes whose logits never exist as a whole, on one process or several.
+"""Train a head of 10^5 to 10^6 long-tailed classes without storing all its logits, on one process or several.
 
     python examples/extreme_classes.py                                       # 100,000 classes, a minute on a CPU
     python examples/extreme_classes.py --classes 1000000 --steps 10
     torchrun --nproc_per_node=2 examples/extreme_classes.py                  # half of the classes on each
 
 The features are Gaussians of standard deviation 1 whose means are known: class c = i * p + j, species j of genus i, has
-the mean (a_i + b_j) / sqrt(2) with standard normal a and b. Counts fall from 1000 to 2 by a power law. The least
-logit-adjusted loss and the least balanced error are then those of the head with weights m_c and biases -|m_c|^2 / 2,
-the log density of each class up to what all share: that head is the optimum in the table.
+the mean m_c = (a_i + b_j) / sqrt(2) with standard normal a and b. Counts fall from 1000 to 2 by a power law. The head
+with weights m_c and biases -|m_c|^2 / 2 gives the log density of each class up to a term that all classes share. It has
+the least logit-adjusted loss and the least balanced error: it is the optimum in the table.
 
-Training starts from a head of zeros, whose loss is that of guessing by the prior, with Adam on batches drawn by the
-prior. No epoch over so many classes is waited for: the table says how far a few steps come. The loss is measured on
-fresh features of the training distribution, the balanced error on features of classes drawn uniformly. Under torchrun
-every rank holds a slice of the classes, their optimizer state and their prior, all ranks see the same batches, and the
-losses are those of one process but for rounding. Written to --out: extreme_classes.json, extreme_classes.png.
+Training starts from a head of zeros, whose loss is that of guessing by the prior. It uses Adam on batches drawn by the
+prior. An epoch over so many classes would take too long: the table says how far a few steps come. The loss is measured
+on fresh features of the training distribution, the balanced error on features of classes drawn uniformly. Under
+torchrun every rank holds a slice of the classes, their optimizer state and their prior, and all ranks see the same
+batches. The losses are those of one process, up to rounding. A run writes extreme_classes.json and extreme_classes.png
+to --out.
 """
 
 import argparse
@@ -30,16 +31,16 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # imported later, as by an optimizer, it would keep the group, and threads to the end
-from matplotlib.figure import Figure  # not pyplot, which looks for a display
+import torch.distributed.nn  # if an optimizer imported it later, it would keep the group and its threads to the end
+from matplotlib.figure import Figure  # not pyplot, because it looks for a display
 from torch import Tensor
 from tqdm import trange
 
 from fused_la import distributed, linear_logit_adjusted_cross_entropy, log_prior_from_counts
 
 
-class World(NamedTuple):
-    """Where the classes lie, and how frequent they are."""
+class GaussianMixture(NamedTuple):
+    """The data: means and frequencies of the classes, each a Gaussian of standard deviation 1."""
 
     log_prior: Tensor  # (C,) of all classes
     genus: Tensor  # (p, D)
@@ -59,48 +60,50 @@ def power_law_counts(n_classes: int) -> Tensor:
     return (1000 * torch.arange(1, n_classes + 1, dtype=torch.float64) ** -0.7).clamp_min(2).round().long()
 
 
-def make_world(n_classes: int, n_features: int, device: torch.device) -> World:
+def make_mixture(n_classes: int, n_features: int, device: torch.device) -> GaussianMixture:
     generator = torch.Generator(device).manual_seed(0)
     p = math.isqrt(n_classes - 1) + 1
     genus, species = (torch.randn(p, n_features, generator=generator, device=device) for _ in range(2))
     log_prior = log_prior_from_counts(power_law_counts(n_classes)).to(device)
-    return World(log_prior, genus, species, device)
+    return GaussianMixture(log_prior, genus, species, device)
 
 
 def optimal_head(means: Tensor) -> tuple[Tensor, Tensor]:
-    """The log density of each class at h, up to what all share: m . h - |m|^2 / 2."""
+    """The head m . h - |m|^2 / 2: the log density of each class at h, up to a term that all classes share."""
     return means, -0.5 * means.square().sum(1)
 
 
-def loss_of(world: World, own: slice, features: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Tensor:
+def loss_of(
+    mixture: GaussianMixture, shard: slice, features: Tensor, weight: Tensor, bias: Tensor, target: Tensor
+) -> Tensor:
     if not dist.is_initialized():
-        return linear_logit_adjusted_cross_entropy(features, weight, target, world.log_prior, bias=bias)
+        return linear_logit_adjusted_cross_entropy(features, weight, target, mixture.log_prior, bias=bias)
     return distributed.class_parallel_linear_logit_adjusted_cross_entropy(
-        features, weight, target, world.log_prior[own], bias=bias
+        features, weight, target, mixture.log_prior[shard], bias=bias
     )
 
 
 @torch.no_grad()
-def balanced_error(own: slice, features: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> float:
-    """The error on classes drawn uniformly; every rank names its best class, and the best of those counts."""
+def balanced_error(shard: slice, features: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> float:
+    """The error on classes drawn uniformly. Each rank finds the best class of its shard; the best over ranks counts."""
     best = torch.full((len(features),), -math.inf, device=features.device)
     classes = torch.zeros_like(target)
     for start in range(0, len(weight), 16384):
         chunk = slice(start, start + 16384)
-        value, at = torch.addmm(bias[chunk], features, weight[chunk].T).max(1)
-        classes = torch.where(value > best, at + own.start + start, classes)
+        value, index = torch.addmm(bias[chunk], features, weight[chunk].T).max(1)
+        classes = torch.where(value > best, index + shard.start + start, classes)
         best = torch.maximum(best, value)
     if dist.is_initialized():
         values = [torch.empty_like(best) for _ in range(dist.get_world_size())]
-        named = [torch.empty_like(classes) for _ in values]
+        rank_classes = [torch.empty_like(classes) for _ in values]
         dist.all_gather(values, best)
-        dist.all_gather(named, classes)
-        classes = torch.stack(named).gather(0, torch.stack(values).argmax(0, keepdim=True))[0]
+        dist.all_gather(rank_classes, classes)
+        classes = torch.stack(rank_classes).gather(0, torch.stack(values).argmax(0, keepdim=True))[0]
     return (classes != target).double().mean().item()
 
 
-class Memory:
-    """The most memory from now on beyond what is held now: of a GPU, or of the process where Linux tells."""
+class PeakMemory:
+    """Peak memory from construction on, beyond what was allocated then: of the GPU, or of the process on Linux."""
 
     def __init__(self, device: torch.device):
         self._before: int | None
@@ -110,19 +113,19 @@ class Memory:
             self._before = torch.cuda.memory_allocated()
         else:
             with contextlib.suppress(OSError, AttributeError):
-                ctypes.CDLL(None).malloc_trim(0)  # what was freed is given back, so that using it again counts
+                ctypes.CDLL(None).malloc_trim(0)  # return freed memory to the system, so that using it again counts
             with contextlib.suppress(OSError):
-                Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-            self._before = resident("VmRSS")
+                Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+            self._before = process_memory("VmRSS")
 
     def peak(self) -> int | None:
         before = self._before
-        peak = torch.cuda.max_memory_allocated() if self._on_gpu else resident("VmHWM")
+        peak = torch.cuda.max_memory_allocated() if self._on_gpu else process_memory("VmHWM")
         return None if peak is None or before is None else peak - before
 
 
-def resident(name: str) -> int | None:
-    """Bytes of the process by the name that Linux gives them; None elsewhere."""
+def process_memory(name: str) -> int | None:
+    """A field of /proc/self/status in bytes, such as VmRSS; None if the system has no such file."""
     status = Path("/proc/self/status")
     if not status.exists():
         return None
@@ -130,29 +133,32 @@ def resident(name: str) -> int | None:
 
 
 def run(args: argparse.Namespace, rank: int, n_ranks: int, device: torch.device) -> dict:
-    edges = [args.classes * r // n_ranks for r in range(n_ranks + 1)]
-    own = slice(edges[rank], edges[rank + 1])
-    world = make_world(args.classes, args.features, device)
+    bounds = [args.classes * r // n_ranks for r in range(n_ranks + 1)]
+    shard = slice(bounds[rank], bounds[rank + 1])
+    mixture = make_mixture(args.classes, args.features, device)
     generator = torch.Generator(device).manual_seed(2**40)
-    cumulative = world.log_prior.double().exp().cumsum(0)
+    cumulative = mixture.log_prior.double().exp().cumsum(0)
 
     def batch(n: int) -> tuple[Tensor, Tensor]:
         drawn = torch.rand(n, generator=generator, device=device, dtype=torch.float64) * cumulative[-1]
         classes = torch.searchsorted(cumulative, drawn).clamp_max(args.classes - 1)
-        return world.draw(classes, generator), classes
+        return mixture.draw(classes, generator), classes
 
-    fresh = batch(args.eval)
-    uniform = torch.randint(0, args.classes, (args.eval,), generator=generator, device=device)
-    even = world.draw(uniform, generator), uniform
+    prior_sample = batch(args.eval)
+    uniform_classes = torch.randint(0, args.classes, (args.eval,), generator=generator, device=device)
+    uniform_sample = mixture.draw(uniform_classes, generator), uniform_classes
 
     def evaluate(weight: Tensor, bias: Tensor) -> dict[str, float]:
         with torch.no_grad():
-            loss = loss_of(world, own, fresh[0], weight, bias, fresh[1]).item()
-        return {"loss": loss, "balanced_error": balanced_error(own, even[0], weight, bias, even[1])}
+            loss = loss_of(mixture, shard, prior_sample[0], weight, bias, prior_sample[1]).item()
+        return {
+            "loss": loss,
+            "balanced_error": balanced_error(shard, uniform_sample[0], weight, bias, uniform_sample[1]),
+        }
 
-    results = {"optimum": evaluate(*optimal_head(world.means(torch.arange(own.start, own.stop, device=device))))}
-    weight = torch.zeros(own.stop - own.start, args.features, device=device, requires_grad=True)
-    bias = torch.zeros(own.stop - own.start, device=device, requires_grad=True)
+    results = {"optimum": evaluate(*optimal_head(mixture.means(torch.arange(shard.start, shard.stop, device=device))))}
+    weight = torch.zeros(shard.stop - shard.start, args.features, device=device, requires_grad=True)
+    bias = torch.zeros(shard.stop - shard.start, device=device, requires_grad=True)
     results["start"] = evaluate(weight, bias)
     optimizer = torch.optim.Adam([weight, bias], lr=args.lr, fused=True)
 
@@ -160,9 +166,10 @@ def run(args: argparse.Namespace, rank: int, n_ranks: int, device: torch.device)
     for _ in trange(args.steps, desc="training", unit="step", disable=rank > 0):
         features, target = batch(args.batch)
         optimizer.zero_grad()
-        memory = None if losses else Memory(device)  # of the first step: evaluating has loaded all that is loaded once
+        # Measured in the first step: evaluation has already loaded everything that is loaded once.
+        memory = None if losses else PeakMemory(device)
         began = time.perf_counter()
-        loss = loss_of(world, own, features, weight, bias, target)
+        loss = loss_of(mixture, shard, features, weight, bias, target)
         loss.backward()
         losses.append(loss.item())  # waits for a GPU
         seconds.append(time.perf_counter() - began)
@@ -178,10 +185,10 @@ def run(args: argparse.Namespace, rank: int, n_ranks: int, device: torch.device)
         "results": results,
         "losses": losses,
         "seconds_per_step": sorted(seconds)[len(seconds) // 2],
-        "classes_of_rank_0": own.stop - own.start,
+        "classes_of_rank_0": shard.stop - shard.start,
         "head_bytes": gradients,
         "peak_bytes_beyond_gradients": None if peak is None else peak - gradients,
-        "whole_logits_bytes": 4 * args.batch * (own.stop - own.start),
+        "whole_logits_bytes": 4 * args.batch * (shard.stop - shard.start),
     }
 
 
@@ -199,25 +206,25 @@ def plot(report: dict) -> Figure:
     return figure
 
 
-def show(report: dict) -> None:
-    settings, mega = report["settings"], 1e6
+def print_report(report: dict) -> None:
+    settings, megabyte = report["settings"], 1e6
     shape = f"{settings['classes']:,} classes, {settings['features']} features, batches of {settings['batch']}"
     print(f"\n{shape}, {settings['ranks']} process{'es' * (settings['ranks'] > 1)} on {settings['device']}\n")
     print(f"{'':8} {'loss':>8} {'balanced error':>15}")
     for name in ("start", "trained", "optimum"):
         result = report["results"][name]
         print(f"{name:8} {result['loss']:8.4f} {100 * result['balanced_error']:14.2f}%")
-    whole = report["whole_logits_bytes"] / mega
+    logits_mb = report["whole_logits_bytes"] / megabyte
     print(f"\na step (forward + backward)          {report['seconds_per_step']:8.2f} s")
-    print(f"head of this process, as its gradient {report['head_bytes'] / mega:7.0f} MB")
+    print(f"head of this process, as its gradient {report['head_bytes'] / megabyte:7.0f} MB")
     peak = report["peak_bytes_beyond_gradients"]
-    print(f"peak beyond head and gradient         {'unknown' if peak is None else f'{peak / mega:7.0f} MB'}")
-    print(f"eager PyTorch: logits, their log-softmax and its gradient at once: 3 x {whole:.0f} MB")
+    print(f"peak beyond head and gradient         {'unknown' if peak is None else f'{peak / megabyte:7.0f} MB'}")
+    print(f"eager PyTorch: logits, their log-softmax and its gradient at once: 3 x {logits_mb:.0f} MB")
 
 
 def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # it may be ASCII, and --out is any name
+        sys.stdout.reconfigure(errors="backslashreplace")  # stdout may be ASCII, and --out may be any name
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     positive = {"type": int, "metavar": "N"}
     parser.add_argument("--classes", default=100_000, help="(default: %(default)s)", **positive)
@@ -248,7 +255,7 @@ def main() -> None:
         rank = dist.get_rank() if n_ranks > 1 else 0
         report = run(args, rank, n_ranks, device)
         if rank == 0:
-            show(report)
+            print_report(report)
             args.out.mkdir(parents=True, exist_ok=True)
             (args.out / "extreme_classes.json").write_text(json.dumps(report, indent=1) + "\n")
             plot(report).savefig(args.out / "extreme_classes.png", dpi=80)

@@ -1,4 +1,4 @@
-"""Where the Bayes-optimal balanced error is known: Figure 2 of Menon et al. (ICLR 2021), and at iNaturalist's scale.
+"""Losses and corrections on Gaussians of known optimum: Figure 2 of Menon et al. (ICLR 2021), and iNaturalist's scale.
 
     python examples/figure2.py                                 # the paper's: under a minute on a CPU
     python examples/figure2.py --prior 0.2 --trials 20
@@ -9,20 +9,20 @@
 Figure 2. Isotropic Gaussians of standard deviation 1, at -(1, 1) and +(1, 1), the second with 5 % of the examples;
 with `--classes 3` a third completes an equilateral triangle, and the class frequencies fall geometrically to `--prior`.
 Each trial draws 10,000 examples to train on, 10,000 to choose tau on ("val") and 10,000 to test on. Affine scores are
-trained to convergence with every loss of the family that takes affine scores (all are convex in them), from 0. The best
-balanced error is that of the nearest mean. It is an integral of a normal density, here done by SciPy; for two classes
-it is Phi(-sqrt 2) = 7.86 %. "excess" compares with the nearest mean on the same test examples, which the luck of their
-drawing leaves out. tau = 1 needs no choice; tau* is the best of the taus on "val".
+trained from 0 to convergence with every loss of the family that takes affine scores; all losses are convex in them. The
+best balanced error is that of the nearest mean. It is an integral of a normal density, which SciPy computes; for two
+classes it is Phi(-sqrt 2) = 7.86 %. "excess" compares with the nearest mean on the same test examples, so the luck of
+drawing them cancels. tau = 1 needs no choice; tau* is the best of the taus on "val".
 
 Weight normalisation comes in two forms. Two classes that are trained from 0 end at w_0 = -w_1 and b_0 = -b_1, so
 dividing each class's (w, b) by its norm cannot change a prediction. Dividing w and keeping b moves the boundary.
 
 iNaturalist's scale. 8,142 Gaussians in 32 dimensions, standard deviation 1, whose means are drawn with standard
 deviation 0.9 in each dimension; 1000 down to 2 training examples a class on a shifted power law, 437,513 in all, as
-iNaturalist 2018 has. The nearest of the true means is Bayes-optimal for the balanced error, its error is counted on the
-test examples, 10 of each class, and its standard error with it. A linear head is trained with Adam. Nothing is at
-convergence here: it is what two epochs make of each loss. No method can know the mean of a class from its two examples:
-"nearest training mean", which is told the form of the problem and estimates the means, says what that costs.
+iNaturalist 2018 has. The nearest of the true means is Bayes-optimal for the balanced error. Its error is counted on the
+test examples, 10 of each class, and printed with its standard error. A linear head is trained with Adam. It does not
+converge: the table says how far two epochs come with each loss. No method can know the mean of a class from its two
+examples. "nearest training mean" is told the form of the problem and estimates the means: it says what that costs.
 """
 
 import argparse
@@ -42,7 +42,7 @@ import numpy as np
 import scipy
 import torch
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure  # not pyplot, which looks for a display
+from matplotlib.figure import Figure  # not pyplot, because it looks for a display
 from scipy.optimize import bisect, brentq
 from scipy.stats import multivariate_normal
 from torch import Tensor, nn
@@ -61,7 +61,7 @@ from fused_la.margins import PairwiseMargin
 from fused_la.metrics import BalancedError
 from fused_la.posthoc import TauSweep
 
-# ldam is not here: its logits are cosines. balanced_softmax is logit_adjusted.
+# Without ldam, whose logits are cosines, and without balanced_softmax, which equals logit_adjusted.
 LOSSES: dict[str, Callable[[Tensor], PairwiseMargin]] = {
     "ERM": lambda log_prior: margins.erm(),
     "adaptive": margins.adaptive,
@@ -85,7 +85,7 @@ N_EXAMPLES = 10_000
 LARGE_LOSSES = {name: LOSSES[name] for name in ("ERM", "balanced", "logit-adjusted")}
 LARGE_TAUS = [0.25 * i for i in range(9)]
 N_FEATURES, SPREAD, N_TEST, N_VAL = 32, 0.9, 10, 3
-BATCH, LEARNING_RATE = 256, 0.05  # which of 0.005, 0.02, 0.05 trains best with 800 and 2,500 classes
+BATCH, LEARNING_RATE = 256, 0.05  # the best of 0.005, 0.02, 0.05 with 800 and 2,500 classes
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLORS = ["#000000", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#D55E00", "#56B4E9"]
@@ -100,7 +100,7 @@ def gaussian_means(n_classes: int) -> Tensor:
 
 
 def geometric_prior(n_classes: int, rarest: float) -> np.ndarray:
-    """pi_c proportional to r^c, so that the last class has `rarest`."""
+    """pi_c proportional to r^c, with r such that the last class has `rarest`."""
 
     def last(log_r: float) -> float:
         return float(np.exp(log_r * (n_classes - 1)) / np.exp(log_r * np.arange(n_classes)).sum())
@@ -111,17 +111,17 @@ def geometric_prior(n_classes: int, rarest: float) -> np.ndarray:
 
 
 def bayes_balanced_error(means: Tensor) -> float:
-    """1 - mean_c P(x is nearest to mu_c | c), that is P((x - mu_c) . (mu_k - mu_c) < |mu_k - mu_c|^2 / 2 for all k)."""
+    """1 - mean_c P(x is nearest to mu_c | c); nearest: (x - mu_c) . (mu_k - mu_c) < |mu_k - mu_c|^2 / 2 for all k."""
     correct = []
     for c in range(len(means)):
-        towards = np.delete((means - means[c]).numpy(), c, axis=0)
-        below = (towards**2).sum(axis=1) / 2
-        correct.append(multivariate_normal.cdf(below, cov=towards @ towards.T, allow_singular=True))
+        directions = np.delete((means - means[c]).numpy(), c, axis=0)
+        thresholds = (directions**2).sum(axis=1) / 2
+        correct.append(multivariate_normal.cdf(thresholds, cov=directions @ directions.T, allow_singular=True))
     return 1.0 - float(np.mean(correct))
 
 
 def nearest_mean(features: Tensor, means: Tensor) -> Tensor:
-    """The log density of each class up to a constant of the row: what argmax sees in the Bayes rule."""
+    """Scores of the Bayes rule: the log density of each class, up to a constant of the row that argmax ignores."""
     return features @ means.T - 0.5 * (means**2).sum(1)
 
 
@@ -146,9 +146,9 @@ def fit(features: Tensor, target: Tensor, margin: PairwiseMargin, n_classes: int
         return loss
 
     optimizer.step(closure)
-    slope = max(float(p.grad.abs().max()) for p in head.parameters() if p.grad is not None)
-    if slope > 1e-6:
-        raise RuntimeError(f"a loss has not converged: its gradient is {slope:.1e} after {optimizer.state_dict()}")
+    max_grad = max(float(p.grad.abs().max()) for p in head.parameters() if p.grad is not None)
+    if max_grad > 1e-6:
+        raise RuntimeError(f"a loss has not converged: its gradient is {max_grad:.1e} after {optimizer.state_dict()}")
     return head
 
 
@@ -159,23 +159,23 @@ def balanced_error(scores: Tensor, target: Tensor, class_counts: Tensor) -> floa
 
 
 def sweeps(head: nn.Linear, log_prior: Tensor, taus: list[float], split: str) -> dict[str, TauSweep]:
-    row = torch.cat([head.weight, head.bias[:, None]], dim=1)  # the weight of a head that has a feature of 1 for a bias
+    joint_weight = torch.cat([head.weight, head.bias[:, None]], dim=1)  # the bias is the weight of a constant feature 1
     return {
         POST_HOC: TauSweep(log_prior, taus, split=split),
-        NORM_ALL: TauSweep.normalize_classifier(row, taus, bias=None, split=split),
+        NORM_ALL: TauSweep.normalize_classifier(joint_weight, taus, bias=None, split=split),
         NORM_WEIGHT: TauSweep.normalize_classifier(head.weight, taus, bias=head.bias, split=split),
         NORM_PRIOR: TauSweep.divide_by_prior(log_prior, taus, split=split),
     }
 
 
 def corrected(head: nn.Linear, log_prior: Tensor, name: str, tau: float, features: Tensor) -> Tensor:
-    """The scores of one of `sweeps` at one tau."""
+    """The scores of one correction of `sweeps` at one tau."""
     if name == POST_HOC:
         return adjust_logits(head(features), log_prior, tau)
     if name == NORM_WEIGHT:
         return nn.functional.linear(features, normalize_classifier(head.weight, tau), head.bias)
-    row = torch.cat([head.weight, head.bias[:, None]], dim=1)
-    return nn.functional.pad(features, (0, 1), value=1.0) @ normalize_classifier(row, tau).T
+    joint_weight = torch.cat([head.weight, head.bias[:, None]], dim=1)
+    return nn.functional.pad(features, (0, 1), value=1.0) @ normalize_classifier(joint_weight, tau).T
 
 
 def run_trial(seed: int, means: Tensor, prior: np.ndarray) -> dict[str, Any]:
@@ -183,7 +183,7 @@ def run_trial(seed: int, means: Tensor, prior: np.ndarray) -> dict[str, Any]:
     train, val, test = (draw(means, prior, generator) for _ in range(3))
     counts = count_classes(train[1], len(means))
     log_prior = log_prior_from_counts(counts)
-    heads = {name: fit(*train, make(log_prior), len(means)) for name, make in LOSSES.items()}
+    heads = {name: fit(*train, make_margin(log_prior), len(means)) for name, make_margin in LOSSES.items()}
     with torch.no_grad():
         errors = {"Bayes rule": balanced_error(nearest_mean(test[0], means), test[1], counts)}
         errors |= {name: balanced_error(head(test[0]), test[1], counts) for name, head in heads.items()}
@@ -218,8 +218,8 @@ def format_table(errors: dict[str, np.ndarray], bayes: float) -> str:
 def draw_separators(panel: Axes, trial: dict[str, Any], means: Tensor) -> None:
     features, target = (tensor.numpy() for tensor in trial["test"])
     for c in range(len(means)):
-        some = features[target == c][:150]
-        panel.scatter(*some.T, s=4, alpha=0.35, color=("#999999", "#CC79A7", "#56B4E9")[c], linewidths=0)
+        points_of_class = features[target == c][:150]
+        panel.scatter(*points_of_class.T, s=4, alpha=0.35, color=("#999999", "#CC79A7", "#56B4E9")[c], linewidths=0)
     low, high = means.numpy().min(axis=0) - 3, means.numpy().max(axis=0) + 3
     x, y = np.meshgrid(np.linspace(low[0], high[0], 300), np.linspace(low[1], high[1], 300))
     grid = torch.from_numpy(np.stack([x.ravel(), y.ravel()], axis=1))
@@ -233,7 +233,7 @@ def draw_separators(panel: Axes, trial: dict[str, Any], means: Tensor) -> None:
     ):
         with torch.no_grad():
             z = scores(grid).numpy()
-        for c in range(len(means)):  # where class c and the best of the others are level
+        for c in range(len(means)):  # where the scores of class c and of the best other class are equal
             ahead = z[:, c] - np.delete(z, c, axis=1).max(axis=1)
             panel.contour(x, y, ahead.reshape(x.shape), [0.0], colors=color, linestyles=style, linewidths=1.8)
         panel.plot([], [], color=color, linestyle=style, label=name)
@@ -268,14 +268,14 @@ def plot_figure2(errors: dict[str, np.ndarray], trials: list[dict], means: Tenso
 
 
 def figure2(n_trials: int, n_classes: int, rarest: float, out: Path) -> None:
-    torch.set_num_threads(1)  # fastest for tensors this small, and sums do not depend on the number of cores
+    torch.set_num_threads(1)  # fastest for such small tensors, and sums then do not depend on the number of cores
     means, prior = gaussian_means(n_classes), geometric_prior(n_classes, rarest)
     bayes = bayes_balanced_error(means)
     started = time.perf_counter()
     trials = [run_trial(seed, means, prior) for seed in trange(n_trials, desc="trials")]
     errors = {name: np.array([trial["errors"][name] for trial in trials]) for name in trials[0]["errors"]}
     rule = errors["Bayes rule"]
-    # of a mean over trials: binomial, n_c = pi_c N examples of class c on average
+    # Standard error of a mean over trials: binomial, with n_c = pi_c N examples of class c on average.
     sampling = math.sqrt(sum(bayes * (1 - bayes) / (p * N_EXAMPLES) for p in prior) / n_trials) / n_classes
 
     frequencies = ", ".join(f"{100 * p:.3g}" for p in prior)
@@ -322,7 +322,7 @@ def figure2(n_trials: int, n_classes: int, rarest: float, out: Path) -> None:
 
 
 def power_law_counts(n_classes: int, most: int, least: int, total: int) -> Tensor:
-    """n_i = round(most * ((i + q) / (1 + q))^-a), i = 1 .. n_classes: a so that the last is `least`, q by the total."""
+    """n_i = round(most * ((i + q) / (1 + q))^-a), i = 1 .. n_classes; a sets the last count, q the total."""
     rank = np.arange(n_classes)
 
     def counts(log_q: float) -> np.ndarray:
@@ -330,7 +330,7 @@ def power_law_counts(n_classes: int, most: int, least: int, total: int) -> Tenso
         exponent = math.log(most / least) / math.log(stretch[-1])
         return np.rint(most * stretch**-exponent).astype(int)
 
-    # The total is a step function of q that takes one example at a time; bisection stops where it is met.
+    # The total is a step function of q with steps of one example. Bisection stops at a q that meets it.
     log_q: Any = bisect(lambda x: int(counts(x).sum()) - total, -10, 20, maxiter=200, xtol=1e-15)
     found = counts(log_q)
     if found.sum() != total:
@@ -378,8 +378,8 @@ def plot_inaturalist(
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     by_rank, against_tau = figure.subplots(1, 2)
     groups = np.array_split(np.arange(len(counts)), 10)
-    drawn = ["Bayes rule", "nearest training mean", *LARGE_LOSSES, f"{POST_HOC}, tau = 1", f"{NORM_ALL}, tau*"]
-    for name, color, marker in zip(drawn, COLORS, "osD^vPX", strict=True):
+    methods = ["Bayes rule", "nearest training mean", *LARGE_LOSSES, f"{POST_HOC}, tau = 1", f"{NORM_ALL}, tau*"]
+    for name, color, marker in zip(methods, COLORS, "osD^vPX", strict=True):
         result = results[name]
         error = [100 * float(result["class_error"][torch.from_numpy(group)].mean()) for group in groups]
         by_rank.plot(range(10), error, color=color, marker=marker, markersize=5, label=name)
@@ -407,18 +407,18 @@ def inaturalist(n_classes: int, epochs: int, out: Path) -> None:
     log_prior = log_prior_from_counts(counts)
     generator = torch.Generator().manual_seed(0)
     means = SPREAD * torch.randn(n_classes, N_FEATURES, generator=generator)
-    every = torch.arange(n_classes)
-    train = draw_classes(every.repeat_interleave(counts), means, generator)
-    val = draw_classes(every.repeat(N_VAL), means, generator)
-    test = draw_classes(every.repeat(N_TEST), means, generator)
+    all_classes = torch.arange(n_classes)
+    train = draw_classes(all_classes.repeat_interleave(counts), means, generator)
+    val = draw_classes(all_classes.repeat(N_VAL), means, generator)
+    test = draw_classes(all_classes.repeat(N_TEST), means, generator)
 
     results = {"Bayes rule": evaluate(lambda features: nearest_mean(features, means), test, counts)}
-    learned = torch.zeros_like(means).index_add(0, train[1], train[0]) / counts[:, None]
-    results["nearest training mean"] = evaluate(lambda features: nearest_mean(features, learned), test, counts)
+    training_means = torch.zeros_like(means).index_add(0, train[1], train[0]) / counts[:, None]
+    results["nearest training mean"] = evaluate(lambda features: nearest_mean(features, training_means), test, counts)
     heads = {}
     with tqdm(total=len(LARGE_LOSSES) * epochs * math.ceil(len(train[1]) / BATCH), desc="training", unit="step") as bar:
-        for name, make in LARGE_LOSSES.items():
-            heads[name] = train_head(train, make(log_prior), n_classes, epochs, bar)
+        for name, make_margin in LARGE_LOSSES.items():
+            heads[name] = train_head(train, make_margin(log_prior), n_classes, epochs, bar)
     for name, head in heads.items():
         results[name] = evaluate(head, test, counts)
     erm = heads["ERM"]
@@ -442,7 +442,7 @@ def inaturalist(n_classes: int, epochs: int, out: Path) -> None:
         error, low, high, many, medium, few = (100 * float(result[key]) for key in columns)
         print(f"{name:34} {error:14.2f}  {low:5.2f} to {high:5.2f} {many:7.2f} {medium:7.2f} {few:7.2f}")
     error = float(results["Bayes rule"]["balanced_error"])
-    standard_error = math.sqrt(error * (1 - error) / len(test[1]))  # at most: the classes' own errors differ
+    standard_error = math.sqrt(error * (1 - error) / len(test[1]))  # an upper bound: the errors of classes differ
     print(
         f"\nThe Bayes rule, nearest true mean: {100 * error:.2f} %, standard error at most {100 * standard_error:.2f}."
     )
@@ -480,7 +480,7 @@ def inaturalist(n_classes: int, epochs: int, out: Path) -> None:
     print(f"Written to {out}: figure2_inaturalist.png, figure2_inaturalist.json")
 
 
-# ---- Both
+# ---- Shared by both
 
 
 def number(value: Tensor) -> float | None:
@@ -498,7 +498,7 @@ def write(report: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # it may be ASCII, and --out is any name
+        sys.stdout.reconfigure(errors="backslashreplace")  # stdout may be ASCII, and --out may be any name
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=100, help="repetitions of Figure 2 (default: %(default)s)")
     parser.add_argument("--prior", type=float, default=0.05, help="share of the last class (default: %(default)s)")

@@ -38,11 +38,11 @@ if typing.TYPE_CHECKING:
 else:
 
     def __getattr__(name: str):
-        if name == "metrics":  # when first asked for: it needs torchmetrics, which nothing else does
+        if name == "metrics":  # imported on first use: it needs torchmetrics, which nothing else does
             import fused_la.metrics
 
             return fused_la.metrics
-        if name == "distributed":  # not every PyTorch is built for it
+        if name == "distributed":  # some PyTorch builds lack torch.distributed
             import fused_la.distributed
 
             return fused_la.distributed

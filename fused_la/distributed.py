@@ -1,26 +1,27 @@
-"""Losses whose classes are spread over the ranks of a process group, as the logits or weights that lie there.
+"""Losses of logits, and of classifier heads, whose classes are sharded over the ranks of a process group.
 
-Rank r holds C_r of the C classes, those that follow the classes of rank r - 1; C_r may differ, and be 0. Every function
-here is called by all ranks of the group at the same point, and its loss is the same on all of them, to the last bit:
-the loss of the one process that would hold all classes. Per-class tensors are the rank's own part, labels are global.
+Rank r holds C_r of the C classes, those that follow the classes of rank r - 1. C_r may differ between ranks, and be 0.
+All ranks of the group call a function at the same point. Its loss is the same on all of them, to the last bit, and is
+the loss that one process with all classes would compute. Per-class tensors hold this rank's classes, labels are global.
 
-A call first exchanges a header of 768 bytes in which the ranks tell what they have been given. Where two do not fit, or
-one refuses its arguments, every rank raises the same error; none waits. The header is read by the host, which on a GPU
-waits for the device. A second collective gathers, from each rank, 2 to 4 numbers a row and 1 to 4 a label. Backward is
-local for logits; for a head it adds up the features' gradient over the ranks, and with reduction "none" and
+A call first exchanges a header of 768 bytes that describes each rank's arguments. If the arguments of two ranks do not
+fit, or one rank refuses its own, every rank raises the same error; none waits. The host reads the header, so on a GPU
+it waits for the device. A second collective gathers, from each rank, 2 to 4 numbers a row and 1 to 4 a label. Backward
+is local for logits. For a head it sums the features' gradient over the ranks, and with reduction "none" and
 gather_features it gathers the upstream gradient first.
 
-With gather_features the features and their labels travel behind the header, in room that the group keeps: as much as
-its last such call needed, up to twice that, which every call on the group sends. Only a call that needs more, as the
-first does, gathers them in a third collective. Give a group of its own to what must not send that room along.
+With gather_features the features and their labels follow the header as a payload, if they fit. The group keeps a
+payload as large as its last such call needed, up to twice that, and every call on the group sends it. A call that needs
+more, as the first does, gathers its rows in a third collective. Use another group for calls that must not send the
+payload.
 
-A rank that dies or hangs after the header ends the others with PyTorch's own error (RuntimeError, DistBackendError): at
-once where the backend sees the connection close, as gloo does, and else after the process group's timeout, which is
+If a rank dies or hangs after the header, the others raise PyTorch's own error (RuntimeError, DistBackendError): at once
+if the backend sees the connection close, as gloo does, else after the process group's timeout, which is
 `init_process_group(timeout=...)`.
 
-Second derivatives, forward mode, torch.func and impl="reference" are not there, nor what only the reference computes:
-gradients of target, weights of classes, smoothing_distribution or a margin, and class probabilities or label smoothing
-under a margin whose two offsets differ. Under torch.compile a call is a graph break.
+Second derivatives, forward mode, torch.func and impl="reference" are not supported. Nor is what only the reference
+computes: gradients of target, class weights, smoothing_distribution or a margin, and class probabilities or label
+smoothing under a margin whose two offsets differ. Under torch.compile a call is a graph break.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from fused_la._call.arguments import Options
+from fused_la._call.arguments import Options, ScaledPrior
 from fused_la._call.pairwise_margin import PairwiseMargin
 from fused_la._class_parallel.agreement import class_parallel_loss
 from fused_la._class_parallel.rank_call import read_head_call, read_logits_call
@@ -53,7 +54,7 @@ def class_parallel_logit_adjusted_cross_entropy(
     smoothing_distribution: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    r"""`logit_adjusted_cross_entropy` of logits whose classes are spread over ranks.
+    r"""`logit_adjusted_cross_entropy` of logits whose classes are sharded over ranks.
 
     .. math::
         \ell(y, f) = -\log \mathrm{softmax}(f + \tau \log \pi)_y, \qquad f = (f^{(0)}, f^{(1)}, \dots), f^{(r)}
@@ -64,9 +65,9 @@ def class_parallel_logit_adjusted_cross_entropy(
 
     Args:
         logits: (N, C_r), (C_r,) or (N, C_r, d1, ..., dk) of this rank's classes; the same rows on all ranks.
-        target: int64 labels among all C classes, the same on all ranks, or with `target_weight` (N, K) of them; or
-            class probabilities (N, C_r) of this rank's classes.
-        log_prior: (C_r,) of this rank's classes, up to a constant that all ranks share. All may be at -inf here.
+        target: int64 labels among all C classes, the same on all ranks, (N, K) with `target_weight`; or class
+            probabilities (N, C_r) of this rank's classes.
+        log_prior: (C_r,) of this rank's classes, up to a constant that all ranks share. All of them may be -inf.
         tau: strength of the adjustment, >= 0.
         group: the process group that holds the classes; None is the default one.
         target_weight: of the shape of `target`, the same on all ranks.
@@ -79,8 +80,8 @@ def class_parallel_logit_adjusted_cross_entropy(
         float32 (float64 for float64 logits), the same on all ranks: a scalar, or with reduction "none" one loss a row.
 
     Raises:
-        TypeError, ValueError: an argument that is wrong here, or does not fit those of another rank: on every rank.
-        IndexError: a label outside [0, C) that is not ignore_index, on every rank and on every device.
+        TypeError, ValueError: an argument that is wrong here, or does not fit another rank's; raised on every rank.
+        IndexError: a label outside [0, C) that is not ignore_index; raised on every rank, whatever the device.
 
     Example:
         >>> import torch, torch.distributed as dist
@@ -94,14 +95,14 @@ def class_parallel_logit_adjusted_cross_entropy(
         (2.0592, torch.Size([2, 3]))
         >>> dist.destroy_process_group()
 
-    Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation 10; the partial maximum and sum
-    of each rank as in Shoeybi et al., "Megatron-LM", 2019, section 3.
+    Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation 10. The partial maximum and sum
+    of each rank are those of Shoeybi et al., "Megatron-LM", 2019, section 3.
     """
 
     options = Options(target_weight, weight, ignore_index, reduction, label_smoothing, smoothing_distribution)
     return class_parallel_loss(
-        "class_parallel_logit_adjusted_cross_entropy", group, read_logits_call, logits, target, log_prior, tau, options,
-        impl,
+        "class_parallel_logit_adjusted_cross_entropy", group, read_logits_call, logits, target,
+        ScaledPrior(log_prior, tau), options, impl,
     )  # fmt: skip
 
 
@@ -119,7 +120,7 @@ def class_parallel_margin_cross_entropy(
     smoothing_distribution: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    r"""`margin_cross_entropy` of logits whose classes are spread over ranks.
+    r"""`margin_cross_entropy` of logits whose classes are sharded over ranks.
 
     .. math:: \ell(y, f) = \alpha_y \log\Big[1 + \sum_{c \ne y} e^{(s_c f_c + u_c) - (s_y f_y + v_y)}\Big]
 
@@ -128,7 +129,7 @@ def class_parallel_margin_cross_entropy(
 
     Args:
         logits, target: as in `class_parallel_logit_adjusted_cross_entropy`.
-        margin: (C_r,) vectors of this rank's classes, the same ones on every rank.
+        margin: (C_r,) vectors of this rank's classes; the same set of vectors on every rank.
         group, target_weight, weight: as there; weights count in the denominator of a mean, alpha does not.
         ignore_index, reduction, label_smoothing, smoothing_distribution, impl: as there.
 
@@ -155,7 +156,7 @@ def class_parallel_margin_cross_entropy(
 
     options = Options(target_weight, weight, ignore_index, reduction, label_smoothing, smoothing_distribution)
     return class_parallel_loss(
-        "class_parallel_margin_cross_entropy", group, read_logits_call, logits, target, margin, None, options, impl
+        "class_parallel_margin_cross_entropy", group, read_logits_call, logits, target, margin, options, impl
     )
 
 
@@ -178,18 +179,18 @@ def class_parallel_linear_logit_adjusted_cross_entropy(
     smoothing_distribution: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    r"""`linear_logit_adjusted_cross_entropy` of a classifier whose classes are spread over ranks.
+    r"""`linear_logit_adjusted_cross_entropy` of a classifier whose classes are sharded over ranks.
 
     .. math::
         \ell(y, h) = -\log \mathrm{softmax}(W h + b + \tau \log \pi)_y, \qquad W = (W^{(0)}, W^{(1)}, \dots), W^{(r)}
         \text{ on rank } r
 
-    Either all ranks have the same features, or with `gather_features` each has rows of its own, as data-parallel ranks
-    do; then the loss is that of all rows, and this rank gets the gradient of its own. Gradients are the true
+    All ranks have the same features, or with `gather_features` each rank has different rows, as data-parallel ranks do.
+    Then the loss is that of all rows, and this rank gets the gradient of its own rows. Gradients are the true
     derivatives of the loss: backward must be called on every rank, with the same upstream gradient. A model under DDP
-    or FSDP2 averages its gradients over the ranks where their sum is the derivative. `average_over_ranks` makes up for
-    that, as long as the group is the one that is averaged over: it multiplies the features' gradient by the number of
-    ranks. Keep the head's weight, bias and log prior out of what is averaged, each rank has other ones::
+    or FSDP2 averages its gradients over the ranks, but their sum is the derivative. `average_over_ranks` makes up for
+    that by multiplying the features' gradient by the number of ranks; the group has to be the one that is averaged
+    over. Keep the head's weight, bias and log prior out of the averaging, since they differ between ranks::
 
         trunk = DistributedDataParallel(trunk)                      # or fully_shard(trunk)
         weight = nn.Parameter(weight[first:last])                   # this rank's classes
@@ -198,17 +199,17 @@ def class_parallel_linear_logit_adjusted_cross_entropy(
         loss.backward()
 
     Args:
-        features: (N, D) or (..., D); the same on all ranks, of which only shape and dtype are compared, or with
-            `gather_features` this rank's rows, as many as it has.
+        features: (N, D) or (..., D); the same on all ranks (only shape and dtype are compared), or with
+            `gather_features` this rank's rows, any number of them.
         weight: (C_r, D) of this rank's classes.
-        target: int64 labels of the rows among all C classes, or with `target_weight` (N, K) of them; or, where the
-            features are the same on all ranks, class probabilities (N, C_r).
+        target: int64 labels of the rows among all C classes, (N, K) with `target_weight`; or, if the features are the
+            same on all ranks, class probabilities (N, C_r).
         log_prior: (C_r,) of this rank's classes, up to a constant that all ranks share.
         tau: strength of the adjustment, >= 0.
         bias: (C_r,) of this rank's classes.
         group: the process group that holds the classes; None is the default one.
-        gather_features: whether each rank has rows of its own.
-        average_over_ranks: whether the features' gradient is averaged over the ranks later; with `gather_features`.
+        gather_features: whether each rank has different rows.
+        average_over_ranks: whether the features' gradient is averaged over the ranks later; needs `gather_features`.
         target_weight: of the shape of `target`.
         class_weight: (C_r,) class weights of this rank's classes.
         ignore_index, reduction, label_smoothing: as in `linear_logit_adjusted_cross_entropy`.
@@ -216,12 +217,12 @@ def class_parallel_linear_logit_adjusted_cross_entropy(
         impl: "auto", "blocked" (CPU) or "triton" (GPU).
 
     Returns:
-        float32 (float64 for float64 features), the same on all ranks: a scalar; or with reduction "none" one loss a row
-        of the features that this rank passed.
+        float32 (float64 for float64 features): a scalar that is the same on all ranks, or with reduction "none" one
+        loss for each row of the features that this rank passed.
 
     Raises:
-        TypeError, ValueError: an argument that is wrong here, or does not fit those of another rank: on every rank.
-        IndexError: a label outside [0, C) that is not ignore_index, on every rank and on every device.
+        TypeError, ValueError: an argument that is wrong here, or does not fit another rank's; raised on every rank.
+        IndexError: a label outside [0, C) that is not ignore_index; raised on every rank, whatever the device.
 
     Example:
         >>> import torch, torch.distributed as dist
@@ -237,14 +238,14 @@ def class_parallel_linear_logit_adjusted_cross_entropy(
         (2.0592, torch.Size([3, 2]))
         >>> dist.destroy_process_group()
 
-    Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation 10; the head of data-parallel
-    ranks spread over them as in An et al., "Partial FC", CVPR 2022.
+    Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation 10. The sharded head of
+    data-parallel ranks is that of An et al., "Partial FC", CVPR 2022.
     """
 
     options = Options(target_weight, class_weight, ignore_index, reduction, label_smoothing, smoothing_distribution)
     return class_parallel_loss(
         "class_parallel_linear_logit_adjusted_cross_entropy", group, read_head_call, features, weight, bias, target,
-        log_prior, tau, options, impl, gather_features, average_over_ranks,
+        ScaledPrior(log_prior, tau), options, impl, gather_features, average_over_ranks,
     )  # fmt: skip
 
 
@@ -266,13 +267,13 @@ def class_parallel_linear_margin_cross_entropy(
     smoothing_distribution: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    r"""`linear_margin_cross_entropy` of a classifier whose classes are spread over ranks.
+    r"""`linear_margin_cross_entropy` of a classifier whose classes are sharded over ranks.
 
     .. math:: \ell(y, h) = \alpha_y \log\Big[1 + \sum_{c \ne y} e^{(s_c f_c + u_c) - (s_y f_y + v_y)}\Big], f = W h + b
 
     Args:
         features, weight, target: as in `class_parallel_linear_logit_adjusted_cross_entropy`.
-        margin: (C_r,) vectors of this rank's classes, ``margin.of_classes(first, last)``; the same ones on every rank.
+        margin: (C_r,) vectors of this rank's classes, ``margin.of_classes(first, last)``; the same set on every rank.
         bias, group, gather_features, average_over_ranks: as there.
         target_weight, class_weight: as there; weights count in the denominator of a mean, alpha does not.
         ignore_index, reduction, label_smoothing, smoothing_distribution, impl: as there.
@@ -301,5 +302,5 @@ def class_parallel_linear_margin_cross_entropy(
     options = Options(target_weight, class_weight, ignore_index, reduction, label_smoothing, smoothing_distribution)
     return class_parallel_loss(
         "class_parallel_linear_margin_cross_entropy", group, read_head_call, features, weight, bias, target,
-        margin, None, options, impl, gather_features, average_over_ranks,
+        margin, options, impl, gather_features, average_over_ranks,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Public losses of a classifier head, whose logits never exist as a whole, as functions and as a module."""
+"""Public losses of a linear classifier head, as functions and as a module; the full logits are never stored."""
 
 from __future__ import annotations
 
@@ -10,19 +10,11 @@ from torch import Tensor, nn
 
 from fused_la._autograd.dispatch import choose_implementation
 from fused_la._autograd.head import fused_head_loss, head_formula
-from fused_la._call import checks
-from fused_la._call.arguments import Options, read_call
-from fused_la._call.head_arguments import (
-    check_head,
-    check_sharded_alike,
-    feature_rows,
-    placeholder_logits,
-    product_dtype,
-    unit_vectors,
-)
+from fused_la._call import checks, head_arguments
+from fused_la._call.arguments import Options, ScaledPrior, read_call
 from fused_la._call.pairwise_margin import PairwiseMargin
 from fused_la._call.problem import reduce_rows
-from fused_la._modules.options import CountedLossOptions, first_argument, per_class_option
+from fused_la._modules.options import CountedLossOptions, argument_or_input, per_class_option
 from fused_la._tiled.head import Head, predict
 
 
@@ -42,43 +34,44 @@ def linear_logit_adjusted_cross_entropy(
     smoothing_distribution: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    r"""`logit_adjusted_cross_entropy` of a linear classifier's logits, which never exist as a whole.
+    r"""`logit_adjusted_cross_entropy` of the logits of a linear classifier, without storing all logits.
 
     .. math::
         \ell(y, h) = -\log \mathrm{softmax}(W h + b + \tau \log \pi)_y
 
     Equivalent to: ``logit_adjusted_cross_entropy(F.linear(features, weight, bias), target, log_prior, tau,
     weight=class_weight, ...)`` for features of shape (N, D), in loss and in the gradients of features, weight, bias and
-    log_prior. Both passes go over tiles of classes: the memory beside the arguments and their gradients is one tile
-    and what the rows need, never N * C. Backward computes the logits again, so there are four products of
-    the size of the logits where the formula has three. Logits are float32 (float64), also those of half-precision
-    features, and gradients add up in float32.
+    log_prior. Both passes process tiles of classes: beside the arguments and their gradients, memory is one tile and
+    the vectors over the rows, never N * C. Backward computes the logits again, so there are four matrix products of
+    the size of the logits; the formula has three. Logits are float32 (float64), also for half-precision features,
+    and gradients are summed in float32.
 
-    It is for many classes: with few, or a head that is a small part of the model, the logits of one product are the
-    faster way. On a GPU, and in the last bits, a row's result depends on the other rows, as that of `F.linear` does.
+    It is for many classes. With few classes, or if the head is a small part of the model, it is faster to compute the
+    logits in one product. On a GPU, the last bits of a row's result depend on the other rows, as with `F.linear`.
 
     Args:
         features: (D,) or (..., D), floating; N rows in all, which may be 0.
-        weight: (C, D), of the dtype of the features. Under autocast both are cast for products as `F.linear` casts
-            them, except on a CPU, whose products are float32 (float64). Or a DTensor with its classes sharded over one
-            mesh dimension, as the logits of `logit_adjusted_cross_entropy` may be.
+        weight: (C, D), of the dtype of the features. Under autocast both are cast for the products as in `F.linear`,
+            except on a CPU, where products are float32 (float64). Or a DTensor with its classes sharded over one mesh
+            dimension, as for the logits of `logit_adjusted_cross_entropy`.
         target: int64 class indices of shape (...); or class probabilities (..., C); or with `target_weight` indices
             (..., K).
         log_prior, tau: as in `logit_adjusted_cross_entropy`.
         bias: (C,) floating.
-        target_weight: floating, of the shape of `target`: weights of K labels a row.
-        class_weight: (C,) floating: what is `weight` there.
-        ignore_index, reduction, label_smoothing, smoothing_distribution: as there.
-        impl: "auto" is "triton" on a GPU, "blocked" on a CPU, also under torch.compile; "reference", which makes whole
-            logits, for anything else: other devices, transforms of torch.func, forward mode, and gradients of a target
-            or a weight of classes. A named one works or raises. Second derivatives make whole logits, too.
+        target_weight: floating, of the shape of `target`: weights of the K labels of a row.
+        class_weight: (C,) floating, a factor for each class: `weight` of `logit_adjusted_cross_entropy`.
+        ignore_index, reduction, label_smoothing, smoothing_distribution: as in `logit_adjusted_cross_entropy`.
+        impl: "auto" is "triton" on a GPU and "blocked" on a CPU, also under torch.compile. It is "reference", which
+            stores all logits, for anything else: other devices, transforms of torch.func, forward mode, and gradients
+            of a target or of class weights. A named implementation works or raises. Second derivatives store all logits
+            too.
 
     Returns:
         float32 (float64 for float64 features): a scalar, or with reduction "none" one loss a row, (...).
 
     Raises:
-        TypeError, ValueError, IndexError: as `logit_adjusted_cross_entropy`, and for a weight or bias that does not fit
-            the features.
+        TypeError, ValueError, IndexError: as `logit_adjusted_cross_entropy`, and for a weight or bias that does not
+            match the features.
 
     Example:
         >>> import torch
@@ -93,7 +86,7 @@ def linear_logit_adjusted_cross_entropy(
     Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation 10.
     """
     options = Options(target_weight, class_weight, ignore_index, reduction, label_smoothing, smoothing_distribution)
-    return _loss(features, weight, bias, target, log_prior, tau, options, impl)
+    return _loss(features, weight, bias, target, ScaledPrior(log_prior, tau), options, impl)
 
 
 def linear_margin_cross_entropy(
@@ -111,7 +104,7 @@ def linear_margin_cross_entropy(
     smoothing_distribution: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    r"""`margin_cross_entropy` of a linear classifier's logits, which never exist as a whole.
+    r"""`margin_cross_entropy` of the logits of a linear classifier, without storing all logits.
 
     .. math:: \ell(y, h) = \alpha_y \log\Big[1 + \sum_{c \ne y} e^{(s_c f_c + u_c) - (s_y f_y + v_y)}\Big], f = W h + b
 
@@ -119,17 +112,19 @@ def linear_margin_cross_entropy(
 
     Args:
         features, weight, target: as in `linear_logit_adjusted_cross_entropy`.
-        margin: vectors of as many classes as the weight has rows, on the device of the features.
-        bias, target_weight, class_weight: as there; class weights count in the denominator of a mean, alpha does not.
-        ignore_index, reduction, label_smoothing, smoothing_distribution: as there.
-        impl: as there. Where a margin's two offsets differ, class probabilities and label smoothing are the
-            reference's alone, as gradients of the margin's vectors are.
+        margin: its vectors have as many classes as the weight has rows and are on the device of the features.
+        bias, target_weight, class_weight: as in `linear_logit_adjusted_cross_entropy`. Class weights count in the
+            denominator of a mean; alpha does not.
+        ignore_index, reduction, label_smoothing, smoothing_distribution: as in `linear_logit_adjusted_cross_entropy`.
+        impl: as in `linear_logit_adjusted_cross_entropy`. Only the reference computes gradients of the margin's
+            vectors. If the two offsets differ, only the reference supports class probabilities and label smoothing.
 
     Returns:
         As `linear_logit_adjusted_cross_entropy`.
 
     Raises:
-        TypeError, ValueError, IndexError: as there, and for a margin of another length or device.
+        TypeError, ValueError, IndexError: as `linear_logit_adjusted_cross_entropy`, and for a margin of another length
+            or device.
 
     Example:
         >>> import torch
@@ -143,47 +138,46 @@ def linear_margin_cross_entropy(
     Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation 11.
     """
     options = Options(target_weight, class_weight, ignore_index, reduction, label_smoothing, smoothing_distribution)
-    return _loss(features, weight, bias, target, margin, None, options, impl)
+    return _loss(features, weight, bias, target, margin, options, impl)
 
 
 class LogitAdjustedLinear(CountedLossOptions, nn.Linear):
-    r"""A classifier head that is trained by the logit-adjusted loss and predicts by its raw logits.
+    r"""A linear classifier head that trains with the logit-adjusted loss and predicts with its raw logits.
 
     .. math:: f = W h + b, \qquad \text{or with cosine:}\quad f_c = s \, \frac{w_c \cdot h}{\|w_c\| \, \|h\|} + b_c
 
-    It is a `torch.nn.Linear`, to whoever initialises, counts or groups layers by their kind.
+    It is a subclass of `torch.nn.Linear`, so code that initialises, counts or groups layers by type treats it as one.
 
     Args:
         in_features: D.
         class_counts: (C,) training examples a class, as `LogitAdjustedCrossEntropyLoss` takes them.
         tau: strength of the adjustment, >= 0.
-        bias: whether there is one.
-        cosine: make features and weights unit vectors first; of a row of zeros, zeros.
+        bias: whether the head has a bias.
+        cosine: normalise features and weights to unit vectors first; a row of zeros stays zeros.
         scale: s > 0 of a cosine head.
-        pseudocount: added to every count; needed if a class has no example, unless `exclude_absent` says that such
-            classes take no part.
+        pseudocount: added to every count. It is needed if a class has no example and `exclude_absent` is False.
         exclude_absent: classes without examples have a log prior of -inf in the loss and raw logits of -inf, so that
             none is predicted.
         class_weight: as in `linear_logit_adjusted_cross_entropy`; or an array or a list.
-        ignore_index, reduction, label_smoothing: as there.
-        smoothing_distribution: as there; or an array or a list.
-        impl: as there.
+        ignore_index, reduction, label_smoothing: as in `linear_logit_adjusted_cross_entropy`.
+        smoothing_distribution: as in `linear_logit_adjusted_cross_entropy`; or an array or a list.
+        impl: as in `linear_logit_adjusted_cross_entropy`.
         device, dtype: of weight and bias, as in `torch.nn.Linear`.
 
     Attributes:
-        weight, bias: (C, D) and (C,) parameters, initialised as those of `torch.nn.Linear` (and again by
-            `reset_parameters()`, which a head that was built on the meta device needs after `to_empty`).
-        class_counts, log_prior, class_weight, smoothing_distribution: as of `LogitAdjustedCrossEntropyLoss`, neither
+        weight, bias: (C, D) and (C,) parameters, initialised as in `torch.nn.Linear`. `reset_parameters()` initialises
+            them again; a head that was built on the meta device needs that after `to_empty`.
+        class_counts, log_prior, class_weight, smoothing_distribution: as in `LogitAdjustedCrossEntropyLoss`, neither
             parameters nor buffers.
 
     Shape:
-        features (..., D), target as in `linear_logit_adjusted_cross_entropy`; with a target the loss, without one the
-        raw logits (..., C).
+        features (..., D), target as in `linear_logit_adjusted_cross_entropy`. The result is the loss with a target, and
+        the raw logits (..., C) without one.
 
-    Under FSDP2 give the head a `fully_shard(head)` of its own, and for `predict` call
-    `torch.distributed.fsdp.register_fsdp_forward_method(head, "predict")` once: the weight is gathered only then. With
-    a weight whose classes are sharded (a DTensor), the raw logits and `predict` need features that are a DTensor with
-    Replicate(). The logits are sharded as the weight is, the predictions replicated.
+    Under FSDP2 call `fully_shard(head)` for the head alone, and for `predict` call
+    `torch.distributed.fsdp.register_fsdp_forward_method(head, "predict")` once; otherwise the weight is not gathered.
+    If the weight is a DTensor with sharded classes, the raw logits and `predict` need features that are a DTensor with
+    Replicate(). The logits then have the sharding of the weight, and the predictions are replicated.
 
     Raises:
         TypeError, ValueError: on construction for unusable sizes, counts and options, in a call for unusable inputs.
@@ -232,7 +226,7 @@ class LogitAdjustedLinear(CountedLossOptions, nn.Linear):
         )  # fmt: skip
         self.cosine, self.scale = cosine, scale
         if device is not None and not self.weight.is_meta:
-            self._per_class = self._moved(self.weight.device)
+            self._per_class = self._per_class_on(self.weight.device)
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -244,62 +238,64 @@ class LogitAdjustedLinear(CountedLossOptions, nn.Linear):
         reduction: str | None = None,
         num_items_in_batch: Tensor | float | None = None,
     ) -> Tensor:
-        """The loss, or without a target the raw logits.
+        """The loss, or the raw logits if there is no target.
 
         Args:
             features, target, target_weight: as in `linear_logit_adjusted_cross_entropy`.
-            input: another name for `features`, as `torch.nn.Linear` has it.
+            input: another name for `features`, as in `torch.nn.Linear`.
             reduction, num_items_in_batch: of the loss, as in `LogitAdjustedCrossEntropyLoss.forward`.
         """
-        features = first_argument("features", features, input)
+        features = argument_or_input("features", features, input)
         if target is None:
             for name, value in (("target_weight", target_weight), ("reduction", reduction),
                                 ("num_items_in_batch", num_items_in_batch)):  # fmt: skip
                 if value is not None:
                     raise TypeError(f"{name} must be None without a target, got it for raw logits")
             features, weight = self._operands(features)
-            check_sharded_alike(features, weight)
-            return F.linear(features, weight, self._bias(features))
+            head_arguments.check_dtensor_features(features, weight)
+            return F.linear(features, weight, self._raw_logit_bias(features))
         checks.check_tensor("features", features)
         features, weight = self._operands(features)
-        return self._loss(
+        return self._call_loss(
             linear_logit_adjusted_cross_entropy, features, weight, target, tau=self.tau, bias=self.bias,
             target_weight=target_weight, reduction=reduction, num_items_in_batch=num_items_in_batch,
         )  # fmt: skip
 
     @torch.no_grad()
     def predict(self, features: Tensor) -> Tensor:
-        """The class of the largest raw logit of each row, (...) int64, computed a tile of classes at a time."""
+        """The class of the largest raw logit of each row, (...) int64, computed over tiles of classes."""
         features, weight = self._operands(features)
-        check_sharded_alike(features, weight)
-        bias = self._bias(features)
+        head_arguments.check_dtensor_features(features, weight)
+        bias = self._raw_logit_bias(features)
         if checks.is_dtensor(weight):
             from fused_la._class_parallel.dtensor import predict_sharded
 
             return predict_sharded(features, weight, bias)
-        check_head(features, weight, bias)
-        rows = feature_rows(features)
-        return predict(Head(rows, weight, bias, product_dtype(rows, weight))).classes.reshape(features.shape[:-1])
+        head_arguments.check_head(features, weight, bias)
+        rows = head_arguments.feature_rows(features)
+        head = Head(rows, weight, bias, head_arguments.product_dtype(rows, weight))
+        return predict(head).classes.reshape(features.shape[:-1])
 
-    def _bias(self, features: Tensor) -> Tensor | None:
-        """The bias of raw logits: -inf for classes that take no part."""
+    def _raw_logit_bias(self, features: Tensor) -> Tensor | None:
+        """The bias of raw logits: -inf for excluded classes."""
         if not self.exclude_absent:
             return self.bias
-        absent = self._placed(features)["log_prior"] == -torch.inf
+        absent = self._per_class_for(features)["log_prior"] == -torch.inf
         if checks.is_dtensor(self.weight):
-            from fused_la._class_parallel.dtensor import sharded_as
+            from fused_la._class_parallel.dtensor import shard_like
 
-            absent = sharded_as(self.weight, absent)
+            absent = shard_like(self.weight, absent)
         bias = torch.zeros_like(absent, dtype=self.weight.dtype) if self.bias is None else self.bias
         return bias.masked_fill(absent, -torch.inf)
 
-    def _numbers_of_classes(self) -> list[tuple[str, int]]:
-        return [*super()._numbers_of_classes(), ("weight", self.out_features)]
+    def _n_classes_by_name(self) -> list[tuple[str, int]]:
+        return [*super()._n_classes_by_name(), ("weight", self.out_features)]
 
     def _operands(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Features and weight of the matrix product: unit vectors, those of the features times `scale`, if `cosine`."""
         if not self.cosine:
             return features, self.weight
-        return unit_vectors(features, self.scale), unit_vectors(self.weight)
+        return head_arguments.unit_vectors(features, self.scale), head_arguments.unit_vectors(self.weight)
 
     def extra_repr(self) -> str:
         head = f"in_features={self.in_features}, bias={self.bias is not None}, "
@@ -307,23 +303,25 @@ class LogitAdjustedLinear(CountedLossOptions, nn.Linear):
 
 
 def _loss(
-    features: Any, weight: Any, bias: Any, target: Any, prior: Any, tau: Any, options: Options, impl: Any
+    features: Any, weight: Any, bias: Any, target: Any, prior: ScaledPrior | Any, options: Options, impl: Any
 ) -> Tensor:
-    """The loss for a log prior and its tau, or for a margin if tau is None."""
+    """The loss for a log prior with its tau, or for a margin."""
     if checks.is_dtensor(weight):
-        from fused_la._class_parallel.dtensor import loss_of_head  # here: not every PyTorch was built for it
+        from fused_la._class_parallel.dtensor import loss_of_head  # here: some PyTorch builds lack DTensor
 
-        return loss_of_head(features, weight, bias, target, prior, tau, options, impl)
-    logits, target, target_weight = placeholder_logits(features, weight, bias, target, options.target_weight)
+        return loss_of_head(features, weight, bias, target, prior, options, impl)
+    logits, target, target_weight = head_arguments.placeholder_logits(
+        features, weight, bias, target, options.target_weight
+    )
     options = options._replace(target_weight=target_weight)
-    call = read_call(logits, prior, tau, target, options, weight_name="class_weight")
+    call = read_call(logits, prior, target, options, weight_name="class_weight")
     differentiable = (features, weight, bias, call.problem.log_prior)
     impl = choose_implementation(impl, call, differentiable, of_head=True)
-    rows, problem = feature_rows(features), call.problem.with_inner()
+    rows, problem = head_arguments.feature_rows(features), call.problem.with_inner()
     if impl == "reference":
         loss, row_weight = head_formula(rows, weight, bias, problem)
         loss = reduce_rows(loss, row_weight.sum(), call.reduction)
     else:
-        head = Head(rows, weight, bias, product_dtype(rows, weight))
+        head = Head(rows, weight, bias, head_arguments.product_dtype(rows, weight))
         loss = fused_head_loss(head, problem, call.reduction, impl)
     return loss.reshape(features.shape[:-1]) if call.reduction == "none" else loss

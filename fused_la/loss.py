@@ -12,10 +12,10 @@ from fused_la._autograd.dispatch import choose_implementation
 from fused_la._autograd.loss import fused_loss, under_transform
 from fused_la._autograd.transforms import folded_loss
 from fused_la._call import checks
-from fused_la._call.arguments import Options, read_call
+from fused_la._call.arguments import Options, ScaledPrior, read_call
 from fused_la._call.pairwise_margin import PairwiseMargin, checked_margin
 from fused_la._call.problem import reduce_rows
-from fused_la._modules.options import CountedLossOptions, LossOptions, first_argument, per_class_option
+from fused_la._modules.options import CountedLossOptions, LossOptions, argument_or_input, per_class_option
 
 
 def logit_adjusted_cross_entropy(
@@ -32,57 +32,57 @@ def logit_adjusted_cross_entropy(
     smoothing_distribution: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    r"""Cross entropy of logits with `tau * log_prior` added: the loss whose minimiser has the least balanced error.
+    r"""Cross entropy of logits with `tau * log_prior` added: its minimiser has the least balanced error.
 
     .. math::
         \ell(y, f) = -\log \mathrm{softmax}(f + \tau \log \pi)_y
                    = \log\Big[1 + \sum_{c \ne y} \Big(\frac{\pi_c}{\pi_y}\Big)^{\tau} e^{f_c - f_y}\Big]
 
     Equivalent to: ``F.cross_entropy(z, target)`` with ``z = logits.float() + tau * log_prior`` (float64 logits stay
-    float64), every other argument of `torch.nn.functional.cross_entropy` meaning what it means there. With a
-    `smoothing_distribution` q and eps = `label_smoothing`, where every row counts and without `weight`:
-    ``(1 - eps) * F.cross_entropy(z, target) + eps * F.cross_entropy(z, q.expand_as(z))``. The logits are never written,
+    float64). The other arguments mean the same as in `torch.nn.functional.cross_entropy`. With a
+    `smoothing_distribution` q and eps = `label_smoothing`, if every row counts and without `weight`:
+    ``(1 - eps) * F.cross_entropy(z, target) + eps * F.cross_entropy(z, q.expand_as(z))``. The logits are not modified,
     and a confident row keeps the digits of its loss and gradient.
 
-    Train with it and predict with the raw logits, `logits.argmax(1)`: adjusting again post hoc corrects twice.
+    Train with this loss and predict with the raw logits, `logits.argmax(1)`: a post-hoc adjustment would correct twice.
 
-    A mean or sum mostly makes the gradient of the logits in its forward pass: they may then be written to before the
-    first backward, as by `clamp_`. Otherwise (reduction "none", float16, a learned prior, `torch.compile`, rows beyond
-    what a GPU's L2 holds) autograd raises if they were.
+    With a mean or a sum, the forward pass usually computes the gradient of the logits too. The logits may then be
+    modified in place, as by `clamp_`, before the first backward. In the other cases (reduction "none", float16, a
+    learned prior, `torch.compile`, rows that do not fit in a GPU's L2) autograd raises if they were modified.
 
     Args:
         logits: (C,), (N, C) or (N, C, d1, ..., dk); float16, bfloat16, float32 or float64; any strides; N may be 0.
-            Or a DTensor with its classes sharded over one mesh dimension: what is per class is then a DTensor that is
-            sharded alike, or a whole tensor, and the loss a DTensor that is the same everywhere (see `distributed`).
+            Or a DTensor with its classes sharded over one mesh dimension: per-class arguments are then DTensors with
+            the same sharding, or whole tensors, and the loss is a replicated DTensor (see `distributed`).
         target: int64 or uint8 class indices of shape (), (N,) or (N, d1, ..., dk); or class probabilities, floating, of
             the shape of the logits; or with `target_weight` indices of shape (N, K) ((K,), (N, K, d1, ..., dk)).
-        log_prior: (C,) floating, log class frequencies up to any constant, as `log_prior_from_counts` makes them. A
-            class at -inf has probability 0 and gradient 0. It gets a gradient if it requires one.
+        log_prior: (C,) floating, log class frequencies up to any constant, as from `log_prior_from_counts`. A class at
+            -inf has probability 0 and gradient 0. The tensor gets a gradient if it requires one.
         tau: strength of the adjustment, >= 0. 1 is consistent for the balanced error, 0 is plain cross entropy.
-        target_weight: floating, of the shape of `target`: weights of K labels a row, as mixup and cutmix make them.
+        target_weight: floating, of the shape of `target`: weights of the K labels of a row, as from mixup and cutmix.
             The row's loss is ``sum_k target_weight[:, k] * loss(target[:, k])``. A mean counts such a row as one (with
             `weight`: as the mean weight of its labels).
-        weight: (C,) floating, a factor for each class. Its values, those of `target_weight` and class probabilities
-            are taken as they are, as in `torch.nn.functional.cross_entropy`: negative ones count, NaN spreads.
+        weight: (C,) floating, a factor for each class. The values of `weight`, `target_weight` and class probabilities
+            are not checked, as in `torch.nn.functional.cross_entropy`: negative ones count, NaN spreads.
         ignore_index: label that does not count: its row (its part of a row of K labels) has loss and gradient 0.
         reduction: "none", "mean" (over rows that count, weighted by `weight`; NaN if there are none) or "sum".
         label_smoothing: share in [0, 1] of the target moved to `smoothing_distribution`.
         smoothing_distribution: (C,) probabilities; None is uniform, which makes the loss inconsistent on long-tailed
             data and infinite if a class is at -inf. `log_prior.exp()` smooths toward the prior and keeps it consistent.
         impl: "auto" is "triton" on a GPU, "blocked" on a CPU, and "reference" for anything else: while torch.compile
-            traces a CPU graph, where Triton is not installed, or when a target or a weight requires grad. A named
-            one works or raises; `vmap` and `grad` of torch.func run it too. Whichever is named, second derivatives,
-            forward mode (`jvp`) and transforms under torch.compile compute by the reference formula.
+            traces a CPU graph, if Triton is not installed, or if a target or a weight requires grad. A named
+            implementation works or raises; `vmap` and `grad` of torch.func run it too. With any choice, second
+            derivatives, forward mode (`jvp`) and transforms under torch.compile use the reference formula.
 
     Returns:
-        float32 (float64 for float64 logits): a scalar, or with reduction "none" one loss a row in the shape that index
-        labels have.
+        float32 (float64 for float64 logits): a scalar, or with reduction "none" one loss a row, in the shape of index
+        labels.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, dtype, shape, device or range; the message names it.
-        IndexError: a label outside [0, C) that is not ignore_index, on a CPU. On a GPU, and where a transform or
-            torch.compile hides the value, nothing outside the row is read and the row's loss and gradient are NaN; so
-            are all rows' for an impossible `log_prior` or `smoothing_distribution`.
+        IndexError: a label outside [0, C) that is not ignore_index, on a CPU. On a GPU, or if a transform or
+            torch.compile hides the value, nothing outside the row is read and the loss and gradient of the row are
+            NaN. An invalid `log_prior` or `smoothing_distribution` then makes those of all rows NaN.
 
     Example:
         >>> import torch
@@ -96,7 +96,7 @@ def logit_adjusted_cross_entropy(
     Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation 10.
     """
     options = Options(target_weight, weight, ignore_index, reduction, label_smoothing, smoothing_distribution)
-    return _loss(logits, target, log_prior, tau, options, impl)
+    return _loss(logits, target, ScaledPrior(log_prior, tau), options, impl)
 
 
 def margin_cross_entropy(
@@ -116,23 +116,25 @@ def margin_cross_entropy(
 
     .. math:: \ell(y, f) = \alpha_y \log\Big[1 + \sum_{c \ne y} e^{(s_c f_c + u_c) - (s_y f_y + v_y)}\Big]
 
-    with alpha, the negative offset u, the target offset v and the scale s of the margin. Class probabilities, K labels
-    and smoothing weigh these losses of the single classes as labels: ``sum_c t_c * loss(c)``.
+    with alpha, the negative offset u, the target offset v and the scale s of the margin. For class probabilities, K
+    labels and smoothing, the loss is the weighted sum over the classes as labels: ``sum_c t_c * loss(c)``.
 
     Args:
         logits, target: as in `logit_adjusted_cross_entropy`.
-        margin: vectors of as many classes as the logits have, on their device.
-        target_weight: as there.
-        weight: as there; it counts in the denominator of a mean, the margin's alpha does not.
-        ignore_index, reduction, label_smoothing, smoothing_distribution: as there.
-        impl: as there. Where a margin's two offsets differ, class probabilities and label smoothing are the
-            reference's alone, as gradients of the margin's vectors are.
+        margin: its vectors have the number of classes of the logits and are on their device.
+        target_weight: as in `logit_adjusted_cross_entropy`.
+        weight: as in `logit_adjusted_cross_entropy`. It counts in the denominator of a mean; the margin's alpha does
+            not.
+        ignore_index, reduction, label_smoothing, smoothing_distribution: as in `logit_adjusted_cross_entropy`.
+        impl: as in `logit_adjusted_cross_entropy`. Only the reference computes gradients of the margin's vectors. If
+            the two offsets differ, only the reference supports class probabilities and label smoothing.
 
     Returns:
         As `logit_adjusted_cross_entropy`.
 
     Raises:
-        TypeError, ValueError, IndexError: as there, and for a margin of another length or device than the logits.
+        TypeError, ValueError, IndexError: as `logit_adjusted_cross_entropy`, and for a margin whose length or device
+            differs from that of the logits.
 
     Example:
         >>> import torch
@@ -146,17 +148,17 @@ def margin_cross_entropy(
     Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation 11.
     """
     options = Options(target_weight, weight, ignore_index, reduction, label_smoothing, smoothing_distribution)
-    return _loss(logits, target, margin, None, options, impl)
+    return _loss(logits, target, margin, options, impl)
 
 
-def _loss(logits: Any, target: Any, prior: Any, tau: Any, options: Options, impl: Any) -> Tensor:
-    """The loss for a log prior and its tau, or for a margin if tau is None."""
+def _loss(logits: Any, target: Any, prior: ScaledPrior | Any, options: Options, impl: Any) -> Tensor:
+    """The loss for a log prior with its tau, or for a margin."""
     if checks.is_dtensor(logits):
-        from fused_la._class_parallel.dtensor import loss_of_logits  # here: not every PyTorch was built for it
+        from fused_la._class_parallel.dtensor import loss_of_logits  # here: some PyTorch builds lack DTensor
 
-        return loss_of_logits(logits, target, prior, tau, options, impl)
+        return loss_of_logits(logits, target, prior, options, impl)
     checks.check_logits(logits)
-    call = read_call(logits, prior, tau, target, options)
+    call = read_call(logits, prior, target, options)
     impl = choose_implementation(impl, call, (logits, call.problem.log_prior))
     if impl == "reference":
         loss, row_weight = reference.loss_rows(call.problem.with_inner())
@@ -169,8 +171,8 @@ def _loss(logits: Any, target: Any, prior: Any, tau: Any, options: Options, impl
     return loss.reshape(logits.shape[:dim] + logits.shape[dim + 1 :])
 
 
-class _LossOfLogits(LossOptions):
-    """What a module of a loss of logits is called with; each has a `_loss_function` of its own."""
+class _LogitsLoss(LossOptions):
+    """Base of the loss modules on logits: their `forward`. Subclasses define `_loss_function`."""
 
     weight = per_class_option("weight")
 
@@ -187,17 +189,17 @@ class _LossOfLogits(LossOptions):
         """The loss.
 
         Args:
-            logits, target, target_weight: as in `logit_adjusted_cross_entropy`. A model's output that has them as its
-                `logits`, as those of Hugging Face have, may come in their place.
-            input: another name for `logits`, as the losses of `torch.nn` have it.
-            reduction: in the place of the module's, for this call.
-            num_items_in_batch: what a mean divides the sum of the losses by, in the place of this batch's own number,
-                as `transformers.Trainer` passes it to its `compute_loss_func` when it accumulates gradients. Labels
-                that it counted and `ignore_index` leaves out are its own.
+            logits, target, target_weight: as in `logit_adjusted_cross_entropy`. `logits` may also be a model output
+                with an attribute `logits`, as Hugging Face models return.
+            input: another name for `logits`, as in the losses of `torch.nn`.
+            reduction: replaces the module's reduction in this call.
+            num_items_in_batch: a mean divides the sum of the losses by this number, not by the number of rows of this
+                batch. `transformers.Trainer` passes it to its `compute_loss_func` when it accumulates gradients. It is
+                not corrected for labels that it counts and `ignore_index` excludes.
         """
-        logits = first_argument("logits", getattr(logits, "logits", logits), input)
+        logits = argument_or_input("logits", getattr(logits, "logits", logits), input)
         checks.check_tensor("logits", logits)
-        return self._loss(
+        return self._call_loss(
             self._loss_function, logits, target, target_weight=target_weight, reduction=reduction,
             num_items_in_batch=num_items_in_batch,
         )  # fmt: skip
@@ -205,40 +207,39 @@ class _LossOfLogits(LossOptions):
     _loss_function: Callable[..., Tensor]
 
 
-class LogitAdjustedCrossEntropyLoss(_LossOfLogits, CountedLossOptions):
-    r"""`logit_adjusted_cross_entropy` as a module that knows the class counts of its training data.
+class LogitAdjustedCrossEntropyLoss(_LogitsLoss, CountedLossOptions):
+    r"""`logit_adjusted_cross_entropy` as a module that holds the class counts of its training data.
 
     .. math:: \ell(y, f) = -\log \mathrm{softmax}(f + \tau \log \pi)_y, \qquad \pi_c = n_c / \sum_k n_k
 
     Equivalent to: ``nn.CrossEntropyLoss()(logits.float() + tau * (class_counts / class_counts.sum()).log(), target)``
     (float64 logits stay float64).
 
-    What it holds of each class follows from these arguments, and none of it is a parameter or a buffer. So it is in no
+    The module's per-class tensors follow from these arguments, and none is a parameter or a buffer. So they are in no
     `state_dict`, checkpoints load as with `nn.CrossEntropyLoss()`, and a model that is built on the meta device has the
-    right prior wherever it goes. An older checkpoint that holds a prior loads too: its prior is not used, which the
-    logger "fused_la" says where it differs.
+    right prior on every device. An older checkpoint that holds a prior loads too: its prior is not used, and the logger
+    "fused_la" warns if it differs.
 
     Args:
-        class_counts: (C,) training examples a class: a list, an array or a tensor, integer or floating; or by class, as
-            `collections.Counter(labels)`, a dict or a pandas Series has them. See `log_prior_from_counts`.
+        class_counts: (C,) training examples a class: a list, an array or a tensor, integer or floating; or counts by
+            class: `collections.Counter(labels)`, a dict or a pandas Series. See `log_prior_from_counts`.
         tau: strength of the adjustment, >= 0.
-        pseudocount: added to every count; needed if a class has no example, unless `exclude_absent` says that such
-            classes take no part.
+        pseudocount: added to every count. It is needed if a class has no example and `exclude_absent` is False.
         exclude_absent: give classes without examples a log prior of -inf: probability 0, gradient 0.
         weight: as in `logit_adjusted_cross_entropy`; or an array or a list.
-        ignore_index, reduction, label_smoothing: as there.
-        smoothing_distribution: as there; or an array or a list.
-        impl: as there.
+        ignore_index, reduction, label_smoothing: as in `logit_adjusted_cross_entropy`.
+        smoothing_distribution: as in `logit_adjusted_cross_entropy`; or an array or a list.
+        impl: as in `logit_adjusted_cross_entropy`.
 
     Attributes:
-        class_counts: what it was given, in the order of the classes. Others may be assigned between any two steps; CUDA
-            graphs and compiled code then go on with them.
-        log_prior: (C,) float32, what `log_prior_from_counts` makes of the counts: one tensor, which is written to when
-            others are assigned.
-        weight, smoothing_distribution: (C,) tensors, or None. Others may be assigned; a CUDA graph goes on with what is
-            written into them. One that requires a gradient stays the caller's, and is none of the module's parameters.
-            All three keep their digits when the module is cast to half precision: at log_prior = -12 a step of bfloat16
-            is 0.0625.
+        class_counts: the given counts, in the order of the classes. New counts may be assigned between any two steps;
+            CUDA graphs and compiled code then use them.
+        log_prior: (C,) float32, `log_prior_from_counts` of the counts. It stays one tensor: assigning new counts writes
+            to it.
+        weight, smoothing_distribution: (C,) tensors, or None. New ones may be assigned; a CUDA graph keeps using the
+            old tensors, so write into these. One that requires a gradient stays the caller's tensor and is no parameter
+            of the module. These two and `log_prior` keep their digits when the module is cast to half precision: at
+            log_prior = -12 a step of bfloat16 is 0.0625.
 
     Shape:
         logits (N, C), target (N,), and the other shapes of `logit_adjusted_cross_entropy`; a scalar unless reduction
@@ -283,22 +284,22 @@ class LogitAdjustedCrossEntropyLoss(_LossOfLogits, CountedLossOptions):
         return logit_adjusted_cross_entropy(*inputs, tau=self.tau, **options)
 
 
-class MarginCrossEntropyLoss(_LossOfLogits):
-    r"""`margin_cross_entropy` as a module that takes its `PairwiseMargin` along, to every device.
+class MarginCrossEntropyLoss(_LogitsLoss):
+    r"""`margin_cross_entropy` as a module that moves its `PairwiseMargin` with it between devices.
 
     .. math:: \ell(y, f) = \alpha_y \log\Big[1 + \sum_{c \ne y} e^{(s_c f_c + u_c) - (s_y f_y + v_y)}\Big]
 
     Args:
         margin: one of `fused_la.margins`, or one of your own.
         weight: as in `margin_cross_entropy`; or an array or a list.
-        ignore_index, reduction, label_smoothing: as there.
-        smoothing_distribution: as there; or an array or a list.
-        impl: as there.
+        ignore_index, reduction, label_smoothing: as in `margin_cross_entropy`.
+        smoothing_distribution: as in `margin_cross_entropy`; or an array or a list.
+        impl: as in `margin_cross_entropy`.
 
     Attributes:
-        margin, weight, smoothing_distribution: as given. Others may be assigned, as schedules do that reweight late. As
-            in `LogitAdjustedCrossEntropyLoss` they are neither parameters nor buffers, what requires a gradient stays
-            the caller's own, and nothing loses digits when the module is cast.
+        margin, weight, smoothing_distribution: as given. New ones may be assigned, as deferred reweighting does. As in
+            `LogitAdjustedCrossEntropyLoss` they are neither parameters nor buffers, a tensor that requires a gradient
+            stays the caller's, and none loses digits when the module is cast.
 
     Shape:
         As `LogitAdjustedCrossEntropyLoss`.
@@ -339,7 +340,7 @@ class MarginCrossEntropyLoss(_LossOfLogits):
 
     @margin.setter
     def margin(self, value: PairwiseMargin) -> None:
-        self._hold("margin", checked_margin(value))
+        self._set_per_class("margin", checked_margin(value))
 
     def _loss_function(self, *inputs: Any, **options: Any) -> Tensor:
         return margin_cross_entropy(*inputs, **options)

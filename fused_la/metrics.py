@@ -26,11 +26,11 @@ except ModuleNotFoundError as error:
 
 __all__ = ["BalancedError", "shot_groups"]
 
-_DRAWS = 1 << 20  # bootstrap draws held at a time
+_DRAWS = 1 << 20  # bootstrap draws in memory at a time
 
 
 class BalancedError(Metric):
-    r"""The mean over classes of the error rate of each class, and what long-tail results report beside it.
+    r"""The mean over classes of each class's error rate, and the other rates that long-tail results report.
 
     .. math:: \mathrm{error} = \frac{1}{C} \sum_c P(\hat y \ne c \mid y = c)
 
@@ -39,24 +39,24 @@ class BalancedError(Metric):
     - `balanced_error`: mean of the class errors; classes without examples are left out (and counted, see below).
       1 - `sklearn.metrics.balanced_accuracy_score`.
     - `balanced_error_low`, `balanced_error_high`: its bootstrap interval; see `n_bootstrap`.
-    - `top1_accuracy`: the share of all examples that is right.
+    - `top1_accuracy`: the share of all examples that are predicted correctly.
     - `many_error`, `medium_error`, `few_error`: means over the classes of more than 100, 20 to 100 and fewer than 20
       *training* examples; NaN for a group without examples here.
     - `worst_class_error`, and `worst_class` (int64): the highest class error and the first class that has it.
     - `n_absent_classes` (int64): classes without examples.
     - `class_error`: (C,), NaN for absent classes.
 
-    Over no examples rates are NaN and `worst_class` is -1. Counts are summed over ranks by `compute()`, as those of any
-    torchmetrics metric. A sampler that pads its last batches makes some examples count twice: give the padded ones the
-    label `ignore_index`. For checkpoints call `metric.persistent(True)`. `set_dtype`, `half`, `double` and `to(dtype)`
-    leave counts int64 and rates float32.
+    Over no examples rates are NaN and `worst_class` is -1. As in any torchmetrics metric, `compute()` sums counts over
+    ranks. A sampler that pads its last batches makes some examples count twice: give the padded ones the label
+    `ignore_index`. For checkpoints call `metric.persistent(True)`. `set_dtype`, `half`, `double` and `to(dtype)` leave
+    counts int64 and rates float32.
 
     With other parts of torchmetrics:
 
     - `metric["balanced_error"]` is a metric of one number. Arithmetic (`a["balanced_error"] - b["balanced_error"]`),
       `MetricTracker` (with `maximize=False`), `MinMaxMetric`, `BootStrapper` and `MultioutputWrapper` need that, and
-      `ClasswiseWrapper` needs `metric["class_error"]`. It updates the metric that it is made from, so two made from one
-      would count every batch twice: give each its own. It can be cloned but not pickled.
+      `ClasswiseWrapper` needs `metric["class_error"]`. Such a metric updates the one that it is made from, so two made
+      from one metric would count every batch twice: make each from its own. It can be cloned but not pickled.
     - `MetricCollection`, `Running`, `MultitaskWrapper` and `LambdaInputTransformer` take the metric itself.
       `MetricCollection.plot` needs `together=True`.
     - Metrics of a collection share no counts unless its `compute_groups` say so. Counts that are shared, merged, loaded
@@ -64,21 +64,21 @@ class BalancedError(Metric):
     - TorchScript cannot compile it.
 
     Args:
-        class_counts: (C,) *training* examples a class, from which the number of classes and many/medium/few follow: a
-            list, an array or a tensor, integer or floating.
+        class_counts: (C,) *training* examples a class: a list, an array or a tensor, integer or floating. It determines
+            the number of classes and many/medium/few.
         class_names: C different names; with them `scalars()` reports every class.
         ignore_index: label that is not counted.
-        n_bootstrap: resamples for the interval; 0 for none (NaN). Each draws, for every class, its examples with
-            replacement, that is the number of errors from Binomial(n_c, error_c). So the classes are held fixed, and a
-            class without errors contributes no spread.
+        n_bootstrap: number of resamples for the interval; 0 for no interval (NaN). Each resample draws the examples of
+            every class with replacement, that is, the number of errors from Binomial(n_c, error_c). So the classes are
+            held fixed, and a class without errors contributes no spread.
         confidence: of the interval, in (0, 1): from percentile (1 - confidence) / 2 to (1 + confidence) / 2.
-        seed: of the resamples, >= 0; the same counts give the same interval.
+        seed: seed of the resamples, >= 0; the same counts give the same interval.
         kwargs: as of `torchmetrics.Metric`: process_group, sync_on_compute, dist_sync_on_step, ...
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, dtype, shape, device or range; the message names it.
-        IndexError: a label or predicted class outside [0, C), on a CPU. A label outside on a GPU raises in
-            `compute()`; a predicted class outside is an error of the model there.
+        IndexError: a label or predicted class outside [0, C), on a CPU. On a GPU such a label raises in `compute()`,
+            and such a predicted class counts as an error of the model.
 
     Example:
         >>> import torch
@@ -119,41 +119,43 @@ class BalancedError(Metric):
         super().__init__(**kwargs)
         self.groups = shot_groups(class_counts)
         self.n_classes = len(self.groups["many"])
-        self.class_names = None if class_names is None else _checked_names(class_names, self.n_classes)
+        self.class_names = None if class_names is None else _checked_class_names(class_names, self.n_classes)
         self.ignore_index = checks.check_ignore_index(ignore_index)
         self.n_bootstrap = checks.check_int("n_bootstrap", n_bootstrap, 0)
         self.confidence = checks.check_number(
             "confidence", confidence, math.nextafter(0, 1), math.nextafter(1, 0), "between 0 and 1"
         )
         self.seed = checks.check_int("seed", seed, 0)
-        # The fingerprint goes where the counts go and says what they are of, in bytes, which any floating dtype holds.
-        # Its NaN keeps a collection from merging metrics whose states are equal, within a tolerance, after the first
-        # batch. It comes first because torchmetrics before 1.7 compares the first state alone.
+        # The fingerprint is a state that travels with the counts and says what they count. It holds bytes, which any
+        # floating dtype represents. Its NaN keeps a collection from merging metrics whose states are equal, within a
+        # tolerance, after the first batch. It is the first state because torchmetrics before 1.7 compares no other.
         self._fingerprint = [
             *self.ignore_index.to_bytes(8, "little", signed=True),
             *self.n_classes.to_bytes(8, "little"),
         ]
-        for name, start in self._starts().items():
-            self.add_state(name, start, dist_reduce_fx=_agreed if name == "fingerprint" else "sum")
-        # In place of deepcopies: that of a fake tensor has a fake mode of its own.
+        for name, initial in self._initial_states().items():
+            self.add_state(name, initial, dist_reduce_fx=_reduce_fingerprints if name == "fingerprint" else "sum")
+        # These clones replace torchmetrics' deepcopies: a deepcopy of a fake tensor has another fake mode.
         self._defaults = {name: getattr(self, name).clone() for name in self._defaults}
 
-    def _starts(self) -> dict[str, Tensor]:
-        # The column behind the classes counts labels that are neither a class nor ignored.
+    def _initial_states(self) -> dict[str, Tensor]:
+        # The last of the C + 1 columns counts labels that are neither a class nor ignored.
         n_correct, n_examples = torch.zeros((2, self.n_classes + 1), dtype=torch.int64)
         fingerprint = torch.tensor([math.nan, *self._fingerprint])
         return {"fingerprint": fingerprint, "n_correct": n_correct.clone(), "n_examples": n_examples.clone()}
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("prefix", "postfix") and value is None:
-            value = ""  # what a collection in a collection sets, and then takes for a string
+            value = ""  # a collection in a collection sets None, and then expects a string
         super().__setattr__(name, value)
         if name in self.__dict__.get("_defaults", ()):
-            self._computed = None  # torchmetrics keeps it when it loads or merges counts
+            self._computed = None  # torchmetrics keeps the result when it loads or merges counts
 
     def _apply(self, fn: Any, exclude_state: Sequence[str] = "") -> Any:
-        """Follow `fn` to another device, but to no other dtype: counts are integers. Behind the meta device, from which
-        `to_empty` brings memory alone, counting begins anew."""
+        """Apply a change of device, but not of dtype: counts are integers.
+
+        After the meta device the counts are reset, because `to_empty` leaves memory without values.
+        """
         had_values = not self.n_correct.is_meta
 
         def follow(tensor: Tensor) -> Tensor:
@@ -162,7 +164,8 @@ class BalancedError(Metric):
 
         super()._apply(follow, exclude_state)
         if not had_values and not self.n_correct.is_meta:
-            self._defaults = {name: start.to(self.n_correct.device) for name, start in self._starts().items()}
+            device = self.n_correct.device
+            self._defaults = {name: initial.to(device) for name, initial in self._initial_states().items()}
             self.reset()
         return self
 
@@ -187,13 +190,13 @@ class BalancedError(Metric):
             predictions = preds
         if preds.device != self.n_correct.device:
             raise ValueError(f"preds must be on the device of the metric, {self.n_correct.device}, got {preds.device}")
-        # Not in place: counts may be those of a checkpoint that others load too, or tensors of inference mode.
+        # Not in place: counts may be shared with a checkpoint that others load too, or be tensors of inference mode.
         n_correct, n_examples = self.n_correct.clone(), self.n_examples.clone()
         count_predictions(n_correct, n_examples, predictions.flatten(), target.flatten(), self.ignore_index)
         self.n_correct, self.n_examples = n_correct, n_examples
 
     def compute(self) -> dict[str, Tensor]:
-        """The rates of all that was counted; see the class."""
+        """The rates over all batches that were counted; see the class."""
         fingerprint = read_value(self.fingerprint[1:].cpu())
         if fingerprint is not None and fingerprint != self._fingerprint:
             raise ValueError(
@@ -202,7 +205,7 @@ class BalancedError(Metric):
             )
         n_correct, n_examples = read_counts(self.n_correct, self.n_examples, self.ignore_index)
         rates = mean_rates(n_correct, n_examples, self.groups)
-        rates["balanced_error_low"], rates["balanced_error_high"] = self._interval(n_correct, n_examples)
+        rates["balanced_error_low"], rates["balanced_error_high"] = self._bootstrap_interval(n_correct, n_examples)
         rates["class_error"] = class_error(n_correct, n_examples)
         worst_error, worst = rates["class_error"].nan_to_num(nan=-1.0).max(0)
         rates["worst_class_error"] = worst_error.masked_fill(worst_error < 0, math.nan)
@@ -211,16 +214,16 @@ class BalancedError(Metric):
         result["n_absent_classes"] = (n_examples == 0).sum().to(self.device)
         return result
 
-    def _interval(self, n_correct: Tensor, n_examples: Tensor) -> tuple[Tensor, Tensor]:
+    def _bootstrap_interval(self, n_correct: Tensor, n_examples: Tensor) -> tuple[Tensor, Tensor]:
         if self.n_bootstrap == 0 or not read_value(n_examples.sum()):  # 0, or None for fake tensors
             return torch.tensor(math.nan), torch.tensor(math.nan)
         present = n_examples > 0
         n = n_examples[present].numpy()
         error = 1.0 - n_correct[present].numpy() / n
         generator = np.random.default_rng(self.seed)
-        means, height = [], max(1, _DRAWS // len(n))
-        for first in range(0, self.n_bootstrap, height):
-            n_errors = generator.binomial(n, error, (min(height, self.n_bootstrap - first), len(n)))
+        means, max_resamples = [], max(1, _DRAWS // len(n))
+        for first in range(0, self.n_bootstrap, max_resamples):
+            n_errors = generator.binomial(n, error, (min(max_resamples, self.n_bootstrap - first), len(n)))
             means.append((n_errors / n).mean(1))
         ends = np.quantile(np.concatenate(means), [(1.0 - self.confidence) / 2.0, (1.0 + self.confidence) / 2.0])
         low, high = torch.from_numpy(ends)
@@ -236,36 +239,36 @@ class BalancedError(Metric):
         return flat
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Draw the rates of `val` (what `compute()` gave, or a list of that, one a step); as torchmetrics' own plots.
+        """Draw the rates of `val`, a result of `compute()` or a list with one result a step, as torchmetrics' plots do.
 
         Returns the figure (None if `ax` was given) and the axes.
         """
         val = self.compute() if val is None else val
         if isinstance(val, dict):
-            return self._plot(_drawn(val), ax)
-        return self._plot([_drawn(step) for step in val], ax)
+            return self._plot(_plotted_rates(val), ax)
+        return self._plot([_plotted_rates(step) for step in val], ax)
 
 
-def _agreed(fingerprints: Tensor) -> Tensor:
-    """The fingerprint of all rows, (rows, bytes), with NaN where they differ."""
+def _reduce_fingerprints(fingerprints: Tensor) -> Tensor:
+    """Reduce the ranks' fingerprints, (ranks, bytes), to one, with NaN in the bytes that differ."""
     first = fingerprints[0]
     return torch.where((fingerprints == first).all(0), first, math.nan)
 
 
-def _drawn(result: dict[str, Tensor]) -> dict[str, Tensor]:
+def _plotted_rates(result: dict[str, Tensor]) -> dict[str, Tensor]:
     names = ("balanced_error", "many_error", "medium_error", "few_error", "worst_class_error", "top1_accuracy")
     return {name: result[name] for name in names}
 
 
-def _checked_names(class_names: Any, n_classes: int) -> list[str]:
-    stray = (
+def _checked_class_names(class_names: Any, n_classes: int) -> list[str]:
+    invalid = (
         class_names if isinstance(class_names, str) else next((n for n in class_names if not isinstance(n, str)), None)
     )
-    if stray is not None:
-        raise TypeError(f"class_names must be strings, one a class, got {type(stray).__name__}")
+    if invalid is not None:
+        raise TypeError(f"class_names must be strings, one a class, got {type(invalid).__name__}")
     if len(class_names) != n_classes:
         raise ValueError(f"class_names must have {n_classes} names, got {len(class_names)}")
     if len(set(class_names)) != n_classes:
-        twice = next(name for i, name in enumerate(class_names) if name in class_names[:i])
-        raise ValueError(f"class_names must be different, got {twice!r} twice")
+        duplicate = next(name for i, name in enumerate(class_names) if name in class_names[:i])
+        raise ValueError(f"class_names must be different, got {duplicate!r} twice")
     return list(class_names)

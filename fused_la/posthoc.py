@@ -1,10 +1,10 @@
-"""What can still be done for rare classes, or for another prior, once a model is trained.
+"""Post-hoc corrections of a trained model for rare classes or another prior, and the choice of their tau.
 
     adjust_logits          f_c - tau * log pi_c
     divide_by_prior        f_c / pi_c^tau
     normalize_classifier   w_c / ||w_c||^tau
     estimate_prior         the class prior of examples without labels
-    TauSweep               which tau is best, for each of the first three
+    TauSweep               error rates by tau, and the best tau, for each of the first three
 
 They are for models trained with plain cross entropy. A model trained with the logit-adjusted loss predicts with its raw
 logits: adjusting again corrects twice.
@@ -29,7 +29,7 @@ __all__ = ["TauSweep", "adjust_logits", "divide_by_prior", "estimate_prior", "no
 def adjust_logits(
     logits: Tensor, log_prior: Tensor, tau: float = 1.0, *, target_log_prior: Tensor | None = None
 ) -> Tensor:
-    r"""Take the training prior out of the logits of a trained model, or put another one in its place.
+    r"""Remove the training prior from the logits of a trained model, or replace it by another one.
 
     .. math:: z_c = f_c - \tau \, (\log \pi_c - \log \pi'_c)
 
@@ -37,21 +37,22 @@ def adjust_logits(
     given. ``z.argmax(1)`` then has the least balanced error, ``z.softmax(1)`` is the posterior under pi' (tau = 1, and
     f a calibrated log posterior under pi).
 
-    tau multiplies both priors. It is the scale of the logits (f = tau * log posterior), which is what tuning tau
-    finds, and so the tau found on one test prior holds for another; at pi' = pi nothing changes, whatever tau is.
+    tau multiplies both priors. It is the scale of the logits (f = tau * log posterior), and tuning tau finds that
+    scale, so the tau found on one test prior holds for another. At pi' = pi nothing changes, whatever tau is.
 
     Args:
         logits: (C,), (N, C) or (N, C, d1, ..., dk); float16, bfloat16, float32 or float64.
         log_prior: (C,) floating, log class frequencies of training up to any constant, as `log_prior_from_counts`
-            makes them. A class at -inf was never seen, so its logit means nothing: its result is -inf for every
-            tau > 0 (the formula says +inf, which would predict it always).
+            returns them. A class at -inf was never seen, so its logit means nothing: its result is -inf for every
+            tau > 0. (The formula gives +inf, which would always predict it.)
         tau: strength of the adjustment, >= 0; 0 changes nothing.
         target_log_prior: (C,) floating, log class frequencies at test time up to any constant; a class at -inf does
-            not occur there, and gets -inf. None is uniform.
+            not occur there, and its result is -inf. None is uniform.
 
     Returns:
         float32 (float64 for float64 logits), of the shape of the logits; differentiable in logits and priors. Half
-        precision is not kept: between 8 and 16 a step of bfloat16 is 0.0625, which the adjustment is there to decide.
+        precision is not kept: between 8 and 16 a step of bfloat16 is 0.0625, and the adjustment decides
+        differences of that size.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, dtype, shape, device or range; the message names it.
@@ -72,16 +73,16 @@ def adjust_logits(
     checks.check_log_prior(log_prior, logits, tau)
     compute_dtype = _compute_dtype(logits)
     shift = log_prior.to(torch.promote_types(log_prior.dtype, compute_dtype))
-    never = log_prior == -math.inf
+    excluded = log_prior == -math.inf
     if target_log_prior is not None:
         checks.check_log_prior(target_log_prior, logits, tau, "target_log_prior")
         shift = shift - target_log_prior.to(torch.promote_types(target_log_prior.dtype, compute_dtype))
-        never = never | (target_log_prior == -math.inf)
+        excluded = excluded | (target_log_prior == -math.inf)
     if tau == 0.0:
         return logits.to(compute_dtype, copy=True)
     offset = (shift * tau).to(compute_dtype)
     adjusted = logits.to(compute_dtype) - _along_classes(offset, logits)
-    return adjusted.masked_fill(_along_classes(never, logits), -math.inf)
+    return adjusted.masked_fill(_along_classes(excluded, logits), -math.inf)
 
 
 def divide_by_prior(logits: Tensor, log_prior: Tensor, tau: float = 1.0) -> Tensor:
@@ -89,9 +90,9 @@ def divide_by_prior(logits: Tensor, log_prior: Tensor, tau: float = 1.0) -> Tens
 
     .. math:: z_c = f_c / \pi_c^{\tau}
 
-    For comparison with what was published. It has no optimality to it: a score below 0 is divided as well, so a rare
-    class with a negative score only falls further behind. `adjust_logits` has no such case. (Dividing *probabilities*
-    by the prior is `adjust_logits` of their logarithm.)
+    Use it for comparison with published results. It is not optimal: a score below 0 is divided as well, so a rare class
+    with a negative score only falls further behind. `adjust_logits` has no such case. (Dividing *probabilities* by the
+    prior is `adjust_logits` of their logarithm.)
 
     Args:
         logits: scores, (C,), (N, C) or (N, C, d1, ..., dk); float16, bfloat16, float32 or float64.
@@ -119,11 +120,11 @@ def divide_by_prior(logits: Tensor, log_prior: Tensor, tau: float = 1.0) -> Tens
     compute_dtype = _compute_dtype(logits)
     if tau == 0.0:
         return logits.to(compute_dtype, copy=True)
-    never = log_prior == -math.inf
+    excluded = log_prior == -math.inf
     wide = log_prior.to(torch.promote_types(log_prior.dtype, compute_dtype))
-    factor = (-tau * wide.masked_fill(never, 0.0)).exp().to(compute_dtype)
+    factor = (-tau * wide.masked_fill(excluded, 0.0)).exp().to(compute_dtype)
     divided = logits.to(compute_dtype) * _along_classes(factor, logits)
-    return divided.masked_fill(_along_classes(never, logits), -math.inf)
+    return divided.masked_fill(_along_classes(excluded, logits), -math.inf)
 
 
 def normalize_classifier(weight: Tensor, tau: float = 1.0) -> Tensor:
@@ -131,17 +132,17 @@ def normalize_classifier(weight: Tensor, tau: float = 1.0) -> Tensor:
 
     .. math:: \hat w_c = w_c / \lVert w_c \rVert_2^{\tau}
 
-    The bias is not part of the weight and stays as it was trained: ``F.linear(features, normalize_classifier(weight,
+    The bias is not part of the weight, and is used as trained: ``F.linear(features, normalize_classifier(weight,
     tau), bias)``. (Kang et al. train classifiers without one; leaving a trained bias out is another model.) It helps
-    where norms follow the class frequencies, as they do under SGD with momentum, and less or not at all under Adam.
+    if norms follow the class frequencies, as they do under SGD with momentum, and less or not at all under Adam.
 
     Args:
         weight: (C, n_features) floating, one row a class.
         tau: the power, >= 0; 1 gives every class the same norm, 0 changes nothing.
 
     Returns:
-        (C, n_features), in the dtype of `weight`, norms in float32 (float64); differentiable. A row of zeros stays
-        zeros.
+        (C, n_features), in the dtype of `weight`; differentiable. Norms are computed in float32 (float64 for float64).
+        A row of zeros stays zeros.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, dtype, shape or range; the message names it.
@@ -170,24 +171,24 @@ def estimate_prior(logits: Tensor, log_prior: Tensor, *, tolerance: float = 1e-6
     .. math:: \pi'_c \leftarrow \frac1N \sum_i \frac{\pi'_c \, p_i(c) / \pi_c}{\sum_k \pi'_k \, p_i(k) / \pi_k},
         \qquad p_i = \mathrm{softmax}(f_i)
 
-    until pi' has the likelihood of the examples at its maximum: expectation maximisation, started at the training
-    prior pi. The likelihood is concave in pi', so there is one maximum, and how far below it an iterate can be is
-    known: at most log of the largest factor by which a class still grows, and no more than `tolerance` at the end.
+    until pi' maximises the likelihood of the examples: expectation maximisation, started at the training prior pi. The
+    log likelihood is concave in pi', so there is one maximum. An iterate is below it by at most the log of the largest
+    factor by which a class still grows, and the last iterate by no more than `tolerance`.
 
     The estimate is as good as the model's calibration. Use it as ``adjust_logits(logits, log_prior, target_log_prior=
-    estimate_prior(logits, log_prior))``. It looks at values: on a GPU it waits for the device.
+    estimate_prior(logits, log_prior))``. It reads values: on a GPU it waits for the device.
 
     Args:
         logits: of all examples at once, (N, C), (C,) or (N, C, d1, ..., dk), finite or -inf, of a model trained with
             plain cross entropy. They are copied in float64.
         log_prior: (C,) floating, log class frequencies of training up to any constant. A class at -inf was never seen
             and is estimated as -inf.
-        tolerance: > 0, of the mean log likelihood an example, in nats.
-        max_iterations: >= 1; a warning says so if they do not suffice, and the last iterate is returned.
+        tolerance: > 0, on the mean log likelihood of an example, in nats.
+        max_iterations: >= 1; if they do not suffice, it warns and returns the last iterate.
 
     Returns:
-        Log prior of the examples, (C,), computed in float64, float32 (float64 for float64 logits), without gradient.
-        A class that no example speaks for tends to 0, that is -inf.
+        Log prior of the examples, (C,), float32 (float64 for float64 logits), computed in float64, without gradient.
+        The prior of a class that no example supports tends to 0, its log to -inf.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, dtype, shape, device or range, no rows, or a row with a
@@ -209,20 +210,20 @@ def estimate_prior(logits: Tensor, log_prior: Tensor, *, tolerance: float = 1e-6
     checks.check_log_prior(log_prior, logits, 1.0)
     prior = log_prior.detach().double().softmax(0)
     if is_fake(logits):
-        return prior.log().to(_compute_dtype(logits))  # what counts is its shape
+        return prior.log().to(_compute_dtype(logits))  # only its shape matters
     check_has_values("logits", logits, "estimate_prior")
     ratio = rows_by_classes(logits.detach()).flatten(0, 1).double() - log_prior.detach().double()
     if len(ratio) == 0:
         raise ValueError(f"logits must have at least one row, got shape {tuple(logits.shape)}")
     ratio.masked_fill_(log_prior == -math.inf, -math.inf)
-    top = ratio.amax(1, keepdim=True)
-    if not top.isfinite().all():
-        row = int((~top.isfinite()).flatten().nonzero()[0])
+    row_max = ratio.amax(1, keepdim=True)
+    if not row_max.isfinite().all():
+        row = int((~row_max.isfinite()).flatten().nonzero()[0])
         raise ValueError(
             "logits must be finite or -inf, and finite for some class with a prior in every row, "
-            f"got a largest of {top[row].item()} in row {row}"
+            f"got a largest of {row_max[row].item()} in row {row}"
         )
-    ratio = ratio.sub_(top).exp_()  # p_i(c) / pi_c up to a factor of each row, which the iteration divides out
+    ratio = ratio.sub_(row_max).exp_()  # p_i(c) / pi_c up to a factor a row, which cancels in the iteration
 
     def growth() -> Tensor:
         return (ratio @ prior).reciprocal_() @ ratio / len(ratio)
@@ -250,5 +251,5 @@ def _compute_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def _along_classes(vector: Tensor, logits: Tensor) -> Tensor:
-    """A (C,) vector, to be broadcast over the logits."""
+    """A (C,) vector, in a shape that broadcasts over the logits."""
     return vector.view(-1, *[1] * (logits.dim() - 1 - checks.class_dim(logits)))

@@ -1,10 +1,10 @@
-"""How often each class occurs, and the log prior that logit adjustment needs.
+"""Public functions that count the examples of each class and turn class counts into a log prior.
 
     n_c         = number of training examples of class c
     log_prior_c = log((n_c + a) / (sum_k n_k + C * a)),    a = pseudocount, C = number of classes
 
-Both functions run once, before training, so they look at values freely: on a GPU they wait for the device. Where there
-is none to look at, with fake tensors and while a graph is recorded, they compute without checking.
+Both functions run once, before training, so they may read values: on a GPU they wait for the device. With fake tensors
+and while a graph is recorded there are no values, and they compute without checking.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ def count_classes(
     Args:
         target: class indices in [0, n_classes) or `ignore_index`, of any shape, also empty: a tensor or
             array of any integer dtype, or a (nested) list of ints.
-        n_classes: the number of classes C. Classes that never occur, the last ones too, are counted as 0.
+        n_classes: the number of classes C. Classes that never occur, also the last ones, get the count 0.
         ignore_index: entries of this value are not counted, as in `torch.nn.functional.cross_entropy`.
-        group: a `torch.distributed` process group. The counts are summed over its ranks, and every one of
-            them has to make this call; what is wrong on one raises on all. None counts what this process holds
-            and does not communicate, not even when a default process group exists.
+        group: a `torch.distributed` process group. The counts are summed over its ranks. Every rank has to make this
+            call, and an error on one rank raises on all. With None only the target of this process is counted, without
+            communication, even if a default process group exists.
 
     Returns:
         Counts, (C,) int64, on the device of `target` (the CPU for arrays and lists).
@@ -61,20 +61,19 @@ def count_classes(
     """
     if group is None:
         return _count(target, n_classes, ignore_index)
-    from fused_la._class_parallel import (
-        exchange,  # here, because builds of PyTorch without torch.distributed can still count alone
-    )
+    from fused_la._class_parallel import exchange  # here: builds of PyTorch without torch.distributed can count too
 
     def check() -> tuple[Tensor, dict[str, Any]]:
         counts = _count(target, n_classes, ignore_index)
         return counts, {"n_classes": len(counts)}
 
-    class_counts, of_ranks = exchange.exchange_headers(exchange.ranks_of(group), "count_classes", check)
-    exchange.check_same("n_classes", "the same", [numbers["n_classes"] for numbers in of_ranks])
+    class_counts, headers = exchange.exchange_headers(exchange.ranks_of(group), "count_classes", check)
+    exchange.check_same("n_classes", "the same", [numbers["n_classes"] for numbers in headers])
     return exchange.sum_over_group(class_counts, group)
 
 
 def _count(target: Any, n_classes: Any, ignore_index: Any) -> Tensor:
+    """The counts of the target of this process."""
     n_classes = _to_int(n_classes, "n_classes")
     if n_classes < 1:
         raise ValueError(f"n_classes must be positive, got {n_classes}")
@@ -83,7 +82,7 @@ def _count(target: Any, n_classes: Any, ignore_index: Any) -> Tensor:
 
     ignored = index == ignore_index
     if is_uint64:
-        ignored &= index >= 0  # an entry from 2^63 up has wrapped around; it is out of range, never ignored
+        ignored &= index >= 0  # an entry of 2^63 or more has wrapped to a negative one: out of range, never ignored
     if is_compiled_or_traced(index):
         counts = index.new_zeros(n_classes)
         return counts.scatter_add(0, index.masked_fill(ignored, 0), (~ignored).to(torch.int64))
@@ -110,23 +109,22 @@ def log_prior_from_counts(
 
     Args:
         class_counts: examples of each class, n_c >= 0, (C,): a tensor or array of any integer or floating
-            dtype, or a sequence of numbers. Or counts by class, whose keys are the classes 0 to C - 1 in any order, as
+            dtype, or a sequence of numbers. Or a mapping whose keys are the classes 0 to C - 1 in any order:
             `collections.Counter(labels)`, a dict, or `pandas.Series(labels).value_counts()`. Fractions are fine; not
             every count may be 0.
-        pseudocount: examples that every class is credited with, a >= 0. Classes without examples need a > 0, or
-            `exclude_absent`.
-        exclude_absent: give classes without examples a log prior of -inf, so that they take no part in a loss: 10
-            classes under a head of 1,000 outputs.
+        pseudocount: examples added to every class, a >= 0. Classes without examples need a > 0, or `exclude_absent`.
+        exclude_absent: give classes without examples a log prior of -inf, which excludes them from a loss; for example
+            if a head of 1,000 outputs is trained on 10 classes.
 
     Returns:
-        Log prior, (C,) float32, finite but for what `exclude_absent` says, computed in float64; on the device of
-        `class_counts` (the CPU for arrays and sequences). It carries no gradient.
+        Log prior, (C,) float32, finite except for classes excluded by `exclude_absent`; computed in float64, on the
+        device of `class_counts` (the CPU for arrays and sequences). It carries no gradient.
 
     Raises:
         TypeError: `class_counts` is not numeric, or another argument has the wrong type.
         ValueError: `class_counts` is not one-dimensional, is empty, has a NaN, infinite or negative count,
-            or nothing but zeros; keys are not the classes 0 to C - 1; a class has no examples and neither `pseudocount`
-            nor `exclude_absent` says what that means, or both do; `pseudocount` is negative or not finite.
+            or only zeros; keys are not the classes 0 to C - 1; a class has no examples and neither `pseudocount` nor
+            `exclude_absent` is given; both are given; `pseudocount` is negative or not finite.
 
     Example:
         >>> from collections import Counter
@@ -157,12 +155,12 @@ def _to_int(value: Any, name: str) -> int:
 
 
 def _to_flat_int64(target: Any) -> tuple[Tensor, bool]:
-    """`target` as (n,) int64, and whether it was uint64, whose upper half turns negative here."""
+    """`target` as (n,) int64, and whether it was uint64: entries of 2^63 or more become negative."""
     if isinstance(target, Tensor):
         check_dense(target, "target")
         if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
             raise TypeError(f"target must be integer, got {dtype_name(target)}")
         return target.reshape(-1).to(torch.int64), target.dtype == torch.uint64
     array = to_array(target, "target", "iu", "integer")
-    # A copy in C order, because PyTorch takes no read-only, byte-swapped or reversed memory.
+    # A copy in C order, because PyTorch does not accept read-only, byte-swapped or reversed memory.
     return torch.from_numpy(array.astype(np.int64, order="C").reshape(-1)), array.dtype == np.uint64

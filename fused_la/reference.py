@@ -9,8 +9,8 @@ With m = max_c z_c, j one class that attains it, and everything else kept relati
     dloss/dz_c = (A - t_c) * p_c - t_c * (1 - p_c),    A = sum_c t_c
 
 No term cancels against another of its own size, so a row with p_y -> 1 keeps all its digits.
-Of a label with a target_offset y the loss is log1p(others_c * exp(m - y_c)), with the sum over the other classes
-others_j = rest, others_c = 1 + rest - exp(z_c - m) besides: at least the 1 of class j remains of it.
+With a target_offset the loss of label c, whose logit is then y_c, is log1p(others_c * exp(m - y_c)). The sum over its
+other classes is others_j = rest for class j, and otherwise others_c = 1 + rest - exp(z_c - m), which is at least 1.
 
 Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation 10.
 """
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fused_la._call.problem import Problem, label_loss, resolve_labels
 
-# From this length on PyTorch splits a sum to a single number over a CPU's threads (its at::internal::GRAIN_SIZE).
+# A sum to a single number of at least this length is split over a CPU's threads (PyTorch's at::internal::GRAIN_SIZE).
 _SPLIT = 1 << 15
 
 
@@ -33,15 +33,15 @@ class _Row(NamedTuple):
     z: Tensor  # (N, P, C) adjusted logits
     m: Tensor  # (N, P, 1) their maximum
     is_top: Tensor  # (N, P, C) bool: one class that attains it, j
-    dropped: Tensor | None  # (C,) bool: at log_prior = -inf
+    excluded: Tensor | None  # (C,) bool: at log_prior = -inf
     e: Tensor  # (N, P, C) exp(z - m)
     rest: Tensor  # (N, P, 1)
 
 
 def _in_order(problem: Problem) -> Problem:
-    """The problem in memory order, and a lone wide row as two equal ones: every sum then runs along its own row.
+    """The problem contiguous in memory, and a single wide row as two equal ones, so that every sum runs along one row.
 
-    Otherwise a row's bits would depend on the rows around it, and those of its gradients too, which autograd sums.
+    Otherwise the bits of a row, and of its gradients, which autograd sums, would depend on the rows around it.
     """
     logits, target, target_weight = problem.logits, problem.target, problem.target_weight
     n_outer, n_inner, n_classes = logits.shape
@@ -53,28 +53,28 @@ def _in_order(problem: Problem) -> Problem:
 
 def _row(problem: Problem, live: Tensor | None) -> _Row:
     z = problem.scaled_logits()
-    offset, dropped = problem.offset(), None
+    offset, excluded = problem.offset(), None
     if offset is not None:
-        dropped = offset == -math.inf
-        dropped = dropped & ~dropped.all()  # a prior that leaves no class must not leave a gradient of 0
-        z = torch.where(dropped, -math.inf, z + offset)
-    if live is not None:  # whatever stands in a row that does not count, it must not reach a product with 0
+        excluded = offset == -math.inf
+        excluded = excluded & ~excluded.all()  # a prior that leaves no class must not leave a gradient of 0
+        z = torch.where(excluded, -math.inf, z + offset)
+    if live is not None:  # NaN or inf in a row that does not count must not meet a factor of 0
         z = torch.where(live.unsqueeze(-1), z, 0.0)
     top = z.detach().argmax(-1, keepdim=True)
     is_top = torch.arange(z.shape[-1], device=z.device) == top
     m = z.gather(-1, top)
     e = (z - m).exp()
     rest = torch.where(is_top, 0.0, e).sum(-1, keepdim=True)
-    return _Row(z, m, is_top, dropped, e, rest + (m - m).detach())  # an infinite maximum makes the row NaN
+    return _Row(z, m, is_top, excluded, e, rest + (m - m).detach())  # an infinite maximum makes the row NaN
 
 
 def _weigh(mass: Tensor, nll: Tensor) -> Tensor:
-    """mass * nll, where no mass on an impossible class costs nothing."""
+    """mass * nll, which is 0 for a class without mass even if its nll is infinite."""
     return mass * torch.where((mass == 0) & (nll == math.inf), 0.0, nll)
 
 
 def _nll(problem: Problem, row: _Row, live: Tensor | None) -> Tensor:
-    """What each class would cost as the label, (N, P, C)."""
+    """The loss of each class as the label, (N, P, C)."""
     target_offset = problem.computed(problem.target_offset)
     if target_offset is None:
         # The gap of class j is 0 by definition, not z_j - z_j, whose two gradients would swamp that of log1p.
@@ -105,9 +105,9 @@ def loss_rows(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def gradient(problem: Problem, grad_rows: Tensor) -> Tensor:
-    """d(sum grad_rows * loss)/dz, (N, P, C), in closed form; itself differentiable in logits, log_prior, grad_rows.
+    """d(sum grad_rows * loss)/dz, (N, P, C), in closed form, which is differentiable in logits, log_prior, grad_rows.
 
-    It serves the second derivatives of the fused implementations, of problems without a target_offset.
+    The fused implementations use it for second derivatives, of problems without a target_offset.
     """
     problem, n_outer = _in_order(problem), problem.logits.shape[0]
     labels = None if problem.has_probabilities else resolve_labels(problem)
@@ -124,8 +124,8 @@ def gradient(problem: Problem, grad_rows: Tensor) -> Tensor:
     not_p = torch.where(row.is_top, row.rest / d, 1.0 - p)
     grad_rows = grad_rows.expand(row.z.shape[:2])  # first, so that a sum over classes gives a number a row
     grad = grad_rows.unsqueeze(-1) * ((total - mass) * p - mass * not_p)
-    if row.dropped is not None:
-        grad = torch.where(row.dropped, 0.0, grad)
+    if row.excluded is not None:
+        grad = torch.where(row.excluded, 0.0, grad)
     return (grad if labels is None else torch.where(labels.live.unsqueeze(-1), grad, 0.0))[:n_outer]
 
 

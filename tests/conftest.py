@@ -1,8 +1,11 @@
-"""Shared by all tests: where kernels run, and the three implementations."""
+"""Shared by all tests: where kernels run, the three implementations, and which parameters are slow."""
 
 import contextlib
+import itertools
 import os
 import pathlib
+from collections.abc import Sequence
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin take the core of another test process
 
@@ -62,6 +65,28 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         config.option.numprocesses = min(cores or 1, 8)  # of about a gigabyte each
         config.option.dist = "loadfile"
+
+
+def slow(*values: Any) -> Any:
+    """Parameters of a test with the marker slow."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def one_in(n: int, *axes: Sequence[Any]) -> list[Any]:
+    """Every combination of the values of some axes: one in `n` is quick, the others are slow.
+
+    Each value of each axis is in a quick one.
+    """
+    cases, missing = [], {(axis, place) for axis, values in enumerate(axes) for place in range(len(values))}
+    for places in itertools.product(*(range(len(values)) for values in axes)):
+        values = [axis[place] for axis, place in zip(axes, places, strict=True)]
+        if sum(places) % n:
+            cases.append(slow(*values))
+        else:
+            cases.append(pytest.param(*values))
+            missing -= set(enumerate(places))
+    assert not missing, f"{n} is too many: no quick combination has some of the values"
+    return cases
 
 
 @pytest.fixture(autouse=True)

@@ -3,9 +3,9 @@
     python tests/every_call.py compile --only losses  # a line of JSON for each call that does not compile
     python tests/every_call.py count                  # variants of each kernel, of calls that should share them
 
-Kernels are compiled by `benchmarks.static.compile_only` and never run: only the type, shape and place in memory of an
-argument matter. A call is a choice from each axis of an entry point (rows, classes, dtype, ...). Choices are combined
-so that any two values of any two axes meet in some call, but for those that no call takes together (`fits`).
+Kernels are compiled by `benchmarks.static.compile_only` and never run: only the type, shape and memory layout of an
+argument matter. A call takes one value from each axis of an entry point (rows, classes, dtype, ...). Calls are chosen
+so that any two values of two axes occur together in some call, except those that no call supports (`is_supported`).
 
 `test_every_call_compiles.py` runs this file, in processes where TRITON_INTERPRET is not set.
 """
@@ -39,11 +39,11 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 
 
 class Axes(NamedTuple):
-    """The axes of an entry point, what makes the call of a choice, and which choices there are not."""
+    """The axes of an entry point, the function that makes a call, and which choices are allowed."""
 
     values: dict[str, Sequence[Any]]
-    run: Callable[[Choice], None]
-    allowed: Callable[[Choice], bool]  # of a choice on some of the axes
+    run: Callable[[Choice], None]  # makes the call of a choice
+    allowed: Callable[[Choice], bool]  # also takes a choice on some of the axes
 
 
 # Arguments ------------------------------------------------------------------------------------------------------------
@@ -54,7 +54,7 @@ def counts_prior(n_classes: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def make_logits(n_rows: int, n_classes: int, positions: tuple[int, ...], layout: str, dtype: torch.dtype) -> Tensor:
-    """Uninitialised logits (n_rows, n_classes, *positions) in one of LAYOUTS; memory that is not touched costs none."""
+    """Uninitialised logits (n_rows, n_classes, *positions) in one of LAYOUTS; untouched memory costs nothing."""
     shape, padding = (n_rows, n_classes, *positions), 0
     if layout == "padded":  # rows begin on boundaries of 16 elements
         padding = 16 + -n_classes % 16
@@ -86,7 +86,7 @@ SHIFTED = ("adaptive", "ldam", "vectors in float64")  # margins whose two offset
 
 
 def placed(value: Tensor, place: str) -> Tensor:
-    """The same numbers one element after a boundary of 16 bytes, or two elements apart."""
+    """The same values, one element after a 16-byte boundary, or two elements apart."""
     if place == "misaligned":
         return torch.cat([value.new_empty(1), value.flatten()])[1:].view(value.shape)
     if place == "every second":
@@ -144,8 +144,8 @@ PRIOR_DTYPES = {"prior in float64": torch.float64, "prior in half": torch.bfloat
 MARGINS = ("erm", "balanced", "vector_scaling", "cdt", *SHIFTED)
 
 
-def fits(choice: Choice) -> bool:
-    """Whether a call takes these together: what only the reference computes reaches no kernel."""
+def is_supported(choice: Choice) -> bool:
+    """Whether these values go together in a call that reaches a kernel; some are left to the reference."""
     probabilities = choice.get("target", "").startswith("probabilities")
     smoothed = "smoothing" in choice.get("option", "")
     return not (
@@ -158,7 +158,7 @@ def fits(choice: Choice) -> bool:
 
 
 def differentiate(loss: Tensor, leaves: list[Tensor], mode: str) -> None:
-    """As a step does, or twice, or with another upstream gradient than 1; rows get a gradient each."""
+    """Backward as in a training step, or twice, or with an upstream gradient other than 1."""
     if mode == "evaluation":
         return
     upstream = torch.full_like(loss, 0.5) if mode == "scaled step" else torch.ones_like(loss)
@@ -237,7 +237,7 @@ def tau_sweep(choice: Choice) -> None:
 
 
 def under_a_transform(choice: Choice) -> None:
-    """torch.func's gradient and batches of it: a batch is more rows."""
+    """The loss or its gradient under torch.func.vmap, which makes more rows of a batch."""
     batch, n_rows, n_classes = choice["batch"], choice["rows"], choice["classes"]
     logits = torch.empty(batch, n_rows, n_classes, dtype=DTYPES[choice["dtype"]])
     target, target_weight = make_target(choice["target"], (batch, n_rows), n_classes, 2)
@@ -248,8 +248,8 @@ def under_a_transform(choice: Choice) -> None:
             x, y, prior, target_weight=w, reduction=choice["reduction"], impl="triton", **options
         )
 
-    of_batch = torch.func.grad(loss) if choice["mode"] == "gradient" else loss
-    torch.func.vmap(of_batch, (0, 0, None if target_weight is None else 0))(logits, target, target_weight)
+    per_example = torch.func.grad(loss) if choice["mode"] == "gradient" else loss
+    torch.func.vmap(per_example, (0, 0, None if target_weight is None else 0))(logits, target, target_weight)
 
 
 def on_one_rank(run: Callable[..., None], prefix: str) -> Callable[[Choice], None]:
@@ -276,7 +276,7 @@ LOSS: dict[str, Sequence[Any]] = {
     "loss": (*PRIORS, *MARGINS),
     "target": TARGETS,
     "option": OPTIONS,
-    "vectors": ("aligned", "misaligned", "every second"),  # the target's and those of the classes
+    "vectors": ("aligned", "misaligned", "every second"),  # memory layout of the target and of vectors over the classes
     "reduction": ("mean", "sum", "none"),
     "mode": MODES,
 }
@@ -317,15 +317,17 @@ RANK: dict[str, Sequence[Any]] = {
 }
 
 ENTRY_POINTS: dict[str, Axes] = {
-    "losses": Axes(LOSS, loss_of_logits, fits),
-    "heads": Axes(HEAD, loss_of_features, fits),
-    "tau sweep": Axes(SWEEP, tau_sweep, fits),
-    "torch.func": Axes(TRANSFORM, under_a_transform, fits),
+    "losses": Axes(LOSS, loss_of_logits, is_supported),
+    "heads": Axes(HEAD, loss_of_features, is_supported),
+    "tau sweep": Axes(SWEEP, tau_sweep, is_supported),
+    "torch.func": Axes(TRANSFORM, under_a_transform, is_supported),
     "a rank's losses": Axes(
-        {**RANK, "positions": ((),), "layout": ("contiguous", "misaligned")}, on_one_rank(loss_of_logits, ""), fits
+        {**RANK, "positions": ((),), "layout": ("contiguous", "misaligned")},
+        on_one_rank(loss_of_logits, ""),
+        is_supported,
     ),
     "a rank's heads": Axes(
-        {**RANK, "features": (1, 16), "bias": ("none", "bias")}, on_one_rank(loss_of_features, "linear_"), fits
+        {**RANK, "features": (1, 16), "bias": ("none", "bias")}, on_one_rank(loss_of_features, "linear_"), is_supported
     ),
 }
 
@@ -334,9 +336,9 @@ ENTRY_POINTS: dict[str, Axes] = {
 
 
 def combinations(axes: Axes, strength: int) -> list[Choice]:
-    """Choices in which every allowed combination of values on `strength` axes occurs; the same ones every time.
+    """Choices that hold every allowed combination of values on `strength` axes; deterministic.
 
-    Each begins with a combination that is still missing. Then axis by axis comes the value that adds most others.
+    Each choice begins with a missing combination. On every other axis it takes the value that adds most missing ones.
     """
     names, generator = list(axes.values), random.Random(0)
     missing = {
@@ -349,22 +351,22 @@ def combinations(axes: Axes, strength: int) -> list[Choice]:
     for combination in sorted(missing):
         if combination not in missing:
             continue
-        at = dict(combination)
-        rest = [name for name in names if name not in at]
+        indices = dict(combination)
+        rest = [name for name in names if name not in indices]
         generator.shuffle(rest)
         for name in rest:
             best = None
             for i in generator.sample(range(len(axes.values[name])), len(axes.values[name])):
-                if axes.allowed(chosen(axes, [*at.items(), (name, i)])):
-                    added = sum(1 for new in those_with(at, (name, i), names, strength) if new in missing)
+                if axes.allowed(chosen(axes, [*indices.items(), (name, i)])):
+                    added = sum(1 for new in combinations_with(indices, (name, i), names, strength) if new in missing)
                     if best is None or added > best[0]:
                         best = added, i
             if best is None:
-                break  # nothing on this axis goes with the choices so far
-            at[name] = best[1]
+                break  # no value on this axis goes with the values so far
+            indices[name] = best[1]
         else:
-            missing -= set(those_of(at, names, strength))
-            found.append(chosen(axes, [(name, at[name]) for name in names]))
+            missing -= set(value_combinations(indices, names, strength))
+            found.append(chosen(axes, [(name, indices[name]) for name in names]))
     return found
 
 
@@ -372,24 +374,26 @@ def chosen(axes: Axes, combination: Sequence[tuple[str, int]]) -> Choice:
     return {name: axes.values[name][i] for name, i in combination}
 
 
-def those_of(at: dict[str, int], names: list[str], strength: int) -> Iterator[tuple[tuple[str, int], ...]]:
-    return itertools.combinations([(name, at[name]) for name in names if name in at], strength)
-
-
-def those_with(
-    at: dict[str, int], new: tuple[str, int], names: list[str], strength: int
+def value_combinations(
+    indices: dict[str, int], names: list[str], strength: int
 ) -> Iterator[tuple[tuple[str, int], ...]]:
-    """The combinations of `at` and `new` that have `new` in them."""
+    return itertools.combinations([(name, indices[name]) for name in names if name in indices], strength)
+
+
+def combinations_with(
+    indices: dict[str, int], new: tuple[str, int], names: list[str], strength: int
+) -> Iterator[tuple[tuple[str, int], ...]]:
+    """The combinations of `indices` and `new` that contain `new`."""
     order = {name: i for i, name in enumerate(names)}
-    for some in itertools.combinations([(name, at[name]) for name in names if name in at], strength - 1):
+    for some in itertools.combinations([(name, indices[name]) for name in names if name in indices], strength - 1):
         yield tuple(sorted((*some, new), key=lambda item: order[item[0]]))
 
 
-# What the compiler says -----------------------------------------------------------------------------------------------
+# Failures -------------------------------------------------------------------------------------------------------------
 
 
 def innermost_cause(error: BaseException) -> str:
-    """The last exception of the chain; of a compiler's error its message and the line of the kernel it is about."""
+    """The last exception of the chain; for a compiler error its message and the line of the kernel."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line for line in str(error).splitlines() if line.strip()] or [""]
@@ -406,7 +410,7 @@ def failures(calls: Sequence[tuple[str, Callable[[], None]]]) -> Iterator[tuple[
             yield name, innermost_cause(error)
 
 
-def of_entry_point(name: str, strength: int) -> list[tuple[str, Callable[[], None]]]:
+def entry_point_calls(name: str, strength: int) -> list[tuple[str, Callable[[], None]]]:
     axes = ENTRY_POINTS[name]
     return [
         (
@@ -434,7 +438,7 @@ BASE_SWEEP = dict(
 
 
 class Shared(NamedTuple):
-    """Calls that differ in what changes from batch to batch; `most` variants of each kernel serve all of them."""
+    """Calls that differ in what changes from batch to batch; they need at most `most` variants of each kernel."""
 
     calls: list[Callable[[], None]]
     most: int
@@ -468,7 +472,7 @@ def bfloat16(*shape: int) -> Tensor:
 
 
 def alike(function: Callable[..., None], calls: Sequence[tuple[Any, ...]], name: str = "", **options: Any) -> Shared:
-    """Calls for which the first one compiles all there is to compile; with a name each passes that keyword."""
+    """Calls that share one variant of each kernel. With a `name` the last argument of each call is that keyword."""
     if name:
         return Shared(
             [functools.partial(function, *args, **{name: value}, **options) for *args, value in calls], most=1
@@ -548,7 +552,7 @@ def shared_calls() -> dict[str, Shared]:
 
 
 def count_variants(driver: Any, shared: Shared) -> tuple[dict[str, int], list[str]]:
-    """{kernel: variants that the calls launched}, and why calls failed."""
+    """({kernel: number of variants that the calls launched}, causes of failed calls)."""
     driver.launched.clear()
     causes = [cause for _, cause in failures([("", call) for call in shared.calls])]
     return dict(collections.Counter(variant.name for variant in driver.launched)), list(dict.fromkeys(causes))
@@ -557,8 +561,8 @@ def count_variants(driver: Any, shared: Shared) -> tuple[dict[str, int], list[st
 # The command ----------------------------------------------------------------------------------------------------------
 
 
-def sweep_by_the_kernel() -> None:
-    """Let a tau sweep of tensors on a CPU launch the kernel; the class it counts is 0, not what memory held."""
+def use_sweep_kernel() -> None:
+    """Make a tau sweep of CPU tensors launch the kernel; its predictions become 0, as they would be uninitialised."""
     launch_argmax = importlib.import_module("fused_la._triton.argmax").launch_argmax
     module: Any = sys.modules[TauSweep.__module__]
     module._predict = lambda *args: launch_argmax(*args).zero_()
@@ -572,23 +576,23 @@ def main() -> None:
     parser.add_argument("--strength", type=int, default=2, help="axes whose values meet in every combination")
     parser.add_argument("--whole-compiler", action="store_true")
     parser.add_argument("--part", type=int, nargs=2, default=(0, 1), metavar=("I", "N"), help="every N-th call from I")
-    given = parser.parse_args()
+    options = parser.parse_args()
     sys.path.append(str(Path(__file__).parent.parent))  # of the folder benchmarks
     from benchmarks.static.compile_only import compile_only
 
-    sweep_by_the_kernel()
-    first, step_size = given.part
+    use_sweep_kernel()
+    first, step_size = options.part
     started = time.perf_counter()
-    with compile_only(given.target, front_end_only=not given.whole_compiler) as driver:
-        if given.what == "compile":
-            names = given.only or list(ENTRY_POINTS)
-            calls = [call for name in names for call in of_entry_point(name, given.strength)][first::step_size]
+    with compile_only(options.target, front_end_only=not options.whole_compiler) as driver:
+        if options.what == "compile":
+            names = options.only or list(ENTRY_POINTS)
+            calls = [call for name in names for call in entry_point_calls(name, options.strength)][first::step_size]
             for name, cause in failures(calls):
                 print(json.dumps({"call": name, "cause": cause}), flush=True)
             summary: dict[str, Any] = {"calls": len(calls)}
         else:
             shared = shared_calls()
-            for name in (given.only or list(shared))[first::step_size]:
+            for name in (options.only or list(shared))[first::step_size]:
                 variants, causes = count_variants(driver, shared[name])
                 counted = {"calls of": name, "most": shared[name].most, "variants": variants, "causes": causes}
                 print(json.dumps(counted), flush=True)

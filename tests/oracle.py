@@ -2,7 +2,8 @@
 
     loss = sum_c t_c * log(sum_k exp(z_k - z_c)),    dloss/dz_c = sum_{k != c} (t_k * p_c - t_c * p_k)
 
-NumPy's longdouble has 64 bits of mantissa or more on Linux: what cancels here cancels far below float32 and float64.
+NumPy's longdouble has a mantissa of 64 bits or more on Linux: errors of cancellation here are far below float32 and
+float64.
 """
 
 from __future__ import annotations
@@ -38,16 +39,16 @@ def truth(
     smoothing_distribution: Tensor | None = None,
     grad_loss: Tensor | float = 1.0,
 ) -> Truth:
-    """All that a call returns, for inputs as they are (half-precision values count as exact)."""
+    """The loss and both gradients of a call, for its inputs as they are (half-precision values count as exact)."""
     dim = 0 if logits.dim() == 1 else 1
     x = np.moveaxis(_exact(logits), dim, -1)
     n_classes = x.shape[-1]
     row_shape = x.shape[:-1]
     x = x.reshape(-1, n_classes)
     prior = _exact(log_prior)
-    out = prior == -np.inf if tau > 0 else np.zeros(n_classes, dtype=bool)
+    excluded = prior == -np.inf if tau > 0 else np.zeros(n_classes, dtype=bool)
     with np.errstate(all="ignore"):
-        z = np.where(out, -np.inf, x + np.longdouble(tau) * np.where(out, 0, prior))
+        z = np.where(excluded, -np.inf, x + np.longdouble(tau) * np.where(excluded, 0, prior))
     q = (
         np.full(n_classes, np.longdouble(1) / n_classes)
         if smoothing_distribution is None
@@ -96,7 +97,7 @@ def truth(
             not_p = 1 - p
             not_p[top] = rest / (1 + rest)
             grad_z[row] = (t[row].sum() - t[row]) * p - t[row] * not_p
-        grad_z[:, out] = 0
+        grad_z[:, excluded] = 0
 
         denominator = row_weight.sum()
         if reduction == "none":

@@ -3,13 +3,13 @@
     FUSED_LA_RECORD_LAUNCHES=launches python -m pytest        # each process adds a file to that folder
     python tests/recorded_launches.py launches --jobs 2       # exit status 1 if a recorded launch does not compile
 
-The interpreter takes any argument as it is. A compiler sees types, which integers are 1 (constants) or multiples of 16
-(hints), which pointers stand on 16 bytes, and the values of constants. Two launches that agree in these are one
-`Launch`; only the first is kept, with the name of its test. The command specialises them as Triton does and runs its
-front end on each variant of a kernel that comes of it, or on as many as `--most` says: variants come first that hold
-combinations of two values which none before them holds.
+The interpreter accepts any argument. A compiler sees types, which integers are 1 (constants) or multiples of 16
+(hints), which pointers are aligned to 16 bytes, and the values of constants. Two launches that agree in these are one
+`Launch`; only the first is kept, with the name of its test. The command specialises them as Triton does and runs
+Triton's front end on each resulting variant of a kernel, or on the first `--most` of them. Variants are ordered so that
+those with new combinations of two values come first.
 
-Not recorded: kernels that are no module's own, and processes that do not import `conftest.py`.
+Kernels outside `fused_la`, and processes that do not import `conftest.py`, are not recorded.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ FOLDER = "FUSED_LA_RECORD_LAUNCHES"  # the environment variable that names the f
 
 
 class Pointer(NamedTuple):
-    """A tensor, as far as the compiler is told of it."""
+    """What the compiler knows of a tensor."""
 
     dtype: torch.dtype
     aligned: bool  # to 16 bytes
 
 
 class Launch(NamedTuple):
-    """A kernel and its arguments, each reduced to what a compiler sees."""
+    """A launch of a kernel, with each argument reduced to what a compiler sees."""
 
     module: str
     name: str
     arguments: tuple[tuple[str, Any], ...]
-    options: tuple[tuple[str, Any], ...]  # the compiler's
+    options: tuple[tuple[str, Any], ...]  # of the compiler
 
     def kernel(self) -> Any:
         return getattr(importlib.import_module(self.module), self.name)
@@ -58,7 +58,7 @@ class Launch(NamedTuple):
 
 
 def reduced(value: Any) -> Any:
-    """A pointer for a tensor, and the same integer for all that are specialised alike."""
+    """A `Pointer` for a tensor, and one integer for all integers that Triton specialises alike."""
     if isinstance(value, torch.Tensor):
         return Pointer(value.dtype, value.data_ptr() % 16 == 0)
     if isinstance(value, tuple):
@@ -85,7 +85,7 @@ def launch_of(kernel: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Launc
 
 
 def record(folder: Path) -> None:
-    """From now on, add the launches of this process to a file of its own, each as it is first seen."""
+    """From now on, append each new launch of this process to the process's file in a folder."""
     from triton.runtime import interpreter
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -109,7 +109,7 @@ def record(folder: Path) -> None:
 
 
 def recorded_in(folder: Path) -> dict[Launch, str]:
-    """{launch: a test that made it}, in an order that is the same for the same launches."""
+    """{launch: a test that made it}, in a deterministic order."""
     found: dict[str, tuple[Launch, str]] = {}
     for path in sorted(folder.glob("*.launches")):
         with path.open("rb") as file:
@@ -133,36 +133,36 @@ def argument(value: Any) -> Any:
 
 
 def specialised(launch: Launch) -> tuple[tuple[str, str], ...]:
-    """(path, what Triton makes of it) of each argument, the members of tuples apart, and of the compiler's options.
+    """(path, specialisation) of each argument, of each member of a tuple, and of the compiler's options.
 
-    Launches for which these are equal run the same compiled kernel.
+    Launches with equal results run the same compiled kernel.
     """
 
-    def of(path: str, value: Any) -> Iterator[tuple[str, str]]:
+    def leaves(path: str, value: Any) -> Iterator[tuple[str, str]]:
         if isinstance(value, (tuple, list)):
             for i, item in enumerate(value):
-                yield from of(f"{path}.{i}", item)
+                yield from leaves(f"{path}.{i}", item)
         else:
             yield path, repr(value)
 
     kernel, path = launch.kernel(), f"{launch.module}.{launch.name}"
     *_, bind = kernel.device_caches[0]
     _, specialization, _ = bind(**{name: argument(value) for name, value in launch.arguments}, **dict(launch.options))
-    return *of(path, specialization), *of(f"{path} options", launch.options)
+    return *leaves(path, specialization), *leaves(f"{path} options", launch.options)
 
 
-def in_order_of_need(variants: Sequence[Sequence[tuple[str, str]]]) -> tuple[list[int], int]:
-    """All variants, by index, and how many of the first hold every combination of two values that any of them holds.
+def covering_order(variants: Sequence[Sequence[tuple[str, str]]]) -> tuple[list[int], int]:
+    """An order of all variants, by index, and how many of the first ones hold every combination of two values.
 
-    Next comes always the one that holds most combinations which none before it holds.
+    Greedy: the next variant is the one that adds most combinations which no earlier variant holds.
     """
     uses = collections.Counter(itertools.chain.from_iterable(variants))
-    kernels = collections.Counter(variant[0][0] for variant in variants)  # the path of a kernel's first argument
+    kernels = collections.Counter(variant[0][0] for variant in variants)  # by kernel: the path of its first argument
     numbers = {leaf: i for i, leaf in enumerate(uses)}
-    new = []  # combinations of each that none before it holds; what all variants of a kernel hold makes none
+    new = []  # combinations of each that no earlier one holds; values that a kernel's variants all share are left out
     for variant in variants:
-        telling = sorted(numbers[leaf] for leaf in variant if uses[leaf] < kernels[variant[0][0]])
-        new.append({a * len(numbers) + b for a, b in itertools.combinations_with_replacement(telling, 2)})
+        distinguishing = sorted(numbers[leaf] for leaf in variant if uses[leaf] < kernels[variant[0][0]])
+        new.append({a * len(numbers) + b for a, b in itertools.combinations_with_replacement(distinguishing, 2)})
     heap = [(-len(combinations), i) for i, combinations in enumerate(new)]
     heapq.heapify(heap)
     order: list[int] = []
@@ -170,7 +170,7 @@ def in_order_of_need(variants: Sequence[Sequence[tuple[str, str]]]) -> tuple[lis
     while heap:
         _, i = heapq.heappop(heap)
         new[i] -= seen
-        if heap and -len(new[i]) > heap[0][0]:  # another one may hold more
+        if heap and -len(new[i]) > heap[0][0]:  # another variant may add more
             heapq.heappush(heap, (-len(new[i]), i))
         elif new[i] or not order:
             seen |= new[i]
@@ -181,7 +181,7 @@ def in_order_of_need(variants: Sequence[Sequence[tuple[str, str]]]) -> tuple[lis
 
 
 def compile_launches(launches: Sequence[Launch], target: str) -> list[tuple[Launch, str]]:
-    """Those that Triton's front end refuses, and why."""
+    """The launches that Triton's front end refuses, and why."""
     from every_call import innermost_cause
 
     from benchmarks.static.compile_only import compile_only
@@ -198,12 +198,12 @@ def compile_launches(launches: Sequence[Launch], target: str) -> list[tuple[Laun
 
 
 def variants_of(launches: Sequence[Launch], target: str) -> tuple[list[Launch], int]:
-    """A launch for each variant of a kernel, in order of need, and how many of them are needed."""
+    """A launch for each variant of a kernel, in `covering_order`, and how many of the first hold all combinations."""
     from benchmarks.static.compile_only import compile_only
 
     with compile_only(target, front_end_only=True):
-        by_variant = {specialised(launch): launch for launch in reversed(launches)}  # the first of equals
-    order, n_needed = in_order_of_need(list(by_variant))
+        by_variant = {specialised(launch): launch for launch in reversed(launches)}  # of equal ones the first launch
+    order, n_needed = covering_order(list(by_variant))
     of_variants = list(by_variant.values())
     return [of_variants[i] for i in order], n_needed
 
@@ -216,17 +216,21 @@ def main() -> int:
     parser.add_argument("--most", type=int, default=sys.maxsize, metavar="N", help="variants to compile (default: all)")
     parser.add_argument("--jobs", type=int, default=1, metavar="J", help="processes (default: 1)")
     parser.add_argument("--target", default="sm_90")
-    given = parser.parse_args()
-    sys.path.append(str(Path(__file__).parent.parent))  # of the folder benchmarks, here and in the processes
+    options = parser.parse_args()
+    sys.path.append(
+        str(Path(__file__).parent.parent)
+    )  # so that this process and its children find the folder benchmarks
     started = time.perf_counter()
-    recorded = recorded_in(given.folder)
+    recorded = recorded_in(options.folder)
     if not recorded:
-        sys.exit(f"{given.folder} holds no launches: run the tests with {FOLDER}={given.folder}")
-    variants, n_needed = variants_of(list(recorded), given.target)
-    launches = variants[: given.most]
-    parts = [launches[i :: given.jobs] for i in range(given.jobs)]
-    with concurrent.futures.ProcessPoolExecutor(given.jobs, multiprocessing.get_context("spawn")) as pool:
-        refused = list(itertools.chain.from_iterable(pool.map(compile_launches, parts, [given.target] * given.jobs)))
+        sys.exit(f"{options.folder} holds no launches: run the tests with {FOLDER}={options.folder}")
+    variants, n_needed = variants_of(list(recorded), options.target)
+    launches = variants[: options.most]
+    parts = [launches[i :: options.jobs] for i in range(options.jobs)]
+    with concurrent.futures.ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
+        refused = list(
+            itertools.chain.from_iterable(pool.map(compile_launches, parts, [options.target] * options.jobs))
+        )
     for launch, cause in refused:
         values = ", ".join(f"{name}={value}" for name, value in launch.arguments)
         print(f"{launch.name} does not compile: {cause}\n    of {recorded[launch]}\n    {values}")
@@ -239,6 +243,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from recorded_launches import main as main_of_module  # whose classes are those that were pickled
+    from recorded_launches import main as main_of_module  # its classes are those that were pickled
 
     sys.exit(main_of_module())

@@ -3,7 +3,7 @@
 An offset that is formed in 32 bits wraps around at 2^31 elements and reads another place. On a CPU this needs no
 memory: the logits are a view of a sparse file in which only the few elements that the view names were written. Every
 view begins 2^31 elements into its file, so that an offset that wrapped would find a hole of zeros, not the void.
-`test_rows_past_2_31_elements_on_a_gpu` and the slow test are about real memory.
+The tests with the marker large are about real memory.
 """
 
 import json
@@ -13,6 +13,7 @@ from itertools import accumulate
 
 import pytest
 import torch
+from conftest import one_in
 from torch.profiler import ProfilerActivity, profile
 
 import fused_la._tiled.blocks
@@ -183,7 +184,7 @@ def free_memory(device):
 
 
 @pytest.mark.gpu
-@pytest.mark.slow
+@pytest.mark.large
 @pytest.mark.parametrize("impl", ["triton"])
 def test_rows_past_2_31_elements_on_a_gpu(impl, device):
     """Logits and gradient of more than 2^31 elements: the last rows are those of a call on them alone."""
@@ -203,7 +204,7 @@ def test_rows_past_2_31_elements_on_a_gpu(impl, device):
         assert torch.equal(lone_gradient, gradient[only])
 
 
-@pytest.mark.slow
+@pytest.mark.large
 def test_one_row_of_more_than_2_31_classes(tmp_path, device):
     """All logits are 0 but three; the prior plays no part (tau = 0), for as float32 it would take 8 GB."""
     n_classes = LIMIT + 5
@@ -257,9 +258,15 @@ def peak_memory(step, trace):
     return max(accumulate(sizes)), max(sizes)
 
 
-@pytest.mark.parametrize("options", ["labels", "smoothing", "probabilities"])
-@pytest.mark.parametrize("learned", [False, True], ids=["log_prior fixed", "log_prior learned"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("dtype", "learned", "options"),
+    one_in(
+        4,
+        [torch.float16, torch.bfloat16, torch.float32, torch.float64],
+        [False, True],
+        ["labels", "smoothing", "probabilities"],
+    ),
+)
 def test_blocked_takes_the_memory_of_one_block_beyond_the_gradient(dtype, learned, options, tmp_path, device):
     """Counted with what PyTorch allocates in an operator: half-precision logits widened, a gradient summed in float64.
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import one_in
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -244,8 +245,7 @@ def lone_rows(impl):
     return [0, 3] if impl == "triton" else [0, 1, 3, 4, 16]
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "options"), one_in(4, DTYPES, OPTIONS))
 def test_row_bits_do_not_depend_on_the_batch_or_the_position_in_it(impl, device, dtype, options):
     for n_classes in class_counts(impl):
         problem = wide_problem(device, dtype, 5 if impl == "triton" else 17, n_classes, options)

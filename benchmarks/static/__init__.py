@@ -1,1 +1,1 @@
-"""What compiles the kernels and counts without a device: instructions, registers, launches and time on the host."""
+"""Kernels compiled without a device: their instructions and registers, their launches, and host time of a step."""

@@ -1,19 +1,19 @@
 """A Triton driver that compiles kernels and launches nothing, for machines without a GPU.
 
-Triton's interpreter runs a kernel's Python: it specialises no argument, compiles nothing, and says nothing of what a
-launch costs the host. Under this driver a call takes the path that it takes on a GPU, up to the launch itself:
+Triton's interpreter runs a kernel as Python: it specialises no argument, compiles nothing, and does not show what a
+launch costs the host. Under this driver a call takes the same path as on a GPU, up to the launch itself:
 
     with compile_only("sm_90") as driver:  # TRITON_INTERPRET must not be set
-        loss = logit_adjusted_cross_entropy(logits, target, log_prior, impl="triton")  # of tensors on a CPU
+        loss = logit_adjusted_cross_entropy(logits, target, log_prior, impl="triton")  # tensors on a CPU
     driver.launches()  # how often each kernel was launched, by name
-    driver.compiled  # the name of a kernel for each of its variants that was compiled, or found compiled on disk
+    driver.compiled  # a kernel's name for each variant that was compiled or found in the cache on disk
 
-It shows which calls cannot compile as Triton specialises them (a size of 1 is a constant, multiples of 16 are hints),
-which calls compile anew, how many launches a step makes, and how long they keep the host busy. It computes nothing:
-every result is what memory happened to hold.
+It shows which calls do not compile once Triton has specialised them (a size of 1 is a constant, multiples of 16 are
+hints), which calls compile again, how many launches a step makes, and how long they keep the host busy. It computes
+nothing: results are uninitialised memory.
 
-With `front_end_only` a kernel is specialised and lowered from Python to Triton's intermediate representation, which is
-where almost all faults of a kernel's source are found, and the rest of the compiler is left out.
+With `front_end_only` a kernel is specialised and lowered from Python to Triton's intermediate representation, which
+finds almost all faults of a kernel's source. The rest of the compiler is skipped.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ from triton.backends import backends
 from triton.backends.compiler import GPUTarget
 
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)}
-# What Triton asks of a device before it launches a kernel: an H100's.
+# The device properties that Triton reads before a launch: those of an H100.
 PROPERTIES = {"max_shared_mem": 232448, "multiprocessor_count": 132, "max_num_regs": 65536, "warpSize": 32}
 
 
 class Variant(NamedTuple):
-    """A kernel as it was specialised for some calls; `number` is its place among all that were compiled."""
+    """A kernel specialised for some calls; `number` is its index among all compiled variants."""
 
     name: str
     number: int
 
 
-def name_of(source: Any) -> str:
-    """The kernel's, and whether it is the one of a loss's two passes that takes an upstream gradient."""
+def kernel_name(source: Any) -> str:
+    """The kernel's name, with " backward" if it is a pass of a loss with an upstream gradient."""
     of_loss = "loss" in source.signature and source.signature.get("upstream", "constexpr") != "constexpr"
     return f"{source.fn.__name__}{' backward' * of_loss}"
 
 
 class CompileOnlyDriver:
-    """What Triton asks of a driver, and a record of what happened under it."""
+    """The interface of a Triton driver; it records compilations and launches."""
 
     def __init__(self, target: str) -> None:
         self.target = TARGETS[target]
@@ -65,7 +65,7 @@ class CompileOnlyDriver:
             by_name[variant.name] += n
         return by_name
 
-    # Of the driver --------------------------------------------------------------------------------------------------
+    # Driver interface -------------------------------------------------------------------------------------------------
 
     def get_current_target(self) -> GPUTarget:
         return self.target
@@ -89,8 +89,8 @@ class CompileOnlyDriver:
         return name
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
-        """What launches a compiled kernel; Triton makes one for each variant."""
-        variant, launched = Variant(name_of(source), len(self.compiled)), self.launched
+        """The launcher of a compiled kernel; Triton makes one for each variant."""
+        variant, launched = Variant(kernel_name(source), len(self.compiled)), self.launched
         self.compiled.append(variant.name)
 
         def launch(*_: Any) -> None:
@@ -98,7 +98,7 @@ class CompileOnlyDriver:
 
         return launch
 
-    # Of its utilities -----------------------------------------------------------------------------------------------
+    # Driver utilities -------------------------------------------------------------------------------------------------
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         return PROPERTIES
@@ -114,7 +114,7 @@ class CompileOnlyDriver:
 def compile_only(target: str = "sm_90", *, front_end_only: bool = False) -> Iterator[CompileOnlyDriver]:
     """Triton compiles for the target and launches nothing, and impl="triton" takes tensors on a CPU.
 
-    What is compiled within stays with its kernel after: one process, one target, one of the two ways to compile.
+    Kernels keep what was compiled in this context: use one target and one of the two ways to compile in a process.
     """
     if knobs.runtime.interpret:
         raise RuntimeError("unset TRITON_INTERPRET: interpreted kernels are not compiled")
@@ -133,9 +133,9 @@ def compile_only(target: str = "sm_90", *, front_end_only: bool = False) -> Iter
 
 @contextlib.contextmanager
 def without_back_end() -> Iterator[None]:
-    """Kernels are lowered to Triton's intermediate representation and verified, and no further; binaries are empty.
+    """Kernels are lowered to Triton's intermediate representation and verified; their binaries are empty.
 
-    They are cached in a folder of their own, for Triton knows its own binaries by their source.
+    Empty binaries go to a separate cache folder, because Triton finds real binaries by the same source.
     """
     compiler: Any = backends["nvidia"].compiler
     original = compiler.add_stages

@@ -1,7 +1,7 @@
-"""The kernels as the launchers call them, compiled for GPUs that need not be here.
+"""Compile the kernels with the arguments that the launchers pass, for a GPU that this machine need not have.
 
-The launchers run with a recorder in the place of the launch itself: what they would have launched is a `Call`, and
-`source` specialises its kernel as Triton does at run time.
+The launchers run with a recorder in place of the launch itself. Each recorded launch is a `Call`, and `ast_source`
+specialises its kernel as Triton does at run time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 from fused_la._call.problem import Problem
 from fused_la._tiled.softmax import empty_state, prepare
 
-# Modules, where the package holds functions of the same names.
+# Imported by name: the package has functions with the names of some of these modules.
 passes_module = importlib.import_module("fused_la._triton.loss")
 launch_module = importlib.import_module("fused_la._triton.launch_config")
 argmax_module = importlib.import_module("fused_la._triton.argmax")
@@ -39,30 +39,30 @@ KERNELS = {
     argmax_module: ("_argmax_kernel",),
     head_module: ("_parts_kernel", "_join_kernel", "_gradient_kernel"),
 }
-NAMES = {getattr(module, name): name for module, names in KERNELS.items() for name in names}
+KERNEL_NAMES = {getattr(module, name): name for module, names in KERNELS.items() for name in names}
 
 
 class Call(NamedTuple):
-    """A kernel as a launcher calls it."""
+    """A launch of a kernel: its grid, its arguments by name, and its options."""
 
     name: str
     kernel: Any
     grid: tuple[int, int, int]
     arguments: dict[str, Any]
-    options: dict[str, Any]  # the compiler's, num_warps among them
+    options: dict[str, Any]  # of the compiler, with num_warps
 
 
 # Problems -------------------------------------------------------------------------------------------------------------
 
-# "learned prior" is "label" and one kernel more.
-COMMON = ("learned prior", "two labels", "margin", "weights, smoothing", "probabilities", "images")
-OTHERS = ("two labels, margin", "no prior", "sum", "none", "post hoc")
-HEADS = ("head", "head, two labels, margin", "head, weights, smoothing", "head, probabilities")
-VARIANTS = ("label", *COMMON, *OTHERS, *HEADS)
+# "learned prior" launches the kernels of "label" and one more.
+COMMON_VARIANTS = ("learned prior", "two labels", "margin", "weights, smoothing", "probabilities", "images")
+RARE_VARIANTS = ("two labels, margin", "no prior", "sum", "none", "post hoc")
+HEAD_VARIANTS = ("head", "head, two labels, margin", "head, weights, smoothing", "head, probabilities")
+VARIANTS = ("label", *COMMON_VARIANTS, *RARE_VARIANTS, *HEAD_VARIANTS)
 
 
 def make_problem(variant: str, n_rows: int, n_classes: int, dtype: torch.dtype, row_step: int | None) -> Problem:
-    """Rows of logits, row_step elements apart, and the arguments that a variant has; no value ever matters."""
+    """A problem of a variant, with rows of logits row_step elements apart; values are never read."""
     variant = variant.removeprefix("head, ")
     if variant == "images":
         logits = torch.empty(n_rows, n_classes, 9, dtype=dtype).transpose(1, 2)
@@ -91,14 +91,14 @@ def make_problem(variant: str, n_rows: int, n_classes: int, dtype: torch.dtype, 
 
 
 @contextlib.contextmanager
-def recorded() -> Iterator[list[Call]]:
-    """Calls of the kernels within, none of which runs."""
+def record_launches() -> Iterator[list[Call]]:
+    """The list of kernel launches in this context; none of them runs."""
     calls: list[Call] = []
 
     def record(variant: Any, grid: Any, *arguments: Any) -> None:
         named = dict(zip(variant.kernel.arg_names, (*arguments, *variant.constants), strict=True))
         options = {"num_warps": variant.num_warps, **launch_module.NO_FP_FUSION}
-        calls.append(Call(NAMES[variant.kernel], variant.kernel, grid, named, options))
+        calls.append(Call(KERNEL_NAMES[variant.kernel], variant.kernel, grid, named, options))
 
     launch = variants_module.Variant.launch
     variants_module.Variant.launch = record
@@ -109,57 +109,59 @@ def recorded() -> Iterator[list[Call]]:
 
 
 @contextlib.contextmanager
-def on(target: GPUTarget) -> Iterator[None]:
-    """Launches as for a GPU of this architecture, with an H100's multiprocessors and level-2 cache."""
+def launching_for(target: GPUTarget) -> Iterator[None]:
+    """Launch as on a GPU of this architecture, with the multiprocessors and level-2 cache of an H100."""
     device = launch_module.Device(132, 50 << 20, target.warp_size)
     modules = (passes_module, head_module)
     originals = [(module, module.device_of) for module in modules]
     for module, _ in originals:
-        setattr(module, "device_of", lambda _: device)  # noqa: B010, of modules whose names no checker knows
-    forget_plans()
+        setattr(module, "device_of", lambda _: device)  # noqa: B010, type checkers do not know these modules' names
+    clear_plan_cache()
     try:
         yield
     finally:
         for module, device_of in originals:
             setattr(module, "device_of", device_of)  # noqa: B010
-        forget_plans()
+        clear_plan_cache()
 
 
-def forget_plans() -> None:
-    passes_module.plan.cache_clear()
+def clear_plan_cache() -> None:
+    passes_module.plan_launches.cache_clear()
 
 
 def calls_of(problem: Problem, variant: str, target_name: str) -> list[Call]:
-    """What training steps launch, each kernel once: forward with and without the gradient, and backward; or what
-    predicts with many tau."""
-    if variant in HEADS:
-        with on(TARGETS[target_name]):
-            return calls_of_head(problem)
+    """Launches of training steps, each kernel once: forward with and without the gradient, and backward.
+
+    For "post hoc" it is the launch that predicts with many tau.
+    """
+    if variant in HEAD_VARIANTS:
+        with launching_for(TARGETS[target_name]):
+            return head_calls(problem)
     reduction = variant if variant in ("sum", "none") else "mean"
-    with on(TARGETS[target_name]), recorded() as calls:
+    with launching_for(TARGETS[target_name]), record_launches() as calls:
         if variant == "post hoc":
             argmax_module.launch_argmax(problem.logits, None, torch.empty(32, problem.logits.shape[2]))
             return calls
         loss, workspace, _, signature = passes_module.forward(problem, reduction, False)
         upstream, learned, n_calls = torch.empty_like(loss), variant == "learned prior", len(calls)
         _, _, gradient, _ = passes_module.forward(problem, reduction, True)
-        calls[n_calls:] = [] if gradient is None else calls[-1:]  # what prepares is the same
+        calls[n_calls:] = [] if gradient is None else calls[-1:]  # the prepare kernel is the same
         passes_module.backward(problem, reduction, workspace, upstream, True, learned, None, signature)
     return calls
 
 
-def calls_of_head(problem: Problem) -> list[Call]:
-    """What a step launches for a tile of a head's logits: as many classes as the problem has, and a bias."""
+def head_calls(problem: Problem) -> list[Call]:
+    """Launches of a step for a tile of a head's logits with a bias; the tile has all classes of the problem."""
     rows, dtype = prepare(problem, tiled=True), problem.compute_dtype
     n_rows, _, n_classes = problem.logits.shape
     logits = torch.empty(n_rows, n_classes, dtype=dtype)
     state = empty_state(rows.candidates.z[..., 0])
     block, chunk = (slice(0, n_rows), slice(0, 1)), slice(0, n_classes)
-    with recorded() as calls:
+    with record_launches() as calls:
         epilogue = head_module.Epilogue(rows, logits.numel(), torch.empty(n_classes), problem.logits.dtype)
         epilogue.update(block, chunk, logits, state)
-        of_labels = torch.empty_like(rows.candidates.z)
-        epilogue.gradient_of(state, state.m, of_labels)(block, chunk, logits)
+        grad_candidates = torch.empty_like(rows.candidates.z)
+        epilogue.gradient_of(state, state.m, grad_candidates)(block, chunk, logits)
     return calls
 
 
@@ -171,41 +173,41 @@ POINTERS = {
 }  # fmt: skip
 
 
-def source(call: Call) -> ASTSource:
-    """The kernel specialised for a call, as Triton does at run time: for 1, for multiples of 16, for None."""
+def ast_source(call: Call) -> ASTSource:
+    """The kernel specialised for a call as Triton does at run time: for 1, for multiples of 16, for None."""
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
 
-    def specialise(value: Any, path: tuple[int, ...], frozen: bool, by_place: bool) -> Any:
+    def specialise(value: Any, path: tuple[int, ...], unspecialised: bool, by_alignment: bool) -> Any:
         if isinstance(value, tuple):
             types = [specialise(item, (*path, i), False, True) for i, item in enumerate(value)]
             return type(value)(*types) if hasattr(value, "_fields") else tuple(types)
         if isinstance(value, Tensor):
-            if by_place and value.data_ptr() % 16 == 0:
+            if by_alignment and value.data_ptr() % 16 == 0:
                 attributes[path] = [["tt.divisibility", 16]]
             return POINTERS[value.dtype]
-        if isinstance(value, int) and not isinstance(value, bool) and (frozen or value != 1):
-            if not frozen and value % 16 == 0:
+        if isinstance(value, int) and not isinstance(value, bool) and (unspecialised or value != 1):
+            if not unspecialised and value % 16 == 0:
                 attributes[path] = [["tt.divisibility", 16]]
             return "i32" if -(2**31) <= value < 2**31 else "i64"
         constants[path] = value
         return "constexpr"
 
     signature = {}
-    for at, parameter in enumerate(call.kernel.params):
+    for index, parameter in enumerate(call.kernel.params):
         value = call.arguments[parameter.name]
         if parameter.is_constexpr:
-            constants[(at,)] = value
+            constants[(index,)] = value
             signature[parameter.name] = "constexpr"
         elif parameter.annotation_type and parameter.do_not_specialize:
             signature[parameter.name] = parameter.annotation_type
         else:
             signature[parameter.name] = specialise(
-                value, (at,), parameter.do_not_specialize, not parameter.do_not_specialize_on_alignment
+                value, (index,), parameter.do_not_specialize, not parameter.do_not_specialize_on_alignment
             )
     return ASTSource(call.kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
-def compiled(call: Call, target_name: str) -> Any:
-    """What Triton makes of a call for a target: `.asm` has every stage."""
-    return triton.compile(source(call), target=TARGETS[target_name], options=call.options)
+def compile_call(call: Call, target_name: str) -> Any:
+    """The compiled kernel of a call for a target; its `.asm` has every stage."""
+    return triton.compile(ast_source(call), target=TARGETS[target_name], options=call.options)

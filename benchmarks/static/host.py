@@ -1,9 +1,9 @@
-"""python -m benchmarks host: how long a step keeps the host busy, what it launches, and what its first call compiles.
+"""python -m benchmarks host: host time of a step, its launches, and what its first call compiles.
 
-Kernels are compiled and not launched (`compile_only`), so that no GPU is needed and none is waited for. What is left of
-a step is Python, PyTorch's operators on tiny CPU tensors, and Triton's launch up to the driver. Times are those of one
-process with one thread, in which all providers of a shape take turns; first steps are those of fresh processes with an
-empty cache. On a GPU PyTorch's operators launch kernels, too, which costs them more than here.
+Kernels are compiled and not launched (`compile_only`), so that no GPU is needed or waited for. What is left of a step
+is Python, PyTorch's operators on tiny CPU tensors, and Triton's launch up to the driver. All providers of a shape take
+turns in one process with one thread. First steps run in fresh processes with an empty cache. On a GPU PyTorch's
+operators launch kernels too, which costs more than here.
 """
 
 from __future__ import annotations
@@ -73,43 +73,43 @@ def quack(case: Case, device: str) -> Loss:
     return loss
 
 
-def everywhere(provider: str, **changes: Any) -> Provider:
+def on_any_device(provider: str, **changes: Any) -> Provider:
     return replace(PROVIDERS[provider], not_on={}, **changes)
 
 
 COMPILED = "the same in a graph that torch.compile made, fullgraph, with Inductor"
-HOSTS: dict[str, Provider] = {
+HOST_PROVIDERS: dict[str, Provider] = {
     provider.name: provider
     for provider in (
         PROVIDERS["eager"],
         PROVIDERS["torch.compile"],
-        everywhere("fused_la triton"),
-        everywhere(
+        on_any_device("fused_la triton"),
+        on_any_device(
             "fused_la triton",
             name="fused_la triton, torch.compile",
             description=COMPILED,
             load=compiled_fused,
         ),
-        everywhere(
+        on_any_device(
             "Liger-Kernel", description="liger_cross_entropy; offset folded into the logits beforehand, not timed"
         ),
-        everywhere("QuACK", load=quack),
+        on_any_device("QuACK", load=quack),
         PROVIDERS["fused_la blocked"],
         PROVIDERS["eager head"],
-        everywhere("fused_la head", name="fused_la head triton", load=fused_head),
-        everywhere(
+        on_any_device("fused_la head", name="fused_la head triton", load=fused_head),
+        on_any_device(
             "fused_la head",
             name="fused_la head triton, torch.compile",
             description=COMPILED,
             load=compiled_fused_head,
         ),
-        everywhere("Liger-Kernel linear"),
+        on_any_device("Liger-Kernel linear"),
     )
 }
-ON_CPU = ("eager", "fused_la blocked")  # of the last case, the CPU implementation's: both compute it
+CPU_PROVIDERS = ("eager", "fused_la blocked")  # providers of the last case; both compute it on the CPU
 CASES = (Case(4, 64, "float32"), Case(4, 64, "float32", n_features=16), Case(239, 10, "float32"))
-FIRST = (Case(256, 8142, "bfloat16"), Case(256, 8142, "bfloat16", n_features=64))
-TURN = 10  # calls of a provider before the next one's
+FIRST_STEP_CASES = (Case(256, 8142, "bfloat16"), Case(256, 8142, "bfloat16", n_features=64))
+CALLS_PER_TURN = 10  # calls of a provider before the next provider's turn
 MODES = {
     "inference": "the loss of logits (features, weight, bias) that do not require grad",
     "forward": "the loss of those that do",
@@ -127,30 +127,34 @@ UNITS = {
 Record = dict[str, Any]
 
 
-def names_of(case: Case) -> list[str]:
-    """The providers of a case: those of logits or of a head."""
+def provider_names(case: Case) -> list[str]:
+    """Names of the providers of a case: losses of logits, or of a head."""
     if case == CASES[2]:
-        return list(ON_CPU)
-    return [name for name, one in HOSTS.items() if one.head == bool(case.n_features) and name != "fused_la blocked"]
+        return list(CPU_PROVIDERS)
+    return [
+        name
+        for name, provider in HOST_PROVIDERS.items()
+        if provider.head == bool(case.n_features) and name != "fused_la blocked"
+    ]
 
 
-# In a process of its own ----------------------------------------------------------------------------------------------
+# In a fresh process ---------------------------------------------------------------------------------------------------
 
 
-def steps_of(name: str, case: Case) -> dict[str, Callable[[], object]]:
-    """What is timed in each mode."""
-    provider, batch = HOSTS[name], make_batch(case, "cpu")
+def make_steps(name: str, case: Case) -> dict[str, Callable[[], object]]:
+    """The function to time in each mode."""
+    provider, batch = HOST_PROVIDERS[name], make_batch(case, "cpu")
     loss = provider.load(case, "cpu")
-    given = provider.inputs(batch.leaves, batch.log_prior)
-    leaves = tuple(leaf.detach().requires_grad_() for leaf in given)
+    inputs = provider.inputs(batch.leaves, batch.log_prior)
+    leaves = tuple(leaf.detach().requires_grad_() for leaf in inputs)
     return {
-        "inference": lambda: loss(given, batch),
+        "inference": lambda: loss(inputs, batch),
         "forward": lambda: loss(leaves, batch),
         "both": lambda: torch.autograd.grad(loss(leaves, batch), leaves),
     }
 
 
-def why_not(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     if isinstance(error, UnavailableError):
         return str(error)
     lines = [line for line in str(error).splitlines() if line.strip()] or [""]
@@ -158,14 +162,14 @@ def why_not(error: BaseException) -> str:
 
 
 def take_turns(case: Case, names: Sequence[str], target: str, rounds: int) -> Iterator[Record]:
-    """Host time and launches of each provider, all in this process."""
+    """Host time and launches of each provider, measured in this process."""
     torch.set_num_threads(1)
     with compile_only(target) as driver:
         steps: dict[str, dict[str, Callable[[], object]]] = {}
         launches: dict[str, int] = {}
         for name in names:
             try:
-                steps[name] = steps_of(name, case)
+                steps[name] = make_steps(name, case)
                 for step in steps[name].values():
                     for _ in range(min(30, rounds)):
                         step()
@@ -174,35 +178,35 @@ def take_turns(case: Case, names: Sequence[str], target: str, rounds: int) -> It
                 launches[name] = driver.launched.total()
             except Exception as error:
                 steps.pop(name, None)
-                yield {"provider": name, "status": "not available", "reason": why_not(error)}
+                yield {"provider": name, "status": "not available", "reason": reason_of(error)}
         times: dict[tuple[str, str], list[float]] = {(name, mode): [] for name in steps for mode in MODES}
-        for _ in range(math.ceil(rounds / TURN)):
-            for (name, mode), so_far in times.items():
+        for _ in range(math.ceil(rounds / CALLS_PER_TURN)):
+            for (name, mode), samples in times.items():
                 step = steps[name][mode]
-                for _ in range(TURN):
+                for _ in range(CALLS_PER_TURN):
                     begin = time.perf_counter()
                     step()
-                    so_far.append(time.perf_counter() - begin)
+                    samples.append(time.perf_counter() - begin)
         for name in steps:
             host_us = {mode: sorted(times[name, mode])[len(times[name, mode]) // 4] * 1e6 for mode in MODES}
             yield {"provider": name, "status": "timed", "host_us": host_us, "launches": launches[name]}
 
 
 def first_step(case: Case, name: str, target: str) -> Record:
-    """Seconds and compiled kernels of the first step of a process."""
+    """Seconds and compiled kernels of the first step in this process."""
     torch.set_num_threads(1)
     with compile_only(target) as driver:
         try:
-            step = steps_of(name, case)["both"]
+            step = make_steps(name, case)["both"]
             begin = time.perf_counter()
             step()
         except Exception as error:
-            return {"provider": name, "status": "not available", "reason": why_not(error)}
+            return {"provider": name, "status": "not available", "reason": reason_of(error)}
         return {"provider": name, "status": "timed", "s": time.perf_counter() - begin, "compiled": driver.compiled}
 
 
 def in_fresh_process(task: dict[str, Any], timeout: float = 600.0) -> list[Record]:
-    """The records of a task, whose kernels are not interpreted, and with empty caches of Triton and Inductor."""
+    """Records of a task in a fresh process without Triton's interpreter, with empty Triton and Inductor caches."""
     with tempfile.TemporaryDirectory() as cache:
         env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         env |= {"TRITON_CACHE_DIR": f"{cache}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor"}
@@ -224,7 +228,7 @@ def failed(name: str, reason: str) -> Record:
     return {"provider": name, "status": "failed", "reason": reason}
 
 
-def do(task: dict[str, Any]) -> Iterator[Record]:
+def run_task(task: dict[str, Any]) -> Iterator[Record]:
     case = Case(**task["case"])
     if task["what"] == "first":
         yield from (first_step(case, name, task["target"]) for name in task["names"])
@@ -237,7 +241,7 @@ def do(task: dict[str, Any]) -> Iterator[Record]:
 
 def measure(options: argparse.Namespace) -> Iterator[Record]:
     def names(case: Case) -> list[str]:
-        return [name for name in names_of(case) if not options.providers or name in options.providers]
+        return [name for name in provider_names(case) if not options.providers or name in options.providers]
 
     def task(what: str, case: Case, providers: list[str]) -> dict[str, Any]:
         return {
@@ -252,18 +256,18 @@ def measure(options: argparse.Namespace) -> Iterator[Record]:
         if names(case):
             for record in in_fresh_process(task("turns", case, names(case))):
                 yield {"case": str(case), "what": "turns", **record}
-    for case in FIRST:
+    for case in FIRST_STEP_CASES:
         for name in names(case):
             runs = []
             for _ in range(options.processes):
                 runs += in_fresh_process(task("first", case, [name]))
                 if runs[-1]["status"] != "timed":
                     break
-            yield {"case": str(case), "what": "first", **together(runs)}
+            yield {"case": str(case), "what": "first", **combine_runs(runs)}
 
 
-def together(runs: list[Record]) -> Record:
-    """One record of a first step in several processes."""
+def combine_runs(runs: list[Record]) -> Record:
+    """Combine the records of a first step in several processes."""
     if runs[-1]["status"] != "timed":
         return runs[-1]
     seconds, compiled = [run["s"] for run in runs], runs[0]["compiled"]
@@ -278,7 +282,7 @@ def together(runs: list[Record]) -> Record:
     }
 
 
-def line_of(record: Record) -> str:
+def format_record(record: Record) -> str:
     start = f"{record['case']:24} {record['provider']:36} "
     if record["status"] != "timed":
         return start + f"{record['status']}: {record['reason']}"
@@ -324,8 +328,8 @@ def markdown(document: report.Document) -> str:
 
 
 def listing() -> str:
-    lines = [f"  host: {DESCRIPTION}", *(f"    {case}" for case in (*CASES, *FIRST))]
-    lines += [f"    by {name}: {provider.description}" for name, provider in HOSTS.items()]
+    lines = [f"  host: {DESCRIPTION}", *(f"    {case}" for case in (*CASES, *FIRST_STEP_CASES))]
+    lines += [f"    by {name}: {provider.description}" for name, provider in HOST_PROVIDERS.items()]
     return "\n".join(lines)
 
 
@@ -338,7 +342,7 @@ def parse(arguments: Sequence[str], results: Path) -> argparse.Namespace:
     )
     parser.add_argument("--list", action="store_true", help="list cases and providers, and stop")
     parser.add_argument("--out", type=Path, default=results, help=f"folder for results (default: {results.name}/ here)")
-    parser.add_argument("--providers", nargs="+", metavar="NAME", choices=HOSTS, help="only these")
+    parser.add_argument("--providers", nargs="+", metavar="NAME", choices=HOST_PROVIDERS, help="only these")
     parser.add_argument("--target", default="sm_90", choices=("sm_80", "sm_90", "sm_100"), help="GPU to compile for")
     parser.add_argument("--rounds", type=int, default=1000, help="calls of each provider in each mode (default: 1000)")
     parser.add_argument("--processes", type=int, default=3, help="fresh ones for each first step (default: 3)")
@@ -366,7 +370,7 @@ def main(arguments: Sequence[str], results: Path) -> int:
         "device": {"name": name, "threads": 1, "cores": os.cpu_count(), "compiled_for": options.target},
         "versions": machine.versions(),
         "units": UNITS,
-        "providers": {key: one.description for key, one in HOSTS.items()},
+        "providers": {key: provider.description for key, provider in HOST_PROVIDERS.items()},
         "interrupted": True,  # until the end
         "results": [],
     }
@@ -375,7 +379,7 @@ def main(arguments: Sequence[str], results: Path) -> int:
         for record in measure(options):
             document["results"].append(record)
             report.write_json(path, document)
-            print(line_of(record), flush=True)
+            print(format_record(record), flush=True)
         document["interrupted"] = False
     report.write_json(path, document)
     report.write_atomically(path.with_suffix(".md"), markdown(document))
@@ -386,5 +390,5 @@ def main(arguments: Sequence[str], results: Path) -> int:
 
 
 if __name__ == "__main__":
-    for one in do(json.loads(sys.argv[1])):
-        print(json.dumps(one), flush=True)
+    for record in run_task(json.loads(sys.argv[1])):
+        print(json.dumps(record), flush=True)

@@ -1,1 +1,1 @@
-"""What times: the cases, who is measured, the clocks, processes of their own, and the report."""
+"""Timing on a device: cases, providers, the check against float64, clocks, worker processes and reports."""

@@ -1,4 +1,4 @@
-"""What is measured: shapes, dtypes and kinds of target, the named selections of them, and their inputs."""
+"""Benchmark cases (shape, dtype, kind of target), the named selections of cases, and their input tensors."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ TARGETS = ("hard", "two-label", "soft")
 MODES = ("forward", "backward", "both")
 CLASSES = (1000, 8142, 8192, 32768, 131072, 262144, 1048576)
 ROWS = (64, 256, 512, 2048)
-BIG = 0  # as n_rows: as many rows as make the logits 4 times the device's level-2 cache
-SHARE = 0.3  # of the first of two labels
+BIG = 0  # n_rows of a case whose logits are 4 times the device's level-2 cache
+SHARE = 0.3  # weight of the first of two labels
 
 
 @dataclass(frozen=True)
 class Case:
-    """Logits of (n_rows, n_classes) in a dtype; with n_features, the head that makes them counts too."""
+    """A loss of (n_rows, n_classes) logits in a dtype; with n_features, of the head that computes these logits."""
 
     n_rows: int
     n_classes: int
@@ -36,8 +36,10 @@ class Case:
 
     @property
     def upstream(self) -> float:
-        """What a step's loss is scaled by in backward: in float16 the gradient of a mean over many rows underflows, so
-        there as many as the rows, as a GradScaler has it; a power of two that float16 holds."""
+        """The loss scale of backward: 1, but in float16 the power of two at n_rows or above, at most 2^15.
+
+        Without it the float16 gradient of a mean over many rows underflows. A GradScaler does the same.
+        """
         return 1.0 if self.dtype != "float16" else 2.0 ** min(15, math.ceil(math.log2(self.n_rows)))
 
     @property
@@ -52,37 +54,39 @@ class Case:
 
 
 def least_bytes(case: Case, mode: str) -> int:
-    """The least that any implementation moves. An element of e bytes: forward e, backward 2e (read, and the gradient
-    written), both 2e (the gradient written while the row is near). A dense soft target is read once in each, 4 bytes.
+    """The least bytes that any implementation moves.
+
+    An element of e bytes costs e in forward, 2e in backward (read, gradient written), and 2e in both (gradient written
+    while the row is cached). A dense soft target is read once in each mode, 4 bytes an element.
     """
     target = 4 * case.n_rows * case.n_classes if case.target == "soft" else 0
     return case.logits_bytes * (1 if mode == "forward" else 2) + target
 
 
 def head_flops(case: Case, mode: str) -> int:
-    """Of the matrix products that a head needs: logits in forward, gradients of features and weight in backward."""
+    """Operations of a head's matrix products: logits in forward, gradients of features and weight in backward."""
     products = {"forward": 1, "backward": 2, "both": 3}[mode]
     return 2 * products * case.n_rows * case.n_features * case.n_classes
 
 
 @dataclass(frozen=True)
 class Selection:
-    """A named list of cases with the way in which they are measured."""
+    """A list of cases and how they are measured."""
 
     description: str
     cpu: tuple[Case, ...]
     gpu: tuple[Case, ...]
-    memory: tuple[str, ...] = ("held", "returned")  # states of a CPU's memory, see `timing`
-    minutes: float = math.inf  # after which no further measurement begins
-    seconds: float = 1.0  # spent on each figure on a CPU; a third of it on a GPU
-    processes: int = 0  # fresh ones for each provider and case; 0: one process for all
+    memory: tuple[str, ...] = ("held", "returned")  # states of a CPU's memory, see `clocks`
+    minutes: float = math.inf  # no measurement begins later than this
+    seconds: float = 1.0  # for each figure on a CPU; on a GPU a third of it
+    processes: int = 0  # fresh processes for each provider and case; 0: one process for all
 
 
 def _product(rows: Iterable[int], classes: Iterable[int], dtypes: Iterable[str], target: str = "hard") -> list[Case]:
     return [Case(r, c, d, target) for d in dtypes for c in classes for r in rows]
 
 
-_EAGER_PAYS_FOR_PAGES = (
+_PAGE_FAULT_CASES = (
     Case(512, 8142, "float32"),
     Case(512, 8142, "bfloat16"),
     Case(64, 262144, "float32"),
@@ -96,7 +100,7 @@ _GPU_HEADS = (
 SELECTIONS = {
     "quick": Selection(
         "every provider; a GPU: 8142 and 8192 classes, many rows and 256, and one head; a CPU: the README's shapes",
-        cpu=(*_EAGER_PAYS_FOR_PAGES, Case(239, 10, "float32"), Case(256, 8142, "float32", n_features=128)),
+        cpu=(*_PAGE_FAULT_CASES, Case(239, 10, "float32"), Case(256, 8142, "float32", n_features=128)),
         gpu=(
             Case(BIG, 8142, "bfloat16"),
             Case(256, 8142, "bfloat16"),
@@ -153,7 +157,7 @@ SELECTIONS = {
     ),
     "script": Selection(
         "as a plain training script on a CPU: eager and fused_la in turn, nothing else on the heap, five processes",
-        cpu=_EAGER_PAYS_FOR_PAGES,
+        cpu=_PAGE_FAULT_CASES,
         gpu=(),
         memory=("fresh",),
         seconds=5.0,
@@ -165,7 +169,7 @@ SELECTIONS = {
 def with_axes(
     cases: Sequence[Case], rows: Sequence[int] = (), classes: Sequence[int] = (), dtypes: Sequence[str] = ()
 ) -> list[Case]:
-    """The cases with every given axis in place of their own, each combination once."""
+    """The cases with each given axis replaced by the given values, each combination once."""
     return list(
         dict.fromkeys(
             replace(case, n_rows=r, n_classes=c, dtype=d)
@@ -178,7 +182,7 @@ def with_axes(
 
 
 def with_rows(case: Case, cache_bytes: int) -> Case:
-    """The case with its number of rows, where it was "big"."""
+    """The case, with a number of rows in place of BIG."""
     if case.n_rows != BIG:
         return case
     return replace(case, n_rows=math.ceil(4 * cache_bytes / (case.n_classes * case.torch_dtype.itemsize)))
@@ -186,12 +190,12 @@ def with_rows(case: Case, cache_bytes: int) -> Case:
 
 @dataclass
 class Batch:
-    """What a training step hands to the loss."""
+    """Input tensors of one training step."""
 
-    leaves: tuple[Tensor, ...]  # (logits,), or of a head (features, weight, bias)
-    target: Tensor  # (N,) labels, (N, 2) labels with shares, or (N, C) probabilities
+    leaves: tuple[Tensor, ...]  # (logits,), or (features, weight, bias) for a head
+    target: Tensor  # (N,) labels, (N, 2) labels weighted by shares, or (N, C) probabilities
     shares: Tensor | None  # (N, 2)
-    targets: tuple[Tensor, ...]  # the same for F.cross_entropy: one call, or two of them for two labels
+    targets: tuple[Tensor, ...]  # the same as targets of F.cross_entropy: one tensor, or one for each of two labels
     log_prior: Tensor  # (C,) float32
 
 

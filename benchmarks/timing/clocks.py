@@ -1,12 +1,12 @@
-"""Time and memory of one step.
+"""Clocks and memory meters for one step on a GPU or a CPU.
 
-On a GPU: `device_times`, by device events with the level-2 cache holding something else; `wall_times`, from the call
-until the device has finished, caches as the last step left them; and a CUDA graph's replay by device events.
+On a GPU: `device_times` uses device events, with the level-2 cache filled with other data; `wall_times` lasts from the
+call until the device has finished, with caches as the last step left them; a CUDA graph's replay uses device events.
 
-On a CPU: `alternating_times`, a step of eager cross entropy before each one that is timed. Much of a step there is page
-faults, if the C library has handed the memory of the last step back to the system. It does or does not by what else is
-on the heap, so both states are made: "held" as the process happens to be, "returned" with `malloc_trim` (glibc) before
-every step, so that a step pays for each page that it touches. "fresh" is a process with nothing else on its heap.
+On a CPU: `alternating_times` runs a step of eager cross entropy before each timed step. Much of a step is page faults
+if the C library has returned the memory of the last step to the system, which depends on what else is on the heap. So
+there are two states: "held" is the process as it is; "returned" calls `malloc_trim` (glibc) before every step, so that
+a step pays for each page that it touches. "fresh" is a process with nothing else on its heap.
 """
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ MIN_ROUNDS, MAX_ROUNDS = 5, 101
 
 @dataclass
 class Step:
-    """A loss with its inputs, to be run again and again."""
+    """A loss with its inputs, which can run many times."""
 
     loss: Loss
     leaves: tuple[Tensor, ...]  # they require grad
     batch: Batch
-    originals: tuple[Tensor, ...] | None = None  # of leaves that the loss overwrites
-    upstream: float = 1.0  # what backward begins with
+    originals: tuple[Tensor, ...] | None = None  # copies of the leaves, if the loss overwrites them
+    upstream: float = 1.0  # upstream gradient of the loss
 
     def restore(self) -> None:
-        """Put back what the loss overwrites."""
+        """Restore the inputs that the loss overwrites."""
         for leaf, original in zip(self.leaves, self.originals or (), strict=False):
             leaf.detach().copy_(original)
 
     def reset(self) -> None:
-        """As it was before the first run: without gradients, which may share memory with overwritten inputs."""
+        """Return to the state before the first run. Gradients go too: they may share memory with overwritten inputs."""
         for leaf in self.leaves:
             leaf.grad = None
         self.restore()
 
     def value(self) -> Tensor:
-        """The loss with what its gradient needs."""
+        """The loss, with its graph for backward."""
         return self.loss(self.leaves, self.batch)
 
     def forward(self) -> Tensor:
@@ -61,7 +61,7 @@ class Step:
 
     def both(self) -> Tensor:
         value = self.value()
-        if value.requires_grad:  # not where it is a yardstick
+        if value.requires_grad:  # a provider that is no loss has no gradient
             self.backward(value)
         return value.detach()
 
@@ -69,7 +69,7 @@ class Step:
         value.backward(None if self.upstream == 1.0 else torch.full_like(value, self.upstream))
 
     def mode(self, mode: str) -> tuple[Callable[[], Any], Callable[[Any], object]]:
-        """What precedes each timed run of a mode, and the run, of what that returned."""
+        """(prepare, run) of a mode: each timed run(prepared) follows an untimed prepared = prepare()."""
 
         def prepare_backward() -> Tensor:
             self.reset()
@@ -83,7 +83,7 @@ class Step:
 
 
 def n_rounds(one_round: Callable[[], object], seconds: float, device: str) -> int:
-    """An odd number of rounds for this time, by the second of two, which warm up too."""
+    """An odd number of rounds that take about `seconds`, estimated from the second of two warm-up rounds."""
     one_round()
     synchronize(device)
     start = time.perf_counter()
@@ -121,7 +121,7 @@ def device_times(
 def wall_times(
     prepare: Callable[[], Any], run: Callable[[Any], object], rounds: int, device: str = "cuda"
 ) -> list[float]:
-    """Milliseconds from each call until the device has finished."""
+    """Milliseconds from the begin of each run until the device has finished."""
     times = []
     for _ in range(rounds):
         prepared = prepare()
@@ -134,13 +134,13 @@ def wall_times(
 
 
 def cache_flush(cache_bytes: int) -> Callable[[], object]:
-    """Reads 4 times the level-2 cache, so that it holds clean lines of other data."""
+    """A function that reads 4 times the level-2 cache, which then holds clean lines of other data."""
     buffer = torch.zeros(max(4 * cache_bytes, 2**28) // 4, device="cuda")
     return buffer.amax
 
 
 def captured(step: Step) -> Callable[[], object]:
-    """Forward and backward as a CUDA graph; replays it."""
+    """Capture forward and backward as a CUDA graph; returns its replay."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -163,18 +163,18 @@ def can_return_memory() -> bool:
 
 
 def return_memory() -> None:
-    """Hand all free memory back to the system."""
+    """Return all free memory to the system."""
     ctypes.CDLL(None).malloc_trim(0)
 
 
 def alternating_times(
     step: Step, eager: Step, mode: str, seconds: float, memory: str
 ) -> tuple[list[float], list[float]]:
-    """Milliseconds of each run, and of the run of eager cross entropy before each."""
+    """Milliseconds of each run of the step, and of the eager run before it."""
 
-    def one(which: Step) -> float:
-        prepare, run = which.mode(mode)
-        which.reset()
+    def timed_run(measured_step: Step) -> float:
+        prepare, run = measured_step.mode(mode)
+        measured_step.reset()
         if memory == "returned":
             return_memory()
         prepared = prepare()
@@ -184,11 +184,11 @@ def alternating_times(
         run(prepared)
         elapsed = (time.perf_counter() - start) * 1e3
         del prepared
-        which.reset()
+        measured_step.reset()
         return elapsed
 
-    rounds = n_rounds(lambda: (one(eager), one(step)), seconds, "cpu")
-    pairs = [(one(eager), one(step)) for _ in range(rounds)]
+    rounds = n_rounds(lambda: (timed_run(eager), timed_run(step)), seconds, "cpu")
+    pairs = [(timed_run(eager), timed_run(step)) for _ in range(rounds)]
     return [pair[1] for pair in pairs], [pair[0] for pair in pairs]
 
 
@@ -196,7 +196,7 @@ def alternating_times(
 
 
 def copy_bandwidth(device: str, n_bytes: int, flush: Callable[[], object] = lambda: None) -> float:
-    """GB/s of one tensor copied into another, bytes read and bytes written."""
+    """GB/s of copying one tensor into another, counting bytes read and bytes written."""
     source = torch.zeros(n_bytes // 4, device=device)
     destination = torch.zeros_like(source)
 
@@ -213,20 +213,20 @@ def copy_bandwidth(device: str, n_bytes: int, flush: Callable[[], object] = lamb
 
 
 def free_memory(device: str) -> int:
-    """Bytes."""
+    """Free bytes of the device, or of the machine for a CPU."""
     if device == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info()[0]
-    available = re.search(r"MemAvailable: *(\d+) kB", _read("/proc/meminfo"))
+    available = re.search(r"MemAvailable: *(\d+) kB", _read_text("/proc/meminfo"))
     return int(available[1]) * 1024 if available else 2**62  # unknown
 
 
 def peak_memory(run: Callable[[], object], device: str) -> int | None:
-    """Bytes of one run beyond what was there before, its gradients included; None where it cannot be told.
+    """Peak bytes of one run above those before it, gradients included; None if they cannot be measured.
 
-    On a GPU what PyTorch's allocator handed out. On a CPU the growth of the resident set, all free memory having been
-    returned to the system, by the peak that Linux keeps.
+    On a GPU these are the bytes that PyTorch's allocator gave out. On a CPU all free memory is returned to the system
+    first, and the result is the growth of the resident set to the peak that Linux records.
     """
     gc.collect()
     if device == "cuda":
@@ -236,21 +236,21 @@ def peak_memory(run: Callable[[], object], device: str) -> int | None:
         return torch.cuda.max_memory_allocated() - before
     try:
         return_memory()
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        before = _resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        before = _resident_bytes("VmRSS")
         run()
-        return _resident("VmHWM") - before
+        return _resident_bytes("VmHWM") - before
     except (AttributeError, OSError, TypeError):
         return None
 
 
-def _resident(name: str) -> int:
-    found = re.search(rf"{name}:\s*(\d+) kB", _read("/proc/self/status"))
+def _resident_bytes(name: str) -> int:
+    found = re.search(rf"{name}:\s*(\d+) kB", _read_text("/proc/self/status"))
     assert found is not None
     return int(found[1]) * 1024
 
 
-def _read(path: str) -> str:
+def _read_text(path: str) -> str:
     try:
         return Path(path).read_text()
     except OSError:
@@ -258,6 +258,6 @@ def _read(path: str) -> str:
 
 
 def summary(times: Sequence[float]) -> dict[str, Any]:
-    """Median, lower and upper quartile in milliseconds, and how many they are of."""
+    """Median and quartiles in milliseconds, and the number of rounds."""
     low, median, high = statistics.quantiles(times, n=4, method="inclusive")
     return {"ms": median, "ms_low": low, "ms_high": high, "rounds": len(times)}

@@ -1,4 +1,4 @@
-"""What a run was made on and with."""
+"""Facts about the machine, the device, the versions and the commit of a run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PACKAGES = ("triton", "numpy", "pytest-benchmark", "matplotlib")
 
 
 def first_line(*command: str) -> str:
-    """Of what a command prints, "" if it cannot be run or fails."""
+    """The first line that a command prints, "" if it cannot run or fails."""
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=20, cwd=Path(__file__).parent, check=True
@@ -39,7 +39,7 @@ def cpu_name() -> str:
 
 
 def slug(name: str) -> str:
-    """A folder's name."""
+    """A name as a folder name."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "unknown"
 
 
@@ -68,7 +68,7 @@ def device_facts(device: str) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """None where a package is not installed."""
+    """Versions of Python and of packages; None for a package that is not installed."""
     found: dict[str, str | None] = {
         "python": platform.python_version(),
         "fused_la": fused_la.__version__,
@@ -84,7 +84,7 @@ def versions() -> dict[str, str | None]:
 
 
 def commit() -> str:
-    """Of the checkout, with "+" if files have changed since; "unknown" outside one."""
+    """The commit of the checkout, with "+" if tracked files have changed; "unknown" outside a checkout."""
     found = first_line("git", "rev-parse", "HEAD")
     return (found + ("+" if first_line("git", "status", "--porcelain", "--untracked-files=no") else "")) or "unknown"
 

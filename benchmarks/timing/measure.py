@@ -1,4 +1,4 @@
-"""One provider on one case: checked against float64, then timed. Every figure is a record of its own."""
+"""Measure one provider on one case: check it against float64, then time it. Each figure is one record."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import torch
 
 from benchmarks.timing import clocks
 from benchmarks.timing.cases import MODES, Batch, Case, head_flops, least_bytes, make_batch
-from benchmarks.timing.check import BLOCK, EXACT, Errors, allowed, errors
+from benchmarks.timing.check import BLOCK, EXACT, Errors, error_limits, errors
 from benchmarks.timing.clocks import Step
-from benchmarks.timing.providers import PROVIDERS, Provider, UnavailableError, as_they_are, baseline, folded
+from benchmarks.timing.providers import PROVIDERS, Provider, UnavailableError, baseline, fold_offset, unchanged_inputs
 
 Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Job:
-    """One provider on one case, as it goes to a process of its own."""
+    """One provider on one case, as it is sent to a worker process."""
 
     case: Case
     provider: str
@@ -49,23 +49,25 @@ class Job:
 
 
 class GpuBrokenError(Exception):
-    """The process cannot use its GPU any more."""
+    """The process can no longer use its GPU."""
 
 
 def bytes_needed(case: Case, provider: Provider, device: str, check: bool = True) -> int:
-    """An upper bound of the memory of a step and its check, by what each provider allocates."""
+    """An upper bound of the memory of a step and its check, from the provider's `buffers`."""
     elements = case.n_rows * case.n_classes
-    others = baseline(case).buffers if device == "cpu" else 0  # which runs in turn there
-    buffers = 4 * elements * max(provider.buffers, others)
+    eager_buffers = baseline(case).buffers if device == "cpu" else 0  # eager runs in turn on a CPU
+    buffers = 4 * elements * max(provider.buffers, eager_buffers)
     targets = 4 * elements if case.target == "soft" else 0
     if case.n_features:
         size = case.torch_dtype.itemsize
-        inputs = 3 * size * (case.n_classes + case.n_rows) * (case.n_features + 64)  # folded too, and gradients
+        inputs = 3 * size * (case.n_classes + case.n_rows) * (case.n_features + 64)  # inputs, folded inputs, gradients
         exact = (24 * elements + 8 * BLOCK[device] * 4) if check else 0
         return inputs + buffers + targets + exact
-    kept = 2 if provider.inputs is as_they_are else 4  # logits and gradient; folded logits, for the check too
+    n_copies = (
+        2 if provider.inputs is unchanged_inputs else 4
+    )  # logits and gradient; also folded logits, for step and check
     exact = 8 * max(BLOCK[device], case.n_classes) * 6 if check else 0
-    return kept * case.logits_bytes + buffers + targets + exact
+    return n_copies * case.logits_bytes + buffers + targets + exact
 
 
 def make_step(provider: Provider, case: Case, batch: Batch, device: str) -> Step:
@@ -78,10 +80,10 @@ def make_step(provider: Provider, case: Case, batch: Batch, device: str) -> Step
 
 
 def check(provider: Provider, case: Case, batch: Batch, step: Step, device: str) -> tuple[Record, str]:
-    """Its errors, and what is wrong with them, "" if nothing is."""
-    has_offset = provider.inputs is as_they_are
-    # The input that it gets: the raw logits and the offset, or the folded ones.
-    own = batch.leaves if has_offset else folded(batch.leaves, batch.log_prior)
+    """A record of the provider's errors, and which of them exceed their limits ("" if none does)."""
+    has_offset = provider.inputs is unchanged_inputs
+    # The input that the provider gets: raw logits and the offset, or folded logits without one.
+    inputs = batch.leaves if has_offset else fold_offset(batch.leaves, batch.log_prior)
     offset = batch.log_prior if has_offset else None
 
     def errors_of(step: Step, provider: Provider) -> tuple[Errors, Errors]:
@@ -96,25 +98,25 @@ def check(provider: Provider, case: Case, batch: Batch, step: Step, device: str)
         for loss in (evaluated, value):
             if loss.shape != ():
                 raise RuntimeError(f"the loss has shape {tuple(loss.shape)}")
-        found = errors(own, offset, batch, value, gradients, step.upstream)
-        exact = value.double() / (1 + found.loss)  # close enough for the loss of evaluation
-        apart = float((evaluated.double() - value.double()).abs() / exact.abs())
-        of_folding = EXACT
+        found = errors(inputs, offset, batch, value, gradients, step.upstream)
+        exact = value.double() / (1 + found.loss)  # close enough to judge the loss of evaluation
+        evaluation_error = float((evaluated.double() - value.double()).abs() / exact.abs())
+        folding_errors = EXACT
         if not has_offset:
-            of_folding = errors(batch.leaves, batch.log_prior, batch, value, gradients, step.upstream)
+            folding_errors = errors(batch.leaves, batch.log_prior, batch, value, gradients, step.upstream)
         step.reset()
-        return found._replace(loss=found.loss + apart), of_folding
+        return found._replace(loss=found.loss + evaluation_error), folding_errors
 
-    of_eager = EXACT
+    eager_errors = EXACT
     if case.n_features and provider is not baseline(case):
-        of_eager, _ = errors_of(make_step(baseline(case), case, batch, device), baseline(case))
-    found, of_folding = errors_of(step, provider)
-    limits = allowed(case.torch_dtype, provider.rounds_loss, of_eager)
+        eager_errors, _ = errors_of(make_step(baseline(case), case, batch, device), baseline(case))
+    found, folding_errors = errors_of(step, provider)
+    limits = error_limits(case.torch_dtype, provider.rounds_loss, eager_errors)
     record = {
         "loss_error": found.loss,
         "gradient_error": found.gradient,
         "row_error": found.row,
-        "folding_error": None if has_offset else of_folding.gradient,
+        "folding_error": None if has_offset else folding_errors.gradient,
     }
     wrong = [
         f"{name} is off by {error:.2g} of itself, more than {limit:.2g}"
@@ -125,7 +127,7 @@ def check(provider: Provider, case: Case, batch: Batch, step: Step, device: str)
 
 
 def measure(job: Job, provider: Provider | None = None) -> Iterator[Record]:
-    """Records of a job. What fails is a record too; only an unusable GPU raises."""
+    """Records of a job. A failure is a record too; only an unusable GPU raises."""
     provider = provider or PROVIDERS[job.provider]
     reason = provider.reason_against(job.case, job.device)
     if reason:
@@ -154,7 +156,7 @@ def measure(job: Job, provider: Provider | None = None) -> Iterator[Record]:
         return
     except Exception as error:
         yield failure(job, error)
-        _raise_if_broken(job.device)
+        raise_if_gpu_broken(job.device)
         return
     if not job.time:
         return
@@ -166,12 +168,15 @@ def measure(job: Job, provider: Provider | None = None) -> Iterator[Record]:
             yield failure(job, error, **setting)
             if setting["timer"] == "graph":
                 raise GpuBrokenError("a capture that failed may leave the allocator in a state of its own") from error
-            _raise_if_broken(job.device)
+            raise_if_gpu_broken(job.device)
 
 
 def settings(job: Job, provider: Provider) -> list[dict[str, str]]:
-    """What is timed: on a CPU every mode as it is and both together in other states of memory, on a GPU every mode by
-    device events, and where the logits fit in the cache both together by the clock and as a CUDA graph."""
+    """Combinations of mode, timer and memory state to time.
+
+    On a CPU: every mode in the first memory state, and forward + backward in the others. On a GPU: every mode by device
+    events; if the logits fit in the cache, also forward + backward by wall time and as a CUDA graph.
+    """
     modes = job.modes if provider.is_loss else ("both",)
     if job.device == "cpu":
         return [
@@ -200,7 +205,7 @@ def figures(job: Job, step: Step, provider: Provider, mode: str, timer: str, mem
         flush = clocks.cache_flush(job.cache_bytes) if timer != "wall" else (lambda: None)
         if timer == "graph":
             replay = clocks.captured(step)
-            # Resetting puts overwritten inputs back; it must leave the gradient that the graph writes.
+            # `restore`, not `reset`: the gradients that the graph writes must stay.
             prepare, run = (step.restore, lambda _: replay())
         rounds = clocks.n_rounds(lambda: (run(prepare()), flush()), job.seconds / 3, job.device)
         if timer == "wall":
@@ -226,7 +231,7 @@ def failure(job: Job, error: BaseException, **settings: Any) -> Record:
     return job.record("failed", reason, traceback=text, **settings)
 
 
-def _raise_if_broken(device: str) -> None:
+def raise_if_gpu_broken(device: str) -> None:
     if device != "cuda":
         return
     try:

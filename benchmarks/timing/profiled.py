@@ -1,11 +1,11 @@
-"""Counters of the kernels of one training step, read by Nsight Compute (`ncu`).
+"""Hardware counters of the kernels of one training step, read by Nsight Compute (`ncu`).
 
     ncu [options of `command`] python3 -m benchmarks.timing.profiled --classes 8142
 
-runs a step of `logit_adjusted_cross_entropy`, warmed up, with logits of 4 times the level-2 cache in bfloat16; only the
-kernels of the last step are profiled. `parse` reads what `ncu --csv` prints: a line for each metric of each kernel.
+runs steps of `logit_adjusted_cross_entropy` with bfloat16 logits of 4 times the level-2 cache; only the kernels of the
+last step are profiled. `parse` reads the output of `ncu --csv`: a line for each metric of each kernel.
 
-`SAMPLE` is text in that format, to try `parse` where there is no ncu. Its numbers are invented.
+`SAMPLE` is text in that format, to try `parse` without ncu. Its numbers are invented.
 """
 
 from __future__ import annotations
@@ -26,15 +26,16 @@ from benchmarks.timing.providers import PROVIDERS
 
 Record = dict[str, Any]
 CLASSES = (8142, 131072)  # in order of value
-WARM_UP = 3
+WARM_UP_STEPS = 3
 
 STALLS = (
     "long_scoreboard", "wait", "short_scoreboard", "barrier", "math_pipe_throttle", "lg_throttle", "mio_throttle",
     "not_selected", "no_instruction", "dispatch_stall", "branch_resolve", "membar", "drain", "sleeping",
 )  # fmt: skip
 STALL = "smsp__average_warps_issue_stalled_{}_per_issue_active.ratio"
-# What they are called here. Bytes are of device memory; a stall is the warps that wait so, for each instruction issued.
-FEW_METRICS = {
+# {ncu's name: ours}. Bytes are of device memory. A stall is the number of warps waiting for that reason for each
+# instruction issued.
+BASIC_METRICS = {
     "gpu__time_duration.sum": "time_ns",
     "dram__bytes_read.sum": "dram_read_bytes",
     "dram__bytes_write.sum": "dram_written_bytes",
@@ -42,7 +43,7 @@ FEW_METRICS = {
     "launch__registers_per_thread": "registers",
 }
 METRICS = {
-    **FEW_METRICS,
+    **BASIC_METRICS,
     "lts__t_bytes.sum": "l2_bytes",
     "smsp__inst_executed.sum": "instructions",
     "sm__warps_active.avg.pct_of_peak_sustained_active": "occupancy_percent",
@@ -73,13 +74,13 @@ SAMPLE = """\
 
 
 def find_ncu() -> str | None:
-    """On the path, or where its installers put it."""
+    """The ncu on the path, or else in the folders of its installers; None if there is none."""
     beside_cuda = [Path("/usr/local/cuda/bin/ncu"), *sorted(Path("/opt/nvidia/nsight-compute").glob("*/ncu"))]
     return shutil.which("ncu") or next((str(path) for path in reversed(beside_cuda) if path.is_file()), None)
 
 
 def command(ncu: str, metrics: Sequence[str], script: Sequence[str]) -> list[str]:
-    """Clocks as they are, caches flushed before each kernel, numbers in base units."""
+    """The command to profile a script: clocks not locked, caches flushed before each kernel, numbers in base units."""
     return [
         ncu, "--csv", "--clock-control", "none", "--cache-control", "all", "--profile-from-start", "off",
         "--print-units", "base", "--metrics", ",".join(metrics), *script,
@@ -87,7 +88,7 @@ def command(ncu: str, metrics: Sequence[str], script: Sequence[str]) -> list[str
 
 
 def parse(text: str) -> list[Record]:
-    """A record for each kernel, in their order, with the metrics that have a number; [] where ncu read none."""
+    """A record for each kernel, in order, with those metrics that have a number; [] if ncu profiled no kernel."""
     lines = text.splitlines()
     start = next((i for i, line in enumerate(lines) if '"Metric Name"' in line and '"Kernel Name"' in line), None)
     if start is None:
@@ -105,8 +106,8 @@ def parse(text: str) -> list[Record]:
     return list(kernels.values())
 
 
-def complaint(text: str) -> str:
-    """What ncu says of an error, its last line if nothing."""
+def error_summary(text: str) -> str:
+    """The errors that ncu printed, or its last line if it printed none."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("==ERROR==")]
     return " ".join(errors[:3]) or (lines[-1] if lines else "it printed nothing")
@@ -124,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cache_bytes = torch.cuda.get_device_properties(0).L2_cache_size if device == "cuda" else 2**10
     case = with_rows(Case(options.rows, options.classes, options.dtype), cache_bytes)
     step = make_step(PROVIDERS["fused_la triton"], case, make_batch(case, device), device)
-    for _ in range(WARM_UP):
+    for _ in range(WARM_UP_STEPS):
         step.reset()
         step.both()
     step.reset()

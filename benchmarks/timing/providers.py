@@ -1,8 +1,8 @@
-"""Who is measured: what people write today, the fused losses of other libraries, and fused_la.
+"""Providers, the implementations that are compared: plain PyTorch, fused losses of other libraries, and fused_la.
 
-A loss without an offset of its own gets logits into which the offset was folded beforehand, in their dtype, as the bias
-of a classifier would have: that sum is not counted in its time. It is the honest comparison where the classifier is
-linear; what the rounding of the folded logits costs is in the results as `folding_error`.
+A loss that takes no offset gets logits to which the offset was already added, in the dtype of the logits ("folded"),
+as the bias of a classifier could do. The time of this sum is not counted, which is a fair comparison if the classifier
+is linear. The error that rounding of the folded logits adds is in the results as `folding_error`.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ from torch import Tensor
 import fused_la
 from benchmarks.timing.cases import DTYPES, SHARE, TARGETS, Batch, Case
 
-Loss = Callable[[Sequence[Tensor], Batch], Tensor]  # of the leaves of a batch, or copies of them, and of the batch
+Loss = Callable[[Sequence[Tensor], Batch], Tensor]  # loss(leaves, batch); the leaves may be copies of the batch's
 NEEDS_GPU = {"cpu": "needs a GPU"}
 
 
 class UnavailableError(Exception):
-    """This provider cannot run here; the message says why."""
+    """A provider cannot run here; the message says why."""
 
 
-def as_they_are(leaves: Sequence[Tensor], log_prior: Tensor) -> tuple[Tensor, ...]:
+def unchanged_inputs(leaves: Sequence[Tensor], log_prior: Tensor) -> tuple[Tensor, ...]:
     return tuple(leaves)
 
 
-def folded(leaves: Sequence[Tensor], log_prior: Tensor) -> tuple[Tensor, ...]:
-    """The offset in the last leaf, logits or the bias of a head, in its dtype."""
+def fold_offset(leaves: Sequence[Tensor], log_prior: Tensor) -> tuple[Tensor, ...]:
+    """The leaves with the offset added to the last one (logits, or the bias of a head), in its dtype."""
     *others, last = leaves
     return (*others, (last + log_prior).to(last.dtype))
 
 
-def bias_as_feature(leaves: Sequence[Tensor], log_prior: Tensor) -> tuple[Tensor, ...]:
-    """A head without bias that gives the same logits: the folded bias is the weight of a feature that is always 1.
+def append_bias_feature(leaves: Sequence[Tensor], log_prior: Tensor) -> tuple[Tensor, ...]:
+    """(features, weight) of a head without bias and with the same logits.
 
-    Zeros fill features and weight up to a multiple of 64.
+    The folded bias becomes the weight of an added feature that is always 1. Zeros pad the features to a multiple of 64.
     """
-    features, weight, bias = folded(leaves, log_prior)
+    features, weight, bias = fold_offset(leaves, log_prior)
     padding = -(features.shape[1] + 1) % 64
     one = features.new_ones(len(features), 1)
     return F.pad(torch.cat([features, one], 1), (0, padding)), F.pad(
@@ -50,11 +50,11 @@ def bias_as_feature(leaves: Sequence[Tensor], log_prior: Tensor) -> tuple[Tensor
     )
 
 
-def gradients_as_they_are(gradients: Sequence[Tensor], case: Case) -> tuple[Tensor, ...]:
+def unchanged_gradients(gradients: Sequence[Tensor], case: Case) -> tuple[Tensor, ...]:
     return tuple(gradients)
 
 
-def gradients_of_bias_as_feature(gradients: Sequence[Tensor], case: Case) -> tuple[Tensor, ...]:
+def gradients_without_bias_feature(gradients: Sequence[Tensor], case: Case) -> tuple[Tensor, ...]:
     features, weight = gradients
     return features[:, : case.n_features], weight[:, : case.n_features], weight[:, case.n_features]
 
@@ -65,21 +65,21 @@ class Provider:
 
     name: str
     description: str
-    load: Callable[[Case, str], Loss]  # imports what it needs, for a case and a device; raises UnavailableError
+    load: Callable[[Case, str], Loss]  # load(case, device) imports what the loss needs; may raise UnavailableError
     head: bool = False  # takes features, weight and bias instead of logits
-    inputs: Callable[[Sequence[Tensor], Tensor], tuple[Tensor, ...]] = as_they_are
-    gradients: Callable[[Sequence[Tensor], Case], tuple[Tensor, ...]] = gradients_as_they_are
-    overwrites: bool = False  # its inputs: it gets a fresh copy before every run, outside the timing
-    rounds_loss: bool = False  # computes its loss in the dtype of the logits, or from logits of a head in that dtype
+    inputs: Callable[[Sequence[Tensor], Tensor], tuple[Tensor, ...]] = unchanged_inputs
+    gradients: Callable[[Sequence[Tensor], Case], tuple[Tensor, ...]] = unchanged_gradients
+    overwrites: bool = False  # overwrites its inputs: they are restored before every run, not timed
+    rounds_loss: bool = False  # computes its loss, or the logits of its head, in the dtype of the inputs
     targets: tuple[str, ...] = TARGETS
     dtypes: tuple[str, ...] = DTYPES
-    not_on: dict[str, str] = field(default_factory=dict)  # {device: why it is not timed there}
-    buffers: int = 0  # (N, C) float32 tensors at its peak, besides logits and gradient, to tell what fits
-    is_loss: bool = True  # False: only a yardstick, with nothing to check
-    distribution: str = ""  # of the package index, for its version
+    not_on: dict[str, str] = field(default_factory=dict)  # {device: why the provider is not timed on it}
+    buffers: int = 0  # (N, C) float32 tensors at peak, besides logits and gradient; an estimate of what fits in memory
+    is_loss: bool = True  # False: a lower bound of the time, with no result to check
+    distribution: str = ""  # name of the installed distribution, to report its version
 
     def reason_against(self, case: Case, device: str) -> str:
-        """Why it is not measured on this case, "" if it is; `load` may find more."""
+        """Why the provider is not measured on this case, "" if it is; `load` may find further reasons."""
         if device in self.not_on:
             return self.not_on[device]
         if case.target not in self.targets:
@@ -89,40 +89,42 @@ class Provider:
         return ""
 
 
-def adjusted(logits: Tensor, log_prior: Tensor, targets: tuple[Tensor, ...]) -> Tensor:
-    return by_label(F.cross_entropy, logits + log_prior, targets)
+def adjusted_cross_entropy(logits: Tensor, log_prior: Tensor, targets: tuple[Tensor, ...]) -> Tensor:
+    return weighted_label_loss(F.cross_entropy, logits + log_prior, targets)
 
 
-def by_label(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, targets: tuple[Tensor, ...]) -> Tensor:
-    """The loss of labels or probabilities in one call; of two weighted labels in two."""
+def weighted_label_loss(
+    loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, targets: tuple[Tensor, ...]
+) -> Tensor:
+    """The loss of labels or probabilities (one call) or of two weighted labels (two calls)."""
     if len(targets) == 1:
         return loss(logits, targets[0])
     first, second = targets
     return SHARE * loss(logits, first) + (1 - SHARE) * loss(logits, second)
 
 
-# Of logits ------------------------------------------------------------------------------------------------------------
+# Losses of logits -----------------------------------------------------------------------------------------------------
 
 
 def eager(case: Case, device: str) -> Loss:
-    return lambda leaves, batch: adjusted(leaves[0], batch.log_prior, batch.targets)
+    return lambda leaves, batch: adjusted_cross_entropy(leaves[0], batch.log_prior, batch.targets)
 
 
 def eager_autocast(case: Case, device: str) -> Loss:
     def loss(leaves: Sequence[Tensor], batch: Batch) -> Tensor:
         with torch.autocast(device, case.torch_dtype):
-            return adjusted(leaves[0], batch.log_prior, batch.targets)
+            return adjusted_cross_entropy(leaves[0], batch.log_prior, batch.targets)
 
     return loss
 
 
 def eager_folded(case: Case, device: str) -> Loss:
-    return lambda leaves, batch: by_label(F.cross_entropy, leaves[0], batch.targets)
+    return lambda leaves, batch: weighted_label_loss(F.cross_entropy, leaves[0], batch.targets)
 
 
 def compiled(case: Case, device: str) -> Loss:
-    torch.compiler.reset()  # what it compiled for other cases counts against its limit, beyond which it runs eagerly
-    function = torch.compile(adjusted, dynamic=False, fullgraph=True)
+    torch.compiler.reset()  # graphs of earlier cases count against the recompile limit, beyond which it runs eagerly
+    function = torch.compile(adjusted_cross_entropy, dynamic=False, fullgraph=True)
     return lambda leaves, batch: function(leaves[0], batch.log_prior, batch.targets)
 
 
@@ -133,12 +135,12 @@ def liger(case: Case, device: str) -> Loss:
 
 def quack(case: Case, device: str) -> Loss:
     function = import_module("quack.cross_entropy").cross_entropy
-    return lambda leaves, batch: by_label(function, leaves[0], batch.targets)
+    return lambda leaves, batch: weighted_label_loss(function, leaves[0], batch.targets)
 
 
 def flash_attention(case: Case, device: str) -> Loss:
     function = import_module("flash_attn.ops.triton.cross_entropy").cross_entropy_loss
-    return lambda leaves, batch: by_label(lambda z, y: function(z, y)[0].mean(), leaves[0], batch.targets)
+    return lambda leaves, batch: weighted_label_loss(lambda z, y: function(z, y)[0].mean(), leaves[0], batch.targets)
 
 
 def fused(impl: str) -> Callable[[Case, str], Loss]:
@@ -150,11 +152,11 @@ def fused(impl: str) -> Callable[[Case, str], Loss]:
     return lambda case, device: loss
 
 
-# Of features ----------------------------------------------------------------------------------------------------------
+# Losses of features ---------------------------------------------------------------------------------------------------
 
 
 def eager_head(case: Case, device: str) -> Loss:
-    return lambda leaves, batch: adjusted(F.linear(*leaves), batch.log_prior, batch.targets)
+    return lambda leaves, batch: adjusted_cross_entropy(F.linear(*leaves), batch.log_prior, batch.targets)
 
 
 def eager_head_folded(case: Case, device: str) -> Loss:
@@ -233,7 +235,7 @@ PROVIDERS: dict[str, Provider] = {
             "eager, folded",
             "F.cross_entropy(logits, target); offset folded into the logits beforehand, not timed",
             eager_folded,
-            inputs=folded,
+            inputs=fold_offset,
             rounds_loss=True,
             buffers=5,
         ),
@@ -243,7 +245,7 @@ PROVIDERS: dict[str, Provider] = {
             "liger_cross_entropy; offset folded into the logits beforehand, not timed; it overwrites the logits, so "
             "each run gets a fresh copy, not timed",
             liger,
-            inputs=folded,
+            inputs=fold_offset,
             overwrites=True,
             rounds_loss=True,
             targets=("hard",),
@@ -254,7 +256,7 @@ PROVIDERS: dict[str, Provider] = {
             "QuACK",
             "quack.cross_entropy; offset folded into the logits beforehand, not timed; two labels in two calls",
             quack,
-            inputs=folded,
+            inputs=fold_offset,
             targets=("hard", "two-label"),
             not_on=NEEDS_GPU,
             distribution="quack-kernels",
@@ -264,7 +266,7 @@ PROVIDERS: dict[str, Provider] = {
             "its Triton cross_entropy_loss and a mean; offset folded into the logits beforehand, not timed; two labels "
             "in two calls",
             flash_attention,
-            inputs=folded,
+            inputs=fold_offset,
             targets=("hard", "two-label"),
             not_on=NEEDS_GPU,
             distribution="flash-attn",
@@ -295,7 +297,7 @@ PROVIDERS: dict[str, Provider] = {
             "F.cross_entropy(F.linear(features, weight, bias), target); offset folded into the bias",
             eager_head_folded,
             head=True,
-            inputs=folded,
+            inputs=fold_offset,
             rounds_loss=True,
             targets=("hard",),
             buffers=5,
@@ -313,7 +315,7 @@ PROVIDERS: dict[str, Provider] = {
             "PyTorch's own without options, which makes whole logits; offset folded into the bias",
             partial(torch_linear, chunked=False),
             head=True,
-            inputs=folded,
+            inputs=fold_offset,
             rounds_loss=True,
             targets=("hard",),
             buffers=5,
@@ -323,7 +325,7 @@ PROVIDERS: dict[str, Provider] = {
             "PyTorch's own in chunks of rows (LinearCrossEntropyOptions()); offset folded into the bias",
             torch_linear,
             head=True,
-            inputs=folded,
+            inputs=fold_offset,
             targets=("hard",),
             buffers=5,
         ),
@@ -332,7 +334,7 @@ PROVIDERS: dict[str, Provider] = {
             "liger_fused_linear_cross_entropy; offset folded into the bias",
             liger_linear,
             head=True,
-            inputs=folded,
+            inputs=fold_offset,
             rounds_loss=True,
             targets=("hard",),
             not_on=NEEDS_GPU,
@@ -345,8 +347,8 @@ PROVIDERS: dict[str, Provider] = {
             "that is always 1, concatenated beforehand, not timed",
             cut_cross_entropy,
             head=True,
-            inputs=bias_as_feature,
-            gradients=gradients_of_bias_as_feature,
+            inputs=append_bias_feature,
+            gradients=gradients_without_bias_feature,
             targets=("hard",),
             not_on=NEEDS_GPU,
             distribution="cut-cross-entropy",
@@ -371,5 +373,5 @@ PROVIDERS: dict[str, Provider] = {
 
 
 def baseline(case: Case) -> Provider:
-    """What ratios are against."""
+    """The provider that ratios compare with."""
     return PROVIDERS["eager head" if case.n_features else "eager"]

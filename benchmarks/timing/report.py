@@ -1,4 +1,4 @@
-"""The results: JSON with everything, Markdown tables, and a picture of bandwidth against the number of classes."""
+"""Reports of a run: JSON with all records, Markdown tables, and a plot of bandwidth against the number of classes."""
 
 from __future__ import annotations
 
@@ -41,22 +41,22 @@ UNITS = {
     "folding_error": "of a provider whose offset was folded: relative error of its gradient against float64 of logits "
     "and offset before the fold",
 }
-KEYS = ("case", "mode", "timer", "memory")
+SETTING_KEYS = ("case", "mode", "timer", "memory")
 TIMED = "timed"
 
 
 def add_ratios(records: Iterable[Record], copy_gb_per_s: float | None) -> None:
-    """Fill in what follows from other records: share_of_copy and times_faster_than_eager."""
+    """Fill in share_of_copy and times_faster_than_eager, which follow from other records."""
     timed = [record for record in records if record["status"] == TIMED]
     eager = {
-        tuple(record[key] for key in KEYS): record["ms"]
+        tuple(record[key] for key in SETTING_KEYS): record["ms"]
         for record in timed
         if record["provider"] in ("eager", "eager head")
     }
     for record in timed:
         if "gb_per_s" in record and copy_gb_per_s:
             record["share_of_copy"] = record["gb_per_s"] / copy_gb_per_s
-        eager_ms = record.get("eager_ms", eager.get(tuple(record[key] for key in KEYS)))
+        eager_ms = record.get("eager_ms", eager.get(tuple(record[key] for key in SETTING_KEYS)))
         if eager_ms and "times_faster_than_eager" not in record:
             record["times_faster_than_eager"] = eager_ms / record["ms"]
 
@@ -69,16 +69,16 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, document: Document) -> None:
-    write_atomically(path, json.dumps(as_json(document), indent=1, allow_nan=False, default=str) + "\n")
+    write_atomically(path, json.dumps(json_safe(document), indent=1, allow_nan=False, default=str) + "\n")
 
 
-def as_json(value: Any) -> Any:
-    """JSON has no NaN and no infinity, which errors of a wrong loss may be: they become strings."""
+def json_safe(value: Any) -> Any:
+    """The value with NaN and infinities as strings: JSON has none, but errors of a wrong loss may be."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
-        return {key: as_json(item) for key, item in value.items()}
-    return [as_json(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {key: json_safe(item) for key, item in value.items()}
+    return [json_safe(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -86,13 +86,13 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
 
 
-def figure(record: Record, key: str, form: str) -> str:
+def format_value(record: Record, key: str, form: str) -> str:
     value = record.get(key)
     return "" if value is None else format(value, form)
 
 
 def heading(document: Document) -> list[str]:
-    """What was measured on what, when, and with what."""
+    """Title and lines with the selection, date, command, commit, versions and device."""
     device = document["device"]
     return [
         f"# {device['name']}: {document['selection']}, {document['date']}\n",
@@ -104,55 +104,55 @@ def heading(document: Document) -> list[str]:
 
 def markdown(document: Document) -> str:
     records = document["results"]
-    parts = heading(document)
+    sections = heading(document)
     timed = [record for record in records if record["status"] == TIMED]
     for group in dict.fromkeys((r["case"], r["mode"], r["timer"], r["memory"]) for r in timed):
-        members = [r for r in timed if tuple(r[key] for key in KEYS) == group]
+        members = [r for r in timed if tuple(r[key] for key in SETTING_KEYS) == group]
         name = ", ".join(part for part in (group[0], group[1], group[2], group[3] and f"memory {group[3]}") if part)
         speed = "TFLOP/s" if members[0]["features"] else "GB/s"
-        parts.append(
+        sections.append(
             f"## {name}\n\n"
             + table(
                 ("provider", "ms", "range", speed, "of copy", "x eager", "peak MB"),
                 [
                     (
                         r["provider"],
-                        figure(r, "ms", ".4g"),
+                        format_value(r, "ms", ".4g"),
                         f"{r['ms_low']:.4g} to {r['ms_high']:.4g}",
-                        figure(r, "tflop_per_s" if r["features"] else "gb_per_s", ".4g"),
-                        figure(r, "share_of_copy", ".0%"),
-                        figure(r, "times_faster_than_eager", ".2f") + ratio_range(r),
+                        format_value(r, "tflop_per_s" if r["features"] else "gb_per_s", ".4g"),
+                        format_value(r, "share_of_copy", ".0%"),
+                        format_value(r, "times_faster_than_eager", ".2f") + ratio_range(r),
                         "" if r.get("peak_bytes") is None else f"{r['peak_bytes'] / 1e6:.4g}",
                     )
                     for r in members
                 ],
             )
         )
-    others = dict.fromkeys(
+    untimed = dict.fromkeys(
         (r["provider"], "all" if r["status"] == "not available" else r["case"], r["status"], r["reason"])
         for r in records
         if r["status"] not in (TIMED, "checked")
     )
-    if others:
-        parts.append("## Not timed\n\n" + table(("provider", "case", "", "why"), list(others)))
+    if untimed:
+        sections.append("## Not timed\n\n" + table(("provider", "case", "", "why"), list(untimed)))
     errors: dict[tuple[str, str], list[Record]] = {}
     for record in records:
         if "loss_error" in record:
             errors.setdefault((record["provider"], record["dtype"]), []).append(record)
     if errors:
-        parts.append(
+        sections.append(
             "## Largest relative errors against float64\n\n"
             + table(
                 ("provider", "dtype", "loss", "gradient", "gradient, of folding too"),
                 [
-                    (*key, *(worst(found, name) for name in ("loss_error", "gradient_error", "folding_error")))
+                    (*key, *(worst_error(found, name) for name in ("loss_error", "gradient_error", "folding_error")))
                     for key, found in errors.items()
                 ],
             )
         )
-    parts.append("## Providers\n\n" + table(("provider", "what"), list(document["providers"].items())))
-    parts.append("## What the figures mean\n\n" + table(("figure", "meaning"), list(document["units"].items())))
-    return "\n".join(parts)
+    sections.append("## Providers\n\n" + table(("provider", "what"), list(document["providers"].items())))
+    sections.append("## What the figures mean\n\n" + table(("figure", "meaning"), list(document["units"].items())))
+    return "\n".join(sections)
 
 
 def ratio_range(record: Record) -> str:
@@ -160,14 +160,16 @@ def ratio_range(record: Record) -> str:
     return "" if low is None else f" ({low:.2f} to {high:.2f})"
 
 
-def worst(records: Iterable[Record], key: str) -> str:
+def worst_error(records: Iterable[Record], key: str) -> str:
     values = [record[key] for record in records if record.get(key) is not None]
     return f"{max(values):.1e}" if values else ""
 
 
-def points(records: Iterable[Record]) -> dict[tuple[str, str], dict[str, list[tuple[int, float]]]]:
-    """{(dtype, memory): {provider: [(classes, GB/s), ...]}} of both, one label a row, most rows of each number of
-    classes."""
+def bandwidth_points(records: Iterable[Record]) -> dict[tuple[str, str], dict[str, list[tuple[int, float]]]]:
+    """{(dtype, memory): {provider: [(classes, GB/s), ...]}} of forward + backward with one label a row.
+
+    If a number of classes has cases of different numbers of rows, the largest counts.
+    """
     chosen = [
         r
         for r in records
@@ -187,8 +189,8 @@ def points(records: Iterable[Record]) -> dict[tuple[str, str], dict[str, list[tu
 
 
 def draw(path: Path, document: Document) -> bool:
-    """Whether there was anything to draw."""
-    panels = points(document["results"])
+    """Draw the plot; returns whether there was anything to draw."""
+    panels = bandwidth_points(document["results"])
     if not panels:
         return False
     import matplotlib
@@ -198,7 +200,7 @@ def draw(path: Path, document: Document) -> bool:
 
     ceiling = document["device"]["copy_gb_per_s"]
     names = [name for name in document["providers"] if any(name in panel for panel in panels.values())]
-    drawing, axes = pyplot.subplots(1, len(panels), figsize=(1 + 5 * len(panels), 5), squeeze=False, sharey=True)
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(1 + 5 * len(panels), 5), squeeze=False, sharey=True)
     for axis, ((dtype, memory), lines) in zip(axes[0], panels.items(), strict=True):
         for index, name in enumerate(names):
             values = sorted(lines.get(name, ()))
@@ -209,7 +211,7 @@ def draw(path: Path, document: Document) -> bool:
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("GB/s: logits read once, gradient written once")
     axes[0][-1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    drawing.suptitle(f"Forward + backward, {document['device']['name']}")
-    drawing.savefig(path, dpi=120, bbox_inches="tight")
-    pyplot.close(drawing)
+    figure.suptitle(f"Forward + backward, {document['device']['name']}")
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
     return True

@@ -1,4 +1,4 @@
-"""Jobs in a process of their own: one that crashes, hangs or breaks its GPU costs its own results and no others."""
+"""Worker processes for jobs: a job that crashes, hangs or breaks its GPU loses only its own results."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ Record = dict[str, Any]
 CONTEXT = multiprocessing.get_context("spawn")
 
 
-def work(connection: Connection, measure: Callable[[Any], Iterator[Record]] = measure) -> None:
-    """Jobs from the connection, their records back to it and after each job whether this process can do another."""
+def worker_main(connection: Connection, measure: Callable[[Any], Iterator[Record]] = measure) -> None:
+    """Main function of a worker: receives jobs, sends their records and, after each job, whether it is still usable."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process ends this one
     usable = True
     while usable and (job := connection.recv()) is not None:
@@ -35,16 +35,16 @@ def work(connection: Connection, measure: Callable[[Any], Iterator[Record]] = me
 
 
 class Worker:
-    """A process that measures, started when it is needed and again after it has died."""
+    """A worker process, started on first use and again after it has died."""
 
     def __init__(self, timeout: float, function: Callable[[Any], Iterator[Record]] = measure) -> None:
-        self.timeout = timeout  # seconds between two records
-        self.function = function  # of a job: its records
+        self.timeout = timeout  # the most seconds between two records
+        self.function = function  # function(job) yields the job's records
         self.process: SpawnProcess | None = None
         self.connection: Connection | None = None
 
     def measure(self, job: Job) -> Iterator[Record]:
-        connection, process = self.started()
+        connection, process = self.ensure_started()
         try:
             connection.send(job)
             while True:
@@ -65,16 +65,16 @@ class Worker:
             self.stop()
             yield job.record("crashed", f"its process ended with exit code {code}")
 
-    def started(self) -> tuple[Connection, SpawnProcess]:
+    def ensure_started(self) -> tuple[Connection, SpawnProcess]:
         if self.connection is None or self.process is None:
-            self.connection, other = CONTEXT.Pipe()
-            self.process = CONTEXT.Process(target=work, args=(other, self.function))
+            self.connection, worker_end = CONTEXT.Pipe()
+            self.process = CONTEXT.Process(target=worker_main, args=(worker_end, self.function))
             self.process.start()
-            other.close()
+            worker_end.close()
         return self.connection, self.process
 
     def stop(self) -> None:
-        """Whatever it is doing."""
+        """Kill the process, whatever it is doing."""
         if self.process is not None:
             self.process.kill()
             self.process.join()
@@ -83,7 +83,7 @@ class Worker:
         self.process = self.connection = None
 
     def finish(self) -> None:
-        """It is idle: let it end by itself."""
+        """Let an idle process end by itself."""
         if self.process is not None and self.connection is not None:
             with contextlib.suppress(OSError):
                 self.connection.send(None)
@@ -92,7 +92,7 @@ class Worker:
 
 
 def in_one_process(jobs: Iterable[Job], timeout: float, minutes: float) -> Generator[Record, None, None]:
-    """Records of jobs, one process for all unless one dies."""
+    """Records of jobs, all from one process, or from a new one after a process has died."""
     worker = Worker(timeout)
     deadline = time.monotonic() + 60 * minutes
     try:
@@ -107,7 +107,7 @@ def in_one_process(jobs: Iterable[Job], timeout: float, minutes: float) -> Gener
 
 
 def in_fresh_processes(jobs: Iterable[Job], timeout: float, n_processes: int) -> Generator[Record, None, None]:
-    """Each job checked in one process and timed in several others: the median of their medians, and how far they go."""
+    """Check each job in one process and time it in several others; records have the medians' median and range."""
     for job in jobs:
         records = []
         plan = [replace(job, time=False), *[replace(job, check=False)] * n_processes]
@@ -119,17 +119,17 @@ def in_fresh_processes(jobs: Iterable[Job], timeout: float, n_processes: int) ->
         yield from (record for record in records if record["status"] not in ("timed", "checked"))
         if timed:
             eager = {"provider": baseline(job.case).name, "peak_bytes": None}
-            yield combined([{**record, **eager, "ms": record["eager_ms"]} for record in timed], {})
-            yield combined(timed, records[0])
+            yield combine_records([{**record, **eager, "ms": record["eager_ms"]} for record in timed], {})
+            yield combine_records(timed, records[0])
 
 
-def combined(records: list[Record], checked: Record) -> Record:
-    """One record of several processes, with the errors of the one that checked."""
+def combine_records(records: list[Record], check_record: Record) -> Record:
+    """Combine the records of several processes; the errors are those of the process that checked."""
     case = Case(*(records[0][key] for key in ("rows", "classes", "dtype", "target", "features")))
     ms = [record["ms"] for record in records]
     ratios = [record["eager_ms"] / record["ms"] for record in records]
-    errors = {key: value for key, value in checked.items() if key.endswith("_error")}
-    together = {
+    errors = {key: value for key, value in check_record.items() if key.endswith("_error")}
+    combined = {
         "ms": statistics.median(ms),
         "ms_low": min(ms),
         "ms_high": max(ms),
@@ -140,4 +140,4 @@ def combined(records: list[Record], checked: Record) -> Record:
         "processes": len(records),
         "gb_per_s": least_bytes(case, records[0]["mode"]) / statistics.median(ms) / 1e6,
     }
-    return {**records[0], **together, **errors}
+    return {**records[0], **combined, **errors}

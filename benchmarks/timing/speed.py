@@ -1,14 +1,14 @@
-"""Time of forward, and of forward + backward, of each provider on a GPU, in order of value.
+"""Speed jobs of `benchmarks.on_gpu`: forward, and forward + backward, of each provider, the most valuable first.
 
-Many rows (logits of 4 times the level-2 cache): by device events, the cache filled with other data. 256 rows: forward +
-backward as a CUDA graph, by device events; by the clock until the device has finished; and "host", the microseconds in
-which Python hands a step to the device, without waiting for it. The lower quartile of steps in short batches, with the
-device idle before each batch, so that no step waits for room in its queue.
+Many rows (logits of 4 times the level-2 cache) are timed by device events, with the cache filled with other data. 256
+rows are timed in three ways, forward + backward: as a CUDA graph by device events; by wall time until the device has
+finished; and as "host", the time in which Python launches a step without waiting for the device. "host" is the lower
+quartile of steps in short batches; the device is idle before each batch, so that no step waits for room in the queue.
 
-Rows that the package keeps on the chip are timed a second time as it streams longer ones.
+Rows that the package keeps on the chip are timed a second time with the kernel that streams longer rows.
 
-Providers, inputs, the check against float64 and the timers are those of `python -m benchmarks`. On a CPU stand-ins take
-the place of the device's timers: they show that all of this runs, and measure nothing.
+Providers, inputs, the check against float64 and the timers are those of `python -m benchmarks`. On a CPU stand-ins
+replace the device's timers: they show that this code runs, and measure nothing.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from benchmarks.timing.providers import PROVIDERS, Provider, UnavailableError
 Record = dict[str, Any]
 OURS = "fused_la triton"
 STREAMED = "fused_la, streaming"
-FIRST = (OURS, STREAMED, "eager", "torch.compile")
+MAIN_PROVIDERS = (OURS, STREAMED, "eager", "torch.compile")
 PEERS = ("Liger-Kernel", "QuACK")
-COMPILED = (OURS, STREAMED, "torch.compile", *PEERS)  # worth compiling beforehand
+COMPILED_PROVIDERS = (OURS, STREAMED, "torch.compile", *PEERS)  # compiled and checked before anything is timed
 CLASSES = ((8142, 8192), (131072, 1000, 32768))  # in order of value
 FEW_ROWS = 256
 STEPS_IN_QUEUE = 8  # a step is a few launches; a queue holds about a thousand
@@ -38,14 +38,14 @@ STEPS_IN_QUEUE = 8  # a step is a few launches; a queue holds about a thousand
 
 @dataclass(frozen=True)
 class Clock:
-    """The timers of a device, by the names they have in `timing`."""
+    """The timers of a device, named as in `clocks`."""
 
     device_times: Callable[..., list[float]]
     cache_flush: Callable[[int], Callable[[], object]]
     captured: Callable[[Step], Callable[[], object]]
 
 
-def clock_times(
+def cpu_times(
     prepare: Callable[[], Any], run: Callable[[Any], object], flush: Callable[[], object], rounds: int
 ) -> list[float]:
     return clocks.wall_times(lambda: (prepare(), flush())[0], run, rounds, "cpu")
@@ -53,12 +53,12 @@ def clock_times(
 
 CLOCKS = {
     "cuda": Clock(clocks.device_times, clocks.cache_flush, clocks.captured),
-    "cpu": Clock(clock_times, lambda cache_bytes: lambda: None, lambda step: step.both),
+    "cpu": Clock(cpu_times, lambda cache_bytes: lambda: None, lambda step: step.both),
 }
 
 
 def host_times(step: Step, batches: int, device: str) -> list[float]:
-    """Milliseconds of the calls of each step; what precedes a step in `Step.reset` is not counted."""
+    """Milliseconds in which the host makes the calls of each step; `Step.reset` is not counted."""
     times = []
     for _ in range(batches):
         clocks.synchronize(device)
@@ -73,28 +73,28 @@ def host_times(step: Step, batches: int, device: str) -> list[float]:
 
 @contextlib.contextmanager
 def streaming() -> Iterator[None]:
-    """Rows of any length are streamed within."""
-    launch: Any = importlib.import_module("fused_la._triton.launch_config")
-    passes: Any = importlib.import_module("fused_la._triton.loss")
-    row_bytes = launch.ROW_BYTES
-    launch.ROW_BYTES = 0
-    passes.plan.cache_clear()
+    """Within this context rows of any length are streamed."""
+    launch_config: Any = importlib.import_module("fused_la._triton.launch_config")
+    loss_module: Any = importlib.import_module("fused_la._triton.loss")
+    row_bytes = launch_config.RESIDENT_ROW_BYTES
+    launch_config.RESIDENT_ROW_BYTES = 0
+    loss_module.plan_launches.cache_clear()
     try:
         yield
     finally:
-        launch.ROW_BYTES = row_bytes
-        passes.plan.cache_clear()
+        launch_config.RESIDENT_ROW_BYTES = row_bytes
+        loss_module.plan_launches.cache_clear()
 
 
 def is_resident(case: Case) -> bool:
-    """Whether the package keeps its rows on the chip, if they are many."""
-    launch = importlib.import_module("fused_la._triton.launch_config")
-    return case.n_classes * case.torch_dtype.itemsize <= launch.ROW_BYTES
+    """Whether the package keeps rows of this length on the chip, if there are many rows."""
+    launch_config = importlib.import_module("fused_la._triton.launch_config")
+    return case.n_classes * case.torch_dtype.itemsize <= launch_config.RESIDENT_ROW_BYTES
 
 
 @dataclass(frozen=True)
 class CopyJob:
-    """The device's own copy, which all bandwidths are compared with."""
+    """Measures the bandwidth of the device's copy, which all other bandwidths are compared with."""
 
     device: str
     cache_bytes: int
@@ -110,7 +110,7 @@ class CopyJob:
 
 @dataclass(frozen=True)
 class SpeedJob(measure.Job):
-    """One provider on one case, of many rows or of few; with time=False it is compiled and checked only."""
+    """One provider on one case of many rows or `few`; with time=False it is only compiled and checked."""
 
     few: bool = False
 
@@ -121,7 +121,7 @@ class SpeedJob(measure.Job):
     def records(self) -> Iterator[Record]:
         provider = PROVIDERS[OURS if self.provider == STREAMED else self.provider]
         if self.device == "cpu" and provider.name == OURS:
-            provider = replace(provider, not_on={})  # in Triton's interpreter
+            provider = replace(provider, not_on={})  # runs in Triton's interpreter
         reason = provider.reason_against(self.case, self.device)
         if reason:
             yield self.record("not available", reason)
@@ -139,25 +139,25 @@ class SpeedJob(measure.Job):
             return
         except Exception as error:
             yield measure.failure(self, error)
-            measure._raise_if_broken(self.device)
+            measure.raise_if_gpu_broken(self.device)
             return
         if wrong or not self.time:
             yield self.record("wrong" if wrong else "checked", wrong, **checked)
             return
-        for mode, timer in self.figures_wanted():
+        for mode, timer in self.modes_and_timers():
             try:
                 figures = self.figure(step, provider, mode, timer)
             except Exception as error:
                 step.reset()
                 yield measure.failure(self, error, mode=mode, timer=timer)
-                if timer == "graph":  # the allocator may be in a state of its own
+                if timer == "graph":  # a failed capture may leave the allocator unusable
                     raise measure.GpuBrokenError(str(error)) from error
-                measure._raise_if_broken(self.device)
+                measure.raise_if_gpu_broken(self.device)
                 continue
             yield self.record("timed", mode=mode, timer=timer, **figures, **checked)
 
-    def figures_wanted(self) -> tuple[tuple[str, str], ...]:
-        """Mode and timer; a capture, which may break the process, last."""
+    def modes_and_timers(self) -> tuple[tuple[str, str], ...]:
+        """(mode, timer) pairs to time. A graph capture may break the process, so it comes last."""
         if not self.few:
             return (("both", "events"), ("forward", "events"))
         return (("both", "host"), ("both", "wall"), ("both", "graph"))
@@ -172,7 +172,7 @@ class SpeedJob(measure.Job):
             return clocks.summary(clocks.wall_times(prepare, run, rounds, self.device))
         if timer == "graph":
             replay = clock.captured(step)
-            prepare, run = (step.restore, lambda _: replay())  # the graph writes the gradient that is there
+            prepare, run = (step.restore, lambda _: replay())  # no `reset`: the graph writes the gradients that exist
         times = clock.device_times(prepare, run, clock.cache_flush(self.cache_bytes), rounds)
         found = clocks.summary(times)
         found["gb_per_s"] = least_bytes(self.case, mode) / found["ms"] / 1e6
@@ -184,12 +184,12 @@ class SpeedJob(measure.Job):
 
 
 def jobs(cache_bytes: int, dtypes: Sequence[str] = ("bfloat16", "float32")) -> list[SpeedJob]:
-    """In order of value: the first numbers of classes before the others, this package and PyTorch before the peers."""
+    """All jobs, the most valuable first: the first tuple of CLASSES before the second, FIRST before PEERS."""
     return [
         SpeedJob(with_rows(Case(rows, c, dtype), cache_bytes), provider, "cuda", cache_bytes, seconds=0.6, few=rows > 0)
         for dtype in dtypes
         for classes in CLASSES
-        for providers in (FIRST, PEERS)
+        for providers in (MAIN_PROVIDERS, PEERS)
         for rows in (BIG, FEW_ROWS)
         for c in classes
         for provider in providers
@@ -197,10 +197,10 @@ def jobs(cache_bytes: int, dtypes: Sequence[str] = ("bfloat16", "float32")) -> l
     ]
 
 
-def jobs_without_a_gpu() -> list[SpeedJob]:
-    """Tiny ones for a CPU: each kind of figure, and each reason for none."""
+def dry_run_jobs() -> list[SpeedJob]:
+    """Tiny jobs for a CPU: every kind of figure, and every reason why there is none."""
     return [
         SpeedJob(Case(rows, 37, "bfloat16"), provider, "cpu", 0, seconds=0.01, few=few)
         for rows, few in ((7, False), (5, True))
-        for provider in (*FIRST, *PEERS)
+        for provider in (*MAIN_PROVIDERS, *PEERS)
     ]

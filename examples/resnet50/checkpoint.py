@@ -1,4 +1,4 @@
-"""Files that are whole or not there: the checkpoint, the one before it, and everything else a run writes."""
+"""Atomic file writes, and checkpoints: save, load, detect damage, and check that a checkpoint fits the run."""
 
 import contextlib
 import io
@@ -11,15 +11,15 @@ from typing import Any
 import torch
 
 NAME, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
-PARTS = {"model", "optimizer", "lr_scheduler", "scaler", "model_ema", "epoch", "args", "history", "best", "data"}
+STATE_KEYS = {"model", "optimizer", "lr_scheduler", "scaler", "model_ema", "epoch", "args", "history", "best", "data"}
 
 
 class CheckpointError(Exception):
-    """No checkpoint that could be read, though there are some."""
+    """A checkpoint that cannot be used: none that exists could be read, or it does not fit the run."""
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
-    """Whoever reads `path` finds the old content or the new, also after a power cut."""
+    """Replace a file atomically: a reader finds either the old content or the new, even after a power cut."""
     unfinished = path.with_name(path.name + ".unfinished")
     try:
         with open(unfinished, "wb") as file:
@@ -29,14 +29,14 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
         os.replace(unfinished, path)
     except OSError as error:
         with contextlib.suppress(OSError):
-            unfinished.unlink(missing_ok=True)  # a full disk needs the room
+            unfinished.unlink(missing_ok=True)  # frees its space if the disk is full
         error.filename = error.filename or str(path)
         raise
 
 
 def save(directory: Path, state: dict[str, Any]) -> None:
-    """The last checkpoint becomes the previous one. At no moment is there none that is whole."""
-    buffer = io.BytesIO()  # so that a full disk is an OSError, and met before anything is moved
+    """Write a checkpoint and keep the last one as the previous. A complete checkpoint exists at every moment."""
+    buffer = io.BytesIO()  # a full disk then raises an OSError, and before any file is moved
     torch.save(state, buffer)
     incoming = directory / "checkpoint.new.pt"
     write_atomically(incoming, buffer.getbuffer())
@@ -46,7 +46,7 @@ def save(directory: Path, state: dict[str, Any]) -> None:
 
 
 def load(directory: Path) -> tuple[dict[str, Any] | None, dict[Path, str]]:
-    """The newest checkpoint that is whole, None if nothing was saved yet, and what is wrong with those that are not."""
+    """The newest undamaged checkpoint (None if nothing was saved yet), and for each damaged one what is wrong."""
     damaged: dict[Path, str] = {}
     for path in (directory / NAME, directory / PREVIOUS):
         if not path.exists():
@@ -63,10 +63,10 @@ def load(directory: Path) -> tuple[dict[str, Any] | None, dict[Path, str]]:
 
 
 def set_aside(damaged: dict[Path, str]) -> None:
-    """So that it never takes the place of one that is whole."""
+    """Rename damaged checkpoints, so that the next `save` does not keep one as the previous checkpoint."""
     for path in damaged:
         aside = path.with_name(path.name + ".damaged")
-        if path.is_dir() or aside.is_dir():  # which a rename does not replace, or by nothing but another
+        if path.is_dir() or aside.is_dir():  # a rename cannot replace a folder, except by another folder
             aside = free_name(aside)
         os.replace(path, aside)
 
@@ -77,11 +77,11 @@ def free_name(path: Path) -> Path:
 
 def read(path: Path) -> dict[str, Any]:
     with zipfile.ZipFile(path) as archive:
-        wrong = archive.testzip()  # torch.load does not look at the checksums
-    if wrong is not None:
-        raise ValueError(f"the checksum of {wrong} is wrong")
+        bad_record = archive.testzip()  # torch.load does not verify the checksums
+    if bad_record is not None:
+        raise ValueError(f"the checksum of {bad_record} is wrong")
     state = torch.load(path, map_location="cpu", weights_only=True)
-    missing = PARTS - set(state if isinstance(state, dict) else ())
+    missing = STATE_KEYS - set(state if isinstance(state, dict) else ())
     if missing:
         raise ValueError(f"it has no {', '.join(sorted(missing))}")
     if len(state["history"]) != state["epoch"]:
@@ -89,14 +89,16 @@ def read(path: Path) -> dict[str, Any]:
     return state
 
 
-def check_same(directory: Path, state: dict[str, Any], args: dict[str, Any], data: str, free: set[str]) -> None:
-    """The run that goes on is the one that was begun: what chose its best epoch must not be another split now."""
-    begun = state["args"] if isinstance(state["args"], dict) else {}
-    other = [name for name in args if name not in free and begun.get(name) != args[name]]
-    if other:
-        was, now = (", ".join(f"{name} {of.get(name)!r}" for name in other) for of in (begun, args))
+def check_same(
+    directory: Path, state: dict[str, Any], args: dict[str, Any], data_fingerprint: str, may_change: set[str]
+) -> None:
+    """Refuse to resume with other options or images: the best epoch would have been chosen on another split."""
+    saved_args = state["args"] if isinstance(state["args"], dict) else {}
+    changed = [name for name in args if name not in may_change and saved_args.get(name) != args[name]]
+    if changed:
+        was, now = (", ".join(f"{name} {options.get(name)!r}" for name in changed) for options in (saved_args, args))
         raise CheckpointError(f"the checkpoint in {directory} is of another run: it has {was}, not {now}")
-    if state["data"] != data:
+    if state["data"] != data_fingerprint:
         raise CheckpointError(
             f"the images or labels are not those that the run in {directory} was begun with: give it the same "
             "--data and lists, or begin anew in another --out"

@@ -1,7 +1,7 @@
-"""CIFAR-10 and CIFAR-100 as their authors distribute them for Python: pickles, read without running what they say.
+"""Reader for CIFAR-10 and CIFAR-100 in the authors' Python format: pickles, loaded without running code in them.
 
-torchvision's classes insist on the files' checksums, so they refuse files that were made anew, and say of a damaged
-one only that it is damaged. Here only the download is theirs.
+torchvision only downloads the files here. Its own readers insist on the original checksums: they refuse files that
+were made anew, and do not say what is wrong with a damaged one.
 """
 
 import io
@@ -22,10 +22,10 @@ class Cifar(NamedTuple):
     train: tuple[str, ...]
     test: str
     meta: str
-    labels: str  # keys
-    names: str
+    labels: str  # key of the labels in a batch
+    names: str  # key of the class names in `meta`
     n_classes: int
-    source: str  # class of torchvision that downloads it
+    source: str  # torchvision class that downloads it
 
 
 CIFARS = {
@@ -53,13 +53,13 @@ CIFARS = {
 
 
 def read_cifar(cifar: Cifar, root: Path, download: bool) -> tuple[ArrayImages, ArrayImages, list[str]]:
-    """Training images, test images, names of classes."""
+    """Training images, test images, class names."""
     folder = root / cifar.folder
     missing = [name for name in (*cifar.train, cifar.test, cifar.meta) if not (folder / name).is_file()]
     if missing and download:
         try:
             getattr(torchvision.datasets, cifar.source)(str(root), download=True)
-        except Exception as error:  # the network's, the disk's, the archive's
+        except Exception as error:  # of the network, the disk or the archive
             raise DataError(f"{cifar.source} could not be downloaded to {root}: {error}") from error
     elif missing:
         raise DataError(
@@ -71,13 +71,13 @@ def read_cifar(cifar: Cifar, root: Path, download: bool) -> tuple[ArrayImages, A
         raise DataError(f"{path}: {cifar.names!r} must be a list of {cifar.n_classes} names")
     names = [name.decode("latin1") if isinstance(name, bytes) else str(name) for name in names]
     batches = [read_batch(folder / name, cifar) for name in cifar.train]
-    full = ArrayImages(*(torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*batches, strict=True)))
-    counts = count_classes(full.target, cifar.n_classes)
+    train = ArrayImages(*(torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*batches, strict=True)))
+    counts = count_classes(train.target, cifar.n_classes)
     if not counts.all():
         c = int(counts.argmin())
         raise DataError(f"{folder}: no training image of class {c} ({names[c]}) in {', '.join(cifar.train)}")
     test = ArrayImages(*map(torch.from_numpy, read_batch(folder / cifar.test, cifar)))
-    return full, test, names
+    return train, test, names
 
 
 def read_batch(path: Path, cifar: Cifar) -> tuple[np.ndarray, np.ndarray]:
@@ -100,10 +100,10 @@ def read_batch(path: Path, cifar: Cifar) -> tuple[np.ndarray, np.ndarray]:
         raise DataError(f"{path}: {cifar.labels!r} must be a list of integers")
     if len(labels) != len(images):
         raise DataError(f"{path} has {len(images)} images, but {len(labels)} labels")
-    wrong = np.flatnonzero((labels < 0) | (labels >= cifar.n_classes))
-    if len(wrong):
-        i = wrong[0]
-        more = and_more(len(wrong))
+    out_of_range = np.flatnonzero((labels < 0) | (labels >= cifar.n_classes))
+    if len(out_of_range):
+        i = out_of_range[0]
+        more = and_more(len(out_of_range))
         raise DataError(f"{path}: {cifar.labels}[{i}] is {labels[i]}, not in [0, {cifar.n_classes}){more}")
     return np.array(images).reshape(-1, 3, 32, 32), labels.astype(np.int64)
 
@@ -111,12 +111,12 @@ def read_batch(path: Path, cifar: Cifar) -> tuple[np.ndarray, np.ndarray]:
 def _dtype(name: str, align: object = False, copy: object = False) -> np.dtype:
     if np.dtype(name).kind not in "biu":
         raise pickle.UnpicklingError(f"an array of {name} is not expected")
-    return np.dtype(name, bool(align), bool(copy))  # a copy, since the pickle then sets its byte order
+    return np.dtype(name, bool(align), bool(copy))  # a copy, because the pickle then sets its byte order
 
 
-# What arrays and their bytes are pickled with, by any version of Python and NumPy. A pickle may call whatever it can
-# find, so it finds nothing else.
-_FROM_PICKLES: dict[tuple[str, str], Any] = {
+# The only globals that a pickle may look up: those that arrays and bytes need, by any version of Python and NumPy. A
+# pickle can call any function that it finds.
+_ALLOWED_GLOBALS: dict[tuple[str, str], Any] = {
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): _dtype,
     ("_codecs", "encode"): lambda text, encoding: text.encode("latin1"),
@@ -134,16 +134,16 @@ _FROM_PICKLES: dict[tuple[str, str], Any] = {
 
 class _ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _FROM_PICKLES:
+        if (module, name) not in _ALLOWED_GLOBALS:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no array needs")
-        return _FROM_PICKLES[module, name]
+        return _ALLOWED_GLOBALS[module, name]
 
 
 def read_pickle(path: Path) -> dict[str, Any]:
     pickled = read_bytes(path)
     try:
         content = _ArrayUnpickler(io.BytesIO(pickled), encoding="latin1").load()
-    except Exception as error:  # damaged bytes can be any instruction, and so fail in any way
+    except Exception as error:  # damaged bytes can be any pickle instruction, so they can raise any error
         raise DataError(f"{path} is damaged or no pickle of arrays ({type(error).__name__}: {error})") from error
     if not isinstance(content, dict):
         raise DataError(f"{path} must hold a dict, got {type(content).__name__}")

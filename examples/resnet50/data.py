@@ -1,21 +1,21 @@
-"""The data sets: what lies on disk, what is checked before training starts, and which split is for what.
+"""The data sets: their files on disk, the checks before training starts, and the role of each split.
 
     digits-lt        scikit-learn's handwritten digits as 32x32 images; nothing is read from disk
     cifar10-lt       ROOT/cifar-10-batches-py/{data_batch_1 to 5, test_batch, batches.meta}
     cifar100-lt      ROOT/cifar-100-python/{train, test, meta}
     imagenet-lt      ROOT/ImageNet_LT_{train,val,test}.txt and the images that they list
-    places-lt        ROOT/Places_LT_{train,val,test}.txt, likewise
+    places-lt        ROOT/Places_LT_{train,val,test}.txt and the images that they list
     inaturalist2018  ROOT/iNaturalist18_{train,val}.txt, or the competition's {train,val}2018.json
     folder           ROOT/{train,val,test}/CLASS/**/*.jpg and so on; val or test may be missing
 
-A list has a line `path label` for each image, the path relative to ROOT. Class counts come from labels alone: no image
-is decoded before training unless `check_images` asks for it, but each must exist and not be empty. The counts are the
-prior, so a file counts in one class and, in folders, once, whatever links lead to it. Files of one name and the same
-bytes in two folders are taken for one file. What folders have beside images is skipped, and `notes` name it: hidden
-files, those of other extensions, copies in the folder of their image under a name that begins or ends with its name.
+A list has one line `path label` for each image; the path is relative to ROOT. Class counts come from the labels alone:
+without `check_images` no image is decoded before training, but each file must exist and not be empty. The class counts
+become the prior, so a file has one class and, in folders, counts once, however many links lead to it. Files of the same
+name and bytes in two folders are treated as one file. Folders may hold more than images. These entries are skipped and
+listed in `notes`: hidden files, other extensions, and copies beside an image whose names begin or end with its name.
 
-The split that results are reported on is "test", or "val" where a data set has no test split. What is tuned (tau, the
-best epoch) is chosen on another: the official "val" if there are both, else a part of every training class.
+Results are reported on "test", or on "val" if a data set has no test split. Tau and the best epoch are chosen on
+another split: on the official "val" if there are both, otherwise on a part of every training class.
 """
 
 import hashlib
@@ -34,18 +34,18 @@ from formats import (
     Images,
     and_more,
     check_decoding,
+    find_repeats,
     is_json,
     printable,
     read_folder,
     read_listings,
-    repeats,
 )
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
 from fused_la import count_classes
 
-MADE_LONG_TAILED = ("digits-lt", "cifar10-lt", "cifar100-lt")  # balanced sets that a profile is cut from
+MADE_LONG_TAILED = ("digits-lt", "cifar10-lt", "cifar100-lt")  # balanced sets that are subsampled to a long tail
 LISTED = {  # prefix of the lists' names, number of classes, official splits
     "imagenet-lt": ("ImageNet_LT", 1000, ("train", "val", "test")),
     "places-lt": ("Places_LT", 365, ("train", "val", "test")),
@@ -63,17 +63,17 @@ class Split(NamedTuple):
 
 class Data(NamedTuple):
     train: Split
-    val: Split | None  # what tau and the best epoch are chosen on
-    test: Split  # what is reported
+    val: Split | None  # tau and the best epoch are chosen on it
+    test: Split  # results are reported on it
     n_classes: int
     class_names: list[str]
-    shots_counts: Tensor  # (C,) the data set's own training split, which many, medium and few refer to
-    class_counts: Tensor  # (C,) what is trained on, for the prior: without the images that became `val`
+    shots_counts: Tensor  # (C,) in the data set's own training split; defines many, medium and few
+    class_counts: Tensor  # (C,) in `train`, for the prior: without the images that became `val`
     notes: list[str]
 
 
-class Parts(NamedTuple):
-    """What a data set comes with."""
+class SourceSplits(NamedTuple):
+    """The splits that a data set comes with, before `assign_splits` gives each its role."""
 
     train: Images
     val: Images | None
@@ -95,16 +95,16 @@ def load(
     check_images: bool = False,
     download: bool = False,
 ) -> Data:
-    """Read a data set's labels and check all that can be checked without decoding an image.
+    """Read a data set's labels, and check everything that can be checked without decoding an image.
 
     Args:
         dataset: one of DATASETS.
         root: its folder; None for digits-lt, which has none.
         train_list, val_list, test_list: list files (.json: the competition's format) in place of the usual ones,
-            relative to `root`, or to the current folder where `root` has no such file.
-        imb_type, imb_factor: `long_tailed_counts` of digits-lt and the CIFAR sets.
-        val_fraction: the part of each training class that becomes `val`, in [0, 0.5]. Of 5 images and more it is at
-            least one, of fewer none. VAL_FRACTION if it is None; not to be given where `val` and `test` both exist.
+            relative to `root`, or to the current folder if `root` has no such file.
+        imb_type, imb_factor: the profile of digits-lt and the CIFAR sets, see `long_tailed_counts`.
+        val_fraction: the part of each training class that becomes `val`, in [0, 0.5]. A class of 5 images or more gives
+            at least one, a smaller class none. None is VAL_FRACTION; refused if `val` and `test` both exist.
         check_images: decode every image first.
         download: fetch a CIFAR set that is not there.
 
@@ -131,10 +131,10 @@ def load(
         ("--imb-factor", imb_factor != IMB_FACTOR, dataset in MADE_LONG_TAILED),
         ("--download", download, dataset in CIFARS),
     ):
-        if is_given and not applies:  # rather than go on as if it had been heeded
+        if is_given and not applies:  # otherwise the option would be ignored silently
             raise DataError(f"{option} does not apply to {dataset}")
     if dataset == "digits-lt":
-        parts = read_digits(imb_type, imb_factor)
+        source = read_digits(imb_type, imb_factor)
     else:
         if root is None:
             raise DataError(f"{dataset} needs --data, the folder of its data")
@@ -144,47 +144,49 @@ def load(
         if not root.exists() and not download:
             raise DataError(f"--data {root} does not exist; {dataset} needs the folder of its data")
         if dataset in CIFARS:
-            parts = read_long_tailed_cifar(dataset, root, imb_type, imb_factor, download)
+            source = read_long_tailed_cifar(dataset, root, imb_type, imb_factor, download)
         elif dataset == "folder":
             images, class_names, notes = read_folder(root)
-            parts = Parts(images["train"], images.get("val"), images.get("test"), class_names, notes)
+            source = SourceSplits(images["train"], images.get("val"), images.get("test"), class_names, notes)
         else:
-            parts = read_lists(dataset, root, lists)
+            source = read_lists(dataset, root, lists)
     if check_images:
-        check_decoding([images for images in (parts.train, parts.val, parts.test) if images is not None])
-    if None not in (val_fraction, parts.val, parts.test):
+        check_decoding([images for images in (source.train, source.val, source.test) if images is not None])
+    if None not in (val_fraction, source.val, source.test):
         raise DataError("--val-fraction does not apply: there are a validation and a test split already")
-    return assign_splits(parts, VAL_FRACTION if val_fraction is None else val_fraction)
+    return assign_splits(source, VAL_FRACTION if val_fraction is None else val_fraction)
 
 
-def read_lists(dataset: str, root: Path, given: dict[str, Path]) -> Parts:
-    """From the lists that are given, and for the other splits from those with the official names."""
+def read_lists(dataset: str, root: Path, given: dict[str, Path]) -> SourceSplits:
+    """Read the given lists; splits without one are read from the files with the official names."""
     prefix, n_classes, official = LISTED[dataset]
-    default = {split: f"{prefix}_{split}.txt" for split in official}
-    competition = {split: f"{split}2018.json" for split in official} if dataset == "inaturalist2018" else {}
+    default_names = {split: f"{prefix}_{split}.txt" for split in official}
+    competition_names = {split: f"{split}2018.json" for split in official} if dataset == "inaturalist2018" else {}
     formats = {is_json(path) for path in given.values()}
     if len(formats) == 2:
         options = " and ".join(f"--{split}-list {path}" for split, path in given.items())
         raise DataError(f"{options}: lists and JSON do not go together, as their labels may differ")
-    if True in formats or (not formats and competition and not (root / default["train"]).is_file()):
-        if not given and not (root / competition["train"]).is_file():
-            raise DataError(f"{root} has neither {default['train']} nor {competition['train']}; see also --train-list")
-        default = competition
+    if True in formats or (not formats and competition_names and not (root / default_names["train"]).is_file()):
+        if not given and not (root / competition_names["train"]).is_file():
+            raise DataError(
+                f"{root} has neither {default_names['train']} nor {competition_names['train']}; see also --train-list"
+            )
+        default_names = competition_names
 
     files: dict[str, tuple[Path, str]] = {}
     notes = []
-    reported = "test" if "test" in (*default, *given) else "val"
+    reported = "test" if "test" in (*default_names, *given) else "val"
     for split in ("train", "test", "val"):
         if split in given:
             path = next((path for path in (root / given[split], given[split]) if path.is_file()), None)
             if path is None:
                 raise DataError(f"--{split}-list {given[split]} does not exist, neither in {root} nor as it stands")
             files[split] = path, str(given[split])
-        elif split in default:
-            path = root / default[split]
+        elif split in default_names:
+            path = root / default_names[split]
             if path.is_file():
                 if split != "val" or "test" not in files or not path.samefile(files["test"][0]):
-                    files[split] = path, default[split]
+                    files[split] = path, default_names[split]
             elif split in ("train", reported):
                 raise DataError(f"{path} does not exist; --{split}-list names another file")
             else:
@@ -193,49 +195,52 @@ def read_lists(dataset: str, root: Path, given: dict[str, Path]) -> Parts:
         if split not in files:
             raise DataError(f"{dataset} from JSON files needs --{split}-list")
     images, class_names, more_notes = read_listings(files, root, n_classes)
-    return Parts(images["train"], images.get("val"), images.get("test"), class_names, notes + more_notes)
+    return SourceSplits(images["train"], images.get("val"), images.get("test"), class_names, notes + more_notes)
 
 
-# ---- Which split is for what
+# ---- The role of each split
 
 
-def assign_splits(parts: Parts, val_fraction: float) -> Data:
-    train, val, test, class_names, notes = parts
+def assign_splits(source: SourceSplits, val_fraction: float) -> Data:
+    train, val, test, class_names, notes = source
     n_classes = len(class_names)
     shots_counts = count_classes(train.target, n_classes)
     if val is not None and test is not None:
-        reported, choosing = Split("test", test), Split("val", val)
+        reported, selection = Split("test", test), Split("val", val)
     else:
         images = val if test is None else test
-        assert images is not None  # each data set has one
-        reported, choosing = Split("val (no test split)" if test is None else "test", images), None
+        assert images is not None  # every data set has a val or a test split
+        reported, selection = Split("val (no test split)" if test is None else "test", images), None
         index, val_index = carve(train.target, shots_counts, val_fraction)
         if len(val_index):
-            choosing = Split(f"val ({100 * val_fraction:g} % of train)", train.subset(val_index))
+            selection = Split(f"val ({100 * val_fraction:g} % of train)", train.subset(val_index))
             train = train.subset(index)
-            if n_without := int((count_classes(choosing.images.target, n_classes) == 0).sum()):
-                few = f"{n_without} of {n_classes} classes have fewer than {CARVED_FROM} images"
-                notes.append(f"{few}, and none in {choosing.name}")
+            if n_without_val := int((count_classes(selection.images.target, n_classes) == 0).sum()):
+                few = f"{n_without_val} of {n_classes} classes have fewer than {CARVED_FROM} images"
+                notes.append(f"{few}, and none in {selection.name}")
         else:
-            why = "--val-fraction is 0" if val_fraction == 0 else f"no class has {CARVED_FROM} training images"
-            notes.append(f"no validation split: {why}, so nothing can be chosen on one")
-    if choosing is not None and (shared := shared_images(choosing.images, reported.images)):
+            reason = "--val-fraction is 0" if val_fraction == 0 else f"no class has {CARVED_FROM} training images"
+            notes.append(f"no validation split: {reason}, so nothing can be chosen on one")
+    if selection is not None and (shared := shared_images(selection.images, reported.images)):
         raise DataError(
-            f"{shared}, in {choosing.name} and in {reported.name}: what is chosen on one would be chosen on the other"
+            f"{shared}, in {selection.name} and in {reported.name}: what is chosen on one would be chosen on the other"
         )
-    for split in (choosing, reported):
+    for split in (selection, reported):
         if split is not None and (shared := shared_images(train, split.images)):
             notes.append(f"{shared} in train and in {split.name}")
     class_counts = count_classes(train.target, n_classes)
-    class_names, notes = (list(map(printable, of)) for of in (class_names, notes))
-    return Data(Split("train", train), choosing, reported, n_classes, class_names, shots_counts, class_counts, notes)
+    class_names, notes = (list(map(printable, texts)) for texts in (class_names, notes))
+    return Data(Split("train", train), selection, reported, n_classes, class_names, shots_counts, class_counts, notes)
 
 
 def fingerprint(data: Data) -> str:
-    """The same for the same splits, wherever they lie: of labels, and of images or the names of their files."""
+    """A hash of labels and of images or file names, to compare splits. The folder that they are in does not count."""
     splits = [split for split in (data.train, data.val, data.test) if split is not None]
-    names = [[of.path(i) for i in range(len(of))] if isinstance(of, FileImages) else [] for _, of in splits]
-    root = os.path.commonprefix([end for of in names if of for end in (min(of), max(of))])  # noqa: RUF071  # not of folders
+    names = [
+        [images.path(i) for i in range(len(images))] if isinstance(images, FileImages) else [] for _, images in splits
+    ]
+    # The common prefix of the strings, which may end within the name of a folder.
+    root = os.path.commonprefix([end for paths in names if paths for end in (min(paths), max(paths))])  # noqa: RUF071
     digest = hashlib.sha256()
     for (name, images), paths in zip(splits, names, strict=True):
         digest.update(name.encode() + images.target.numpy().tobytes())
@@ -245,23 +250,23 @@ def fingerprint(data: Data) -> str:
     return digest.hexdigest()
 
 
-CARVED_FROM = 5  # fewest training images of a class that gives one away
+CARVED_FROM = 5  # a class with fewer training images gives none to validation
 
 
 def carve(target: Tensor, class_counts: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
-    """Indices that stay and indices for validation; always the same ones."""
+    """Indices that stay in training and indices for validation, drawn with a fixed seed."""
     n_val = (fraction * class_counts.double()).round().long()
     n_val = torch.where(class_counts >= CARVED_FROM, n_val.clamp(min=1 if fraction else 0), 0)
     order = torch.randperm(len(target), generator=torch.Generator().manual_seed(0))
     order = order[target[order].argsort(stable=True)]  # by class, shuffled within each
-    place = torch.arange(len(target)) - (class_counts.cumsum(0) - class_counts)[target[order]]  # in its class
+    position_in_class = torch.arange(len(target)) - (class_counts.cumsum(0) - class_counts)[target[order]]
     is_val = torch.zeros(len(target), dtype=torch.bool)
-    is_val[order] = place < n_val[target[order]]
+    is_val[order] = position_in_class < n_val[target[order]]
     return (~is_val).nonzero().flatten(), is_val.nonzero().flatten()
 
 
 def shared_images(a: Images, b: Images) -> str:
-    """How many files are in both, and the first; "" if none is, or if images are not files."""
+    """A message with the number of files in both and the first of them; "" if there is none, or no files."""
     if not (isinstance(a, FileImages) and isinstance(b, FileImages)):
         return ""
     shared = np.flatnonzero(np.isin(b.ids, a.ids))
@@ -276,7 +281,7 @@ def shared_images(a: Images, b: Images) -> str:
 
 
 def long_tailed_counts(n_max: int, n_classes: int, imb_factor: float, imb_type: str = "exp") -> list[int]:
-    """Images of each class: from n_max down to n_max * imb_factor ("exp"), or the two for half of the classes each."""
+    """Images of each class: n_max down to n_max * imb_factor ("exp"), or one half of the classes with each ("step")."""
     if imb_type == "exp":
         counts = [int(n_max * imb_factor ** (i / max(n_classes - 1.0, 1.0))) for i in range(n_classes)]
     else:
@@ -289,47 +294,49 @@ def long_tailed_counts(n_max: int, n_classes: int, imb_factor: float, imb_type: 
     return counts
 
 
-def read_long_tailed_cifar(dataset: str, root: Path, imb_type: str, imb_factor: float, download: bool) -> Parts:
-    """The test images as they are; of the training images those that the code of LDAM keeps.
+def read_long_tailed_cifar(dataset: str, root: Path, imb_type: str, imb_factor: float, download: bool) -> SourceSplits:
+    """All test images, and the training images that the code of LDAM keeps.
 
-    That is Cao et al., "Learning imbalanced datasets with label-distribution-aware margin loss", NeurIPS 2019; others
-    report their results on these images.
+    LDAM is Cao et al., "Learning imbalanced datasets with label-distribution-aware margin loss", NeurIPS 2019. Other
+    papers report their results on these images.
     """
     train, test, class_names = read_cifar(CIFARS[dataset], root, download)
     n_max = int(count_classes(train.target, len(class_names)).min())
-    state, kept = np.random.RandomState(0), []
+    rng, kept = np.random.RandomState(0), []
     for c, n in enumerate(long_tailed_counts(n_max, len(class_names), imb_factor, imb_type)):
         members = np.where(train.target.numpy() == c)[0]
-        state.shuffle(members)
+        rng.shuffle(members)
         kept.append(members[:n])
     train = train.subset(torch.from_numpy(np.concatenate(kept)))
-    again, first = repeats(np.array([hash(image.tobytes()) for image in train.images.numpy()]))
+    repeated, first = find_repeats(np.array([hash(image.tobytes()) for image in train.images.numpy()]))
     notes = []
-    if len(again):  # told, not refused: the originals may have some
-        n_other = int((train.target[again] != train.target[first]).sum())
-        notes.append(f"training images that repeat another, pixel by pixel: {len(again)}, {n_other} with another label")
-    return Parts(train, None, test, class_names, notes)
+    if len(repeated):  # a note, not an error: the original data may have some
+        n_other = int((train.target[repeated] != train.target[first]).sum())
+        notes.append(
+            f"training images that repeat another, pixel by pixel: {len(repeated)}, {n_other} with another label"
+        )
+    return SourceSplits(train, None, test, class_names, notes)
 
 
-def read_digits(imb_type: str, imb_factor: float) -> Parts:
-    """50 images of every digit for testing, 20 for validation, the long tail out of what the scarcest has left."""
-    from sklearn.datasets import load_digits  # nothing else here needs scikit-learn
+def read_digits(imb_type: str, imb_factor: float) -> SourceSplits:
+    """50 images of every digit for testing, 20 for validation. The scarcest digit's remaining images set n_max."""
+    from sklearn.datasets import load_digits  # imported here because nothing else needs scikit-learn
 
     pixels, digits = load_digits(return_X_y=True)
     grey = torch.from_numpy(pixels).float().reshape(-1, 1, 8, 8) * (255 / 16)  # grey levels are 0 to 16
     images = functional.resize(grey, [32, 32], antialias=True).round().clamp(0, 255).to(torch.uint8)
-    everything = ArrayImages(images.expand(-1, 3, -1, -1).contiguous(), torch.from_numpy(digits).long())
+    all_digits = ArrayImages(images.expand(-1, 3, -1, -1).contiguous(), torch.from_numpy(digits).long())
     n_test, n_val, n_classes = 50, 20, 10
-    n_max = int(count_classes(everything.target, n_classes).min()) - n_test - n_val
+    n_max = int(count_classes(all_digits.target, n_classes).min()) - n_test - n_val
     generator = torch.Generator().manual_seed(0)
     train, val, test = [], [], []
     for c, n_train in enumerate(long_tailed_counts(n_max, n_classes, imb_factor, imb_type)):
-        members = (everything.target == c).nonzero().flatten()
+        members = (all_digits.target == c).nonzero().flatten()
         members = members[torch.randperm(len(members), generator=generator)]
         test.append(members[:n_test])
         val.append(members[n_test : n_test + n_val])
         train.append(members[n_test + n_val : n_test + n_val + n_train])
     class_names = [str(c) for c in range(n_classes)]
-    return Parts(
-        *(everything.subset(torch.cat(part)) for part in (train, val, test)), class_names=class_names, notes=[]
+    return SourceSplits(
+        *(all_digits.subset(torch.cat(part)) for part in (train, val, test)), class_names=class_names, notes=[]
     )

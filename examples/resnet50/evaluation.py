@@ -1,5 +1,7 @@
-"""Rates of a split, exactly: every image counts once on however many processes, and no tau is chosen on the split
-that it is reported on."""
+"""Evaluation of a model on a split: error rates, calibration, and post-hoc corrections with their sweeps over tau.
+
+Every image counts exactly once, on any number of processes. No tau is chosen on the split that it is reported on.
+"""
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -23,13 +25,13 @@ TAUS = [round(0.1 * i, 1) for i in range(31)]
 POST_HOC, NORMALISED = "logit adjustment post hoc", "weight normalisation"
 FAMILIES = (POST_HOC, NORMALISED)
 RATES = ("balanced_error", "top1_accuracy", "many_error", "medium_error", "few_error", "worst_class_error")
-N_BINS = 15  # of confidence
+N_BINS = 15  # confidence bins
 
 Result = dict[str, Any]
 Correction = Callable[[Tensor], Tensor]  # logits -> logits
 
 
-class Found(NamedTuple):
+class Evaluation(NamedTuple):
     results: dict[str, Result]  # by name of the correction
     sweeps: dict[str, TauSweep]  # by name of the family of corrections
 
@@ -45,14 +47,17 @@ def evaluate(
     autocast: Callable[[], AbstractContextManager],
     corrections: dict[str, Correction] | None = None,
     with_sweeps: bool = False,
-) -> Found:
-    """What the logits do as they are and under each correction, and the sweeps over tau of what corrects a trained
-    model. All processes of a group call it, each with its own images, and get the rates of all."""
+) -> Evaluation:
+    """The rates of the raw logits and of each correction, and the sweeps over tau of the post-hoc corrections.
+
+    This is a collective: each process calls it with its own images, and gets the rates over all images.
+    """
     was_training = model.training
     model.eval()
     head = model.whole_head()
-    rated = {
-        name: Rated(data, fn, world.device) for name, fn in {"raw": torch.Tensor.float, **(corrections or {})}.items()
+    metrics = {
+        name: CorrectionMetrics(data, fn, world.device)
+        for name, fn in {"raw": torch.Tensor.float, **(corrections or {})}.items()
     }
     sweeps = make_sweeps(head, data, split) if with_sweeps else {}
     for images, target in batches:
@@ -60,8 +65,8 @@ def evaluate(
         with autocast():
             logits = model.logits(on_device(images, args, world), head)
         logits = logits.float()
-        for one in rated.values():
-            one.update(logits, target)
+        for metric in metrics.values():
+            metric.update(logits, target)
         for sweep in sweeps.values():
             sweep.update(logits, target)
     model.train(was_training)
@@ -69,11 +74,11 @@ def evaluate(
         group = dist.group.WORLD
         assert group is not None
         sweeps = {name: sweep.sync(group) for name, sweep in sweeps.items()}
-    return Found({name: one.compute() for name, one in rated.items()}, sweeps)
+    return Evaluation({name: metric.compute() for name, metric in metrics.items()}, sweeps)
 
 
-class Rated:
-    """The metrics of one correction."""
+class CorrectionMetrics:
+    """The metrics of the logits under one correction."""
 
     def __init__(self, data: Data, correction: Correction, device: torch.device):
         self.correction = correction
@@ -102,13 +107,13 @@ class Rated:
 
 
 def reliability(confidence: Tensor, correct: Tensor) -> dict[str, list[float]]:
-    """Of each bin of confidence: how many images, their mean confidence and their accuracy."""
+    """For each bin of confidence: the number of images, their mean confidence and their accuracy."""
     bins = (confidence * N_BINS).ceil().long().clamp(1, N_BINS) - 1
-    count, total, right = (
+    count, total, n_correct = (
         torch.zeros(N_BINS, dtype=torch.float64).index_add_(0, bins, values)
         for values in (torch.ones_like(confidence), confidence, correct)
     )
-    return {"count": count.tolist(), "confidence": (total / count).tolist(), "accuracy": (right / count).tolist()}
+    return {"count": count.tolist(), "confidence": (total / count).tolist(), "accuracy": (n_correct / count).tolist()}
 
 
 # ---- Corrections of a trained model
@@ -124,14 +129,16 @@ def make_sweeps(head: Head, data: Data, split: str) -> dict[str, TauSweep]:
 
 
 def make_corrections(head: Head, data: Data, taus: dict[str, dict[str, float]]) -> dict[str, Correction]:
-    """`taus[family][label]`; a correction is named "family, label"."""
+    """A correction for each `taus[family][label]`, by its name "family, label"."""
     log_prior = log_prior_from_counts(data.class_counts).to(head.weight.device)
     norm = torch.linalg.vector_norm(head.weight.float(), dim=1)
     bias = 0.0 if head.bias is None else head.bias.float()
-    of_tau: dict[str, Callable[[float], Correction]] = {
+    correction_at: dict[str, Callable[[float], Correction]] = {
         POST_HOC: lambda tau: lambda logits: adjust_logits(logits, log_prior, tau),
         NORMALISED: lambda tau: lambda logits: (logits - bias) * norm.pow(-tau) + bias,
     }
     return {
-        f"{family}, {label}": of_tau[family](tau) for family, labels in taus.items() for label, tau in labels.items()
+        f"{family}, {label}": correction_at[family](tau)
+        for family, labels in taus.items()
+        for label, tau in labels.items()
     }

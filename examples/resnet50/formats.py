@@ -1,7 +1,7 @@
-"""Images in files: what list files, the competition's JSON and folders hold, and what is wrong with them.
+"""Readers of image data sets, with checks: list files, the competition's JSON, and one folder for each class.
 
-No image is decoded here but by FileImages, when it is asked for, and by check_decoding. Of folders,
-find_copies also reads the files whose names and sizes suggest copies.
+Only `FileImages.__getitem__` and `check_decoding` decode images. For folders `find_copies` also reads the files whose
+names and sizes suggest copies.
 """
 
 import codecs
@@ -28,28 +28,28 @@ from tqdm import tqdm
 from fused_la import count_classes
 
 SPLITS = ("train", "val", "test")
-N_THREADS = 16  # they wait for a disk or for PIL, which lets go of the interpreter while it decodes
+N_THREADS = 16  # they wait for a disk, or for PIL, which releases the GIL while it decodes
 
 
 class DataError(Exception):
-    """What is wrong with the data; the message names the file and the line, or the option."""
+    """A fault of the data. The message names the file and the line, or the option."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(printable(message.split("DataError: ")[-1].strip()))  # a worker's has its traceback before it
+        super().__init__(printable(message.split("DataError: ")[-1].strip()))  # a worker puts its traceback before it
 
 
 def printable(text: str) -> str:
-    r"""Control characters, and bytes that are not UTF-8, as escapes (\xe9): a file's name may hold both."""
+    r"""Escape control characters and bytes that are not UTF-8, as \xe9: file names may hold both."""
 
     def escape(match: re.Match[str]) -> str:
-        byte = ord(match[0]) - 0xDC00  # as os.fsdecode keeps one that it cannot decode
+        byte = ord(match[0]) - 0xDC00  # os.fsdecode maps an undecodable byte to U+DC00 + byte
         return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else repr(match[0])[1:-1]
 
     return re.sub("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", escape, text)
 
 
 class Images(Dataset, ABC):
-    """Images without their labels: those are in `target`, (N,) int64 on the CPU."""
+    """Indexing gives an image without its label; the labels are in `target`, (N,) int64 on the CPU."""
 
     target: Tensor
 
@@ -74,14 +74,14 @@ class ArrayImages(Images):
 
 
 class FileImages(Images):
-    """Images in files; `origins` says where each was listed, as in ImageNet_LT_train.txt:17, `ids` which file it is.
+    """Images in files. `origins` says where each is listed, as in ImageNet_LT_train.txt:17; equal `ids` are one file.
 
-    Paths and origins are kept as arrays of bytes. Reading one from a list would write to its reference count, and so
-    in time copy the whole list into every worker process of a loader.
+    Paths and origins are kept as arrays of bytes, not as lists of strings. Reading a string writes to its reference
+    count, so a list would in time be copied into every worker process of a loader.
     """
 
     def __init__(self, paths: Sequence[str], target: Tensor, origins: Sequence[str], ids: np.ndarray) -> None:
-        self._paths, self._origins = (np.array([os.fsencode(s) for s in of]) for of in (paths, origins))
+        self._paths, self._origins = (np.array([os.fsencode(s) for s in strings]) for strings in (paths, origins))
         self.target, self.ids = target, ids
 
     def path(self, i: int) -> str:
@@ -93,7 +93,7 @@ class FileImages(Images):
     def __getitem__(self, i: int) -> Any:
         try:
             return load_rgb(self.path(i))
-        except Exception as error:  # which one, PIL's decoders do not agree on
+        except Exception as error:  # PIL's decoders raise many types
             reason = f"{type(error).__name__}: {error}"
             raise DataError(f"{self.origin(i)}: image {self.path(i)} cannot be read ({reason})") from error
 
@@ -104,7 +104,7 @@ class FileImages(Images):
 
 
 def load_rgb(path: str) -> Any:
-    """As torchvision does, which makes white of all that is above 255 in a grey image of 16 bits."""
+    """Load as torchvision does, but refuse 16-bit grey images, where it makes everything above 255 white."""
     with Image.open(path) as image:
         if image.mode.startswith(("I", "F")):
             raise ValueError(f"mode {image.mode} has more than 8 bits a channel: convert it first")
@@ -112,15 +112,15 @@ def load_rgb(path: str) -> Any:
 
 
 def and_more(n: int, n_named: int = 1) -> str:
-    """After the first `n_named` of n."""
+    """The rest of n items, to follow the first `n_named` in a message."""
     return f", and {n - n_named} more" if n > n_named else ""
 
 
-# ---- List files and JSON: what each says, with every path joined to the root
+# ---- List files and JSON, with every path joined to the root
 
 
 class Listing(NamedTuple):
-    name: str  # as messages name it
+    name: str  # for messages
     paths: list[str]
     target: list[int]
     origins: list[str]
@@ -128,7 +128,7 @@ class Listing(NamedTuple):
 
 
 def read_list(path: Path, name: str, root: Path, n_classes: int) -> Listing:
-    """Lines `path label`; the path may hold spaces, blank lines are skipped."""
+    """Read lines `path label`. The path may hold spaces; blank lines are skipped."""
     listing = Listing(name, [], [], [], [])
     for number, line in enumerate(read_text(path, name).split("\n"), 1):
         if not (line := line.strip()):
@@ -149,7 +149,7 @@ def read_list(path: Path, name: str, root: Path, n_classes: int) -> Listing:
 
 
 def read_json(path: Path, name: str, root: Path) -> tuple[Listing, dict[int, str]]:
-    """COCO-like images, annotations and categories. The label is the rank of the category's id; also id -> name."""
+    """Read COCO-like JSON: the listing and category names by id. A label is the rank of its category's id."""
     try:
         content = json.loads(read_text(path, name))
     except json.JSONDecodeError as error:
@@ -166,43 +166,43 @@ def read_json(path: Path, name: str, root: Path) -> tuple[Listing, dict[int, str
                 raise DataError(f"{name}: {key}[{i}] must be an object")
             yield f"{name}: {key}[{i}]", entry
 
-    def field(where: str, entry: dict, key: str, kind: type) -> Any:
+    def read_field(location: str, entry: dict, key: str, kind: type) -> Any:
         if key not in entry:
-            raise DataError(f"{where} has no {key!r}")
-        if type(entry[key]) is not kind:  # a bool is no int here
-            raise DataError(f"{where}: {key!r} must be {kind.__name__}, got {entry[key]!r}")
+            raise DataError(f"{location} has no {key!r}")
+        if type(entry[key]) is not kind:  # not isinstance, because a bool is an int
+            raise DataError(f"{location}: {key!r} must be {kind.__name__}, got {entry[key]!r}")
         return entry[key]
 
     categories: dict[int, str] = {}
-    for where, entry in entries("categories"):
-        key = field(where, entry, "id", int)
+    for location, entry in entries("categories"):
+        key = read_field(location, entry, "id", int)
         if key in categories:
-            raise DataError(f"{where}: another category has the id {key}")
-        categories[key] = field(where, entry, "name", str)
+            raise DataError(f"{location}: another category has the id {key}")
+        categories[key] = read_field(location, entry, "name", str)
     label_of = {key: label for label, key in enumerate(sorted(categories))}
 
     listing = Listing(name, [], [], [], [])
     index_of: dict[int, int] = {}
-    for where, entry in entries("images"):
-        key = field(where, entry, "id", int)
+    for location, entry in entries("images"):
+        key = read_field(location, entry, "id", int)
         if key in index_of:
-            raise DataError(f"{where}: another image has the id {key}")
+            raise DataError(f"{location}: another image has the id {key}")
         index_of[key] = len(listing.paths)
-        listing.paths.append(os.path.join(root, field(where, entry, "file_name", str)))
+        listing.paths.append(os.path.join(root, read_field(location, entry, "file_name", str)))
         listing.target.append(-1)
-        listing.origins.append(where)
+        listing.origins.append(location)
     repeated: list[str] = []
-    for where, entry in entries("annotations"):
-        image, category = field(where, entry, "image_id", int), field(where, entry, "category_id", int)
+    for location, entry in entries("annotations"):
+        image, category = read_field(location, entry, "image_id", int), read_field(location, entry, "category_id", int)
         if image not in index_of:
-            raise DataError(f"{where}: no image has the id {image}")
+            raise DataError(f"{location}: no image has the id {image}")
         if category not in label_of:
-            raise DataError(f"{where}: no category has the id {category}")
+            raise DataError(f"{location}: no category has the id {category}")
         i = index_of[image]
         if listing.target[i] == label_of[category]:
-            repeated.append(where)
+            repeated.append(location)
         elif listing.target[i] != -1:
-            raise DataError(f"{where}: image {image} has an annotation of another category; {listing.origins[i]}")
+            raise DataError(f"{location}: image {image} has an annotation of another category; {listing.origins[i]}")
         listing.target[i] = label_of[category]
     if repeated:
         listing.notes.append(
@@ -210,16 +210,16 @@ def read_json(path: Path, name: str, root: Path) -> tuple[Listing, dict[int, str
         )
     if not listing.paths:
         raise DataError(f"{name} lists no image ({path})")
-    if n_without := listing.target.count(-1):
+    if n_unlabelled := listing.target.count(-1):
         i = listing.target.index(-1)
-        raise DataError(f"{listing.origins[i]} ({listing.paths[i]}) has no annotation{and_more(n_without)}")
+        raise DataError(f"{listing.origins[i]} ({listing.paths[i]}) has no annotation{and_more(n_unlabelled)}")
     return listing, categories
 
 
 def read_listings(
     files: dict[str, tuple[Path, str]], root: Path, n_classes: int
 ) -> tuple[dict[str, Images], list[str], list[str]]:
-    """Images of each split, names of classes and notes, from files by split: where each lies and what to call it."""
+    """Images of each split, class names and notes. `files` has the path and the name for messages of each split."""
     listings: dict[str, Listing] = {}
     if all(is_json(path) for path, _ in files.values()):
         categories: dict[str, dict[int, str]] = {}
@@ -249,18 +249,20 @@ def read_listings(
     train = listings["train"]
     if len(class_names) < 2:
         raise DataError(f"{train.name} has one class only: there is nothing to tell apart")
-    without = (count_classes(train.target, len(class_names)) == 0).nonzero().flatten().tolist()
-    if without:
-        first = ", ".join(str(c) if class_names[c] == str(c) else f"{c} ({class_names[c]})" for c in without[:10])
-        first += f" and {len(without) - 10} more" if len(without) > 10 else ""
+    empty_classes = (count_classes(train.target, len(class_names)) == 0).nonzero().flatten().tolist()
+    if empty_classes:
+        first = ", ".join(str(c) if class_names[c] == str(c) else f"{c} ({class_names[c]})" for c in empty_classes[:10])
+        first += f" and {len(empty_classes) - 10} more" if len(empty_classes) > 10 else ""
         raise DataError(f"{train.name}: no image of class {first}, {reason}")
     images = as_images(listings, class_names, None)
     notes = [note for listing in listings.values() for note in listing.notes]
-    for of in images.values():
-        again, first = repeats(of.ids)
-        if len(again):
-            example = f"{of.origin(again[0])} repeats {of.origin(first[0])}{and_more(len(again))}"
-            notes.append(f"images that are listed again count again: {len(again)} ({example})")
+    for split_images in images.values():
+        repeated, first = find_repeats(split_images.ids)
+        if len(repeated):
+            example = (
+                f"{split_images.origin(repeated[0])} repeats {split_images.origin(first[0])}{and_more(len(repeated))}"
+            )
+            notes.append(f"images that are listed again count again: {len(repeated)} ({example})")
     return dict(images), class_names, notes
 
 
@@ -286,10 +288,10 @@ def read_bytes(path: Path | str, start: int = 0, length: int = -1) -> bytes:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
 
 
-# ---- A folder a class
+# ---- One folder for each class
 
-EXTENSIONS = (*IMG_EXTENSIONS, ".jfif", ".jpe", ".gif")  # of an animation the first frame
-SYSTEM_FOLDERS = {  # that are not hidden: of macOS, Synology, QNAP, NetApp, Windows, GoodSync, Linux, Python
+EXTENSIONS = (*IMG_EXTENSIONS, ".jfif", ".jpe", ".gif")  # .gif: the first frame
+SYSTEM_FOLDERS = {  # not hidden: of macOS, Synology, QNAP, NetApp, Windows, GoodSync, Linux, Python
     "__macosx", "network trash folder", "temporary items", "@eadir", "@tmp", "#recycle", "#snapshot", "@recycle",
     "@__thumb", "~snapshot", "$recycle.bin", "recycler", "found.000", "system volume information", "_gsdata_",
     "lost+found", "__pycache__",
@@ -302,13 +304,13 @@ Skipped = dict[str, list[str]]  # paths by reason
 
 
 def read_folder(root: Path) -> tuple[dict[str, Images], list[str], list[str]]:
-    """Images of each split that there is, the names of classes, which are train's, and notes of what is skipped."""
+    """Images of each existing split, the class names of train, and notes of what was skipped."""
     splits = [split for split in SPLITS if (root / split).is_dir()]
     if "train" not in splits:
         raise DataError(f"{root / 'train'} is no folder; expected {root}/train/CLASS/*.jpg, and val or test beside it")
     if len(splits) == 1:
         raise DataError(f"{root} has neither a folder val nor test to report results on")
-    skipped: Skipped = {why: [] for why in REASONS}
+    skipped: Skipped = {reason: [] for reason in REASONS}
     label_of: dict[str, int] = {}
     listings: dict[str, Listing] = {}
     for split in splits:
@@ -324,53 +326,53 @@ def read_folder(root: Path) -> tuple[dict[str, Images], list[str], list[str]]:
         skipped[NO_CLASS] += [str(folder / name) for name in unknown if not classes[name]]
         if unknown := [name for name in unknown if classes[name]]:
             raise DataError(f"{folder / unknown[0]} is a class that train does not have{and_more(len(unknown))}")
-        paths = [path for of in classes.values() for path in of]
+        paths = [path for class_paths in classes.values() for path in class_paths]
         if not paths:
             raise DataError(f"{folder} holds no image ({', '.join(EXTENSIONS)})")
         if split == "train" and len(classes) < 2:
             raise DataError(f"{folder} has one class only: there is nothing to tell apart")
-        if split == "train" and (without := [name for name, of in classes.items() if not of]):
+        if split == "train" and (empty_classes := [name for name, class_paths in classes.items() if not class_paths]):
             raise DataError(
-                f"{folder / without[0]} holds no image ({', '.join(EXTENSIONS)}){and_more(len(without))}; "
+                f"{folder / empty_classes[0]} holds no image ({', '.join(EXTENSIONS)}){and_more(len(empty_classes))}; "
                 "a folder that is no class has to be taken out of there"
             )
-        target = [label_of[name] for name, of in classes.items() for _ in of]
+        target = [label_of[name] for name, class_paths in classes.items() for _ in class_paths]
         listings[split] = Listing(split, paths, target, paths, [])
     images = as_images(listings, list(label_of), skipped)
-    for of in images.values():
-        again, first = repeats(of.ids)
-        if len(again):
-            path, other = of.path(again[0]), of.path(first[0])
-            why = "are one file, through a link" if os.path.samefile(path, other) else "hold the same bytes"
-            raise DataError(f"{path} and {other} {why}: the image would count twice{and_more(len(again))}")
-    return dict(images), list(label_of), [skip_note(root, why, paths) for why, paths in skipped.items() if paths]
+    for split_images in images.values():
+        repeated, first = find_repeats(split_images.ids)
+        if len(repeated):
+            path, other = split_images.path(repeated[0]), split_images.path(first[0])
+            reason = "are one file, through a link" if os.path.samefile(path, other) else "hold the same bytes"
+            raise DataError(f"{path} and {other} {reason}: the image would count twice{and_more(len(repeated))}")
+    return dict(images), list(label_of), [skip_note(root, reason, paths) for reason, paths in skipped.items() if paths]
 
 
 def find_classes(folder: Path, skipped: Skipped) -> dict[str, list[str]]:
-    """The image files of each class, both in the order of their names."""
+    """The image files of each class; classes and files are sorted by name."""
     classes: dict[str, list[str]] = {}
-    reached = {os.path.realpath(above): str(above) for above in (folder, *folder.resolve().parents)}
-    for entry in sorted(entries(folder, skipped), key=lambda entry: entry.name):
+    seen_folders = {os.path.realpath(above): str(above) for above in (folder, *folder.resolve().parents)}
+    for entry in sorted(visible_entries(folder, skipped), key=lambda entry: entry.name):
         if not entry.is_dir():
             skip_file(entry, NO_CLASS, skipped)
             continue
-        name = unicodedata.normalize("NFC", entry.name)  # macOS takes letters and their accents apart
+        name = unicodedata.normalize("NFC", entry.name)  # macOS stores a letter and its accent as two characters
         if name in classes:
             raise DataError(f"{entry.path} is there twice, its accents encoded in two ways: it would be two classes")
-        classes[name] = find_images(entry.path, reached, skipped)
+        classes[name] = find_images(entry.path, seen_folders, skipped)
     return classes
 
 
-def find_images(folder: str, reached: dict[str, str], skipped: Skipped) -> list[str]:
-    """The image files below a folder; `reached` has the folders that were read, and grows."""
+def find_images(folder: str, seen_folders: dict[str, str], skipped: Skipped) -> list[str]:
+    """The image files below a folder. Adds the folders that it reads to `seen_folders`, by their real paths."""
     found: list[tuple[str, str]] = []
     folders = [folder]
     while folders:
         folder = folders.pop()
-        other = reached.setdefault(os.path.realpath(folder), folder)
+        other = seen_folders.setdefault(os.path.realpath(folder), folder)
         if other != folder:
             raise DataError(f"{folder} and {other} are one folder, through a link: its images would count twice")
-        for entry in entries(folder, skipped):
+        for entry in visible_entries(folder, skipped):
             if entry.is_dir():
                 folders.append(entry.path)
             elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
@@ -380,8 +382,8 @@ def find_images(folder: str, reached: dict[str, str], skipped: Skipped) -> list[
     return [os.path.join(*pair) for pair in sorted(found)]
 
 
-def entries(folder: Path | str, skipped: Skipped) -> Iterator[os.DirEntry[str]]:
-    """What is in a folder, but for what systems, archives and notebooks leave there."""
+def visible_entries(folder: Path | str, skipped: Skipped) -> Iterator[os.DirEntry[str]]:
+    """The entries of a folder, without the hidden and system files that systems, archives and notebooks leave."""
     with os.scandir(folder) as found:
         for entry in found:
             if entry.name.startswith(".") or entry.name.lower() in SYSTEM_FOLDERS:
@@ -390,45 +392,45 @@ def entries(folder: Path | str, skipped: Skipped) -> Iterator[os.DirEntry[str]]:
                 yield entry
 
 
-def skip_file(entry: os.DirEntry[str], why: str, skipped: Skipped) -> None:
+def skip_file(entry: os.DirEntry[str], reason: str, skipped: Skipped) -> None:
     if entry.is_symlink() and not os.path.exists(entry.path):
-        raise DataError(f"{entry.path} is a link to nothing")  # which may have been a folder of images
-    skipped[why].append(entry.path)
+        raise DataError(f"{entry.path} is a link to nothing")  # it may have been a folder of images
+    skipped[reason].append(entry.path)
 
 
-def skip_note(root: Path, why: str, paths: list[str]) -> str:
+def skip_note(root: Path, reason: str, paths: list[str]) -> str:
     first = ", ".join(os.path.relpath(path, root) for path in sorted(paths)[:3]) + and_more(len(paths), 3)
-    if why == NOT_IMAGE:
+    if reason == NOT_IMAGE:
         tally = Counter(os.path.splitext(path)[1].lower() or "without any" for path in paths)
         common = sorted(tally, key=lambda extension: (-tally[extension], extension))
         kinds = ", ".join(f"{tally[extension]:,} {extension}" for extension in common[:5]) + and_more(len(common), 5)
         first = f"{kinds}; {first}"
-    return f"{why} are skipped: {len(paths):,} ({first})"
+    return f"{reason} are skipped: {len(paths):,} ({first})"
 
 
 # ---- Image files
 
 
 def as_images(listings: dict[str, Listing], class_names: list[str], skipped: Skipped | None) -> dict[str, FileImages]:
-    """Images of each split. Each file is there, and has one label, however often and by whatever path it is listed.
+    """Images of each split. Checks that each file exists and has one label, even if it is listed by several paths.
 
-    In folders, which give `skipped`, files of one name and the same bytes are one image; copies beside it are skipped.
+    Only folders pass `skipped`. There, files of the same name and bytes are one image; copies beside it are skipped.
     """
     files = [pair for listing in listings.values() for pair in zip(listing.origins, listing.paths, strict=True)]
     ids, sizes = check_files(files)
     split_of = np.repeat(np.arange(len(listings)), [len(listing.paths) for listing in listings.values()])
     if skipped is not None:
-        copies, again, first = find_copies([path for _, path in files], sizes)
-        ids[again], split_of[copies] = ids[first], -1
+        copies, repeated, first = find_copies([path for _, path in files], sizes)
+        ids[repeated], split_of[copies] = ids[first], -1
         skipped[COPY] += [files[i][1] for i in copies]
     target = np.array([label for listing in listings.values() for label in listing.target])
-    again, first = repeats(ids)
-    differ = target[again] != target[first]
-    if differ.any():
-        (origin, path), (other, other_path) = files[again[differ][0]], files[first[differ][0]]
+    repeated, first = find_repeats(ids)
+    conflicts = target[repeated] != target[first]
+    if conflicts.any():
+        (origin, path), (other, other_path) = files[repeated[conflicts][0]], files[first[conflicts][0]]
         image = "" if origin == path else f" {path}"
-        label, before = (class_names[target[of[differ][0]]] for of in (again, first))
-        more = ("" if os.path.samefile(path, other_path) else ", of the same bytes") + and_more(int(differ.sum()))
+        label, before = (class_names[target[index[conflicts][0]]] for index in (repeated, first))
+        more = ("" if os.path.samefile(path, other_path) else ", of the same bytes") + and_more(int(conflicts.sum()))
         raise DataError(f"{origin}: image{image} has the label {label}, but the label {before} in {other}{more}")
     origins, paths = zip(*files, strict=True)
     images = FileImages(paths, torch.from_numpy(target), origins, ids)
@@ -436,53 +438,53 @@ def as_images(listings: dict[str, Listing], class_names: list[str], skipped: Ski
 
 
 def find_copies(paths: list[str], sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Indices of copies beside their image; of files with the name and bytes of an earlier one, and of those.
+    """Three arrays of indices: copies beside their image, files with the name and bytes of an earlier file, these.
 
-    The stem of a copy's name begins or ends with that of its image in the same folder. The case of letters is ignored.
-    Of files whose names and sizes go together 4 KB are read, and the whole of those that still agree.
+    A copy's stem begins or ends with the stem of its image in the same folder. The case of letters is ignored. If names
+    and sizes match, 4 KB of each file are read, and if these match too, the whole files.
     """
-    places = [(folder, *os.path.splitext(name.lower())) for folder, name in map(os.path.split, paths)]
-    keys = [(hash((place[0], n)), hash((*place[1:], n))) for place, n in zip(places, sizes.tolist(), strict=True)]
+    path_parts = [(folder, *os.path.splitext(name.lower())) for folder, name in map(os.path.split, paths)]
+    keys = [(hash((place[0], n)), hash((*place[1:], n))) for place, n in zip(path_parts, sizes.tolist(), strict=True)]
     folders, names = np.array(keys, dtype=np.int64).T
     index_of: dict[tuple[int, str], list[int]] = {}
     found: list[tuple[int, int]] = []
-    for i in sorted(np.union1d(*repeats(folders)).tolist(), key=lambda i: len(places[i][1])):
-        key, stem = keys[i][0], places[i][1]
-        parts = (part for cut in range(len(stem)) for part in (stem[cut:], stem[: cut + 1]))
-        found += [(i, original) for part in parts for original in index_of.get((key, part), ())]
+    for i in sorted(np.union1d(*find_repeats(folders)).tolist(), key=lambda i: len(path_parts[i][1])):
+        key, stem = keys[i][0], path_parts[i][1]
+        affixes = (affix for cut in range(len(stem)) for affix in (stem[cut:], stem[: cut + 1]))
+        found += [(i, original) for affix in affixes for original in index_of.get((key, affix), ())]
         index_of.setdefault((key, stem), []).append(i)
     pairs = np.array(found, dtype=np.int64).reshape(-1, 2)
-    again, first = repeats(names)
+    repeated, first = find_repeats(names)
     contents = np.zeros(len(paths), dtype=np.int64)
     with ThreadPool(N_THREADS) as pool:
-        for begin, length in ((0.5, 4096), (0, -1)):  # uncompressed images begin alike, and differ in the middle
-            named = np.union1d(again, first)
+        for begin, length in ((0.5, 4096), (0, -1)):  # first from the middle, because uncompressed images begin alike
+            named = np.union1d(repeated, first)
             index = np.union1d(named, pairs)
-            parts = [(paths[i], int(begin * sizes[i]), length) for i in index]
-            contents[index] = pool.starmap(lambda *part: hash(read_bytes(*part)), parts, chunksize=256)
+            reads = [(paths[i], int(begin * sizes[i]), length) for i in index]
+            contents[index] = pool.starmap(lambda *read: hash(read_bytes(*read)), reads, chunksize=256)
             pairs = pairs[contents[pairs[:, 0]] == contents[pairs[:, 1]]]
-            again, first = (named[of] for of in repeats(names[named] ^ contents[named]))
-    return np.unique(pairs[:, 0]), again, first
+            repeated, first = (named[index] for index in find_repeats(names[named] ^ contents[named]))
+    return np.unique(pairs[:, 0]), repeated, first
 
 
-def repeats(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of those whose id was there before, and for each the index of the first that has it."""
+def find_repeats(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the items whose id occurred before, and for each of them the index of the first with that id."""
     _, index, inverse = np.unique(ids, return_index=True, return_inverse=True)
     first = index[inverse]
-    again = np.flatnonzero(first != np.arange(len(ids)))
-    return again, first[again]
+    repeated = np.flatnonzero(first != np.arange(len(ids)))
+    return repeated, first[repeated]
 
 
 def check_files(files: Sequence[tuple[str, str]]) -> tuple[np.ndarray, np.ndarray]:
-    """Each (origin, path) is a file and not empty. Returns ids, the same for all paths to one file, and sizes."""
+    """Check that each (origin, path) is a file and not empty. Returns ids, equal for paths to one file, and sizes."""
 
-    def look(file: tuple[str, str]) -> str | tuple[int, int]:
-        """What is wrong, or the id and the size."""
+    def stat_file(file: tuple[str, str]) -> str | tuple[int, int]:
+        """The fault, or the id and the size."""
         origin, path = file
         image = "" if origin == path else f" {path}"
         try:
             status = os.stat(path)
-        except (OSError, ValueError) as error:  # ValueError: NUL and the like are in no file's name
+        except (OSError, ValueError) as error:  # ValueError: a path that no file can have, as with NUL
             return f"{origin}: image{image} does not exist or cannot be reached ({error})"
         if not stat.S_ISREG(status.st_mode):
             return f"{origin}: image{image} is not a file"
@@ -490,12 +492,12 @@ def check_files(files: Sequence[tuple[str, str]]) -> tuple[np.ndarray, np.ndarra
         return (identity, status.st_size) if status.st_size else f"{origin}: image{image} is an empty file"
 
     with ThreadPool(N_THREADS) as pool:
-        seen = pool.map(look, files, chunksize=256)
+        seen = pool.map(stat_file, files, chunksize=256)
     faults = [found for found in seen if isinstance(found, str)]
     if faults:
         raise DataError(faults[0] + and_more(len(faults)))
     ids, sizes = np.array(seen, dtype=np.int64).T
-    for i, first in zip(*repeats(ids), strict=True):  # some network file systems make up inodes that are not unique
+    for i, first in zip(*find_repeats(ids), strict=True):  # inodes of some network file systems are not unique
         path, other = files[i][1], files[first][1]
         if path == other or os.path.realpath(path) == os.path.realpath(other):
             continue
@@ -505,19 +507,19 @@ def check_files(files: Sequence[tuple[str, str]]) -> tuple[np.ndarray, np.ndarra
 
 
 def check_decoding(images: Sequence[Images]) -> None:
-    """Decode every image that is a file."""
+    """Decode every image that is a file, and name the first that cannot be decoded."""
 
-    def fault(item: tuple[FileImages, int]) -> str:
-        of, i = item
+    def decode_error(item: tuple[FileImages, int]) -> str:
+        images, i = item
         try:
-            of[i]
+            images[i]
         except DataError as error:
             return str(error)
         return ""
 
-    items = [(of, i) for of in images if isinstance(of, FileImages) for i in range(len(of))]
+    items = [(split, i) for split in images if isinstance(split, FileImages) for i in range(len(split))]
     with ThreadPool(N_THREADS) as pool:
-        decoded = tqdm(pool.imap(fault, items, chunksize=16), "decoding images", len(items), disable=not items)
+        decoded = tqdm(pool.imap(decode_error, items, chunksize=16), "decoding images", len(items), disable=not items)
         faults = [found for found in decoded if found]
     if faults:
         raise DataError(faults[0] + and_more(len(faults)))

@@ -1,4 +1,4 @@
-"""From images to batches: what is done to an image, in which order they come, and how two are mixed."""
+"""Input pipeline: image transforms, samplers, loaders for training and evaluation, and mixup and cutmix."""
 
 import random
 from typing import Any
@@ -36,7 +36,7 @@ def eval_transform(args: Any) -> v2.Transform:
 
 
 def resize_and_crop(args: Any) -> v2.Transform:
-    """The middle of an image whose shorter side is 8/7 of the crop, as 224 of 256; small images are resized alone."""
+    """Resize the shorter side to 8/7 of the crop, as 256 for 224, and crop the middle. Small sizes are not cropped."""
     size = args.image_size
     if size <= 64:
         return v2.Resize((size, size))
@@ -49,8 +49,10 @@ def normalize(args: Any) -> v2.Transform:
 
 
 class Transformed(Dataset):
-    """(image, label), the randomness of an image being a function of seed, epoch and index alone: it is the same for
-    any number of workers and processes, and after a run is resumed."""
+    """(image, label) pairs, transformed. An image's randomness depends on seed, epoch and index alone.
+
+    So it is the same for any number of workers and processes, and after a run is resumed.
+    """
 
     def __init__(self, images: Images, transform: v2.Transform, seed: int):
         self.images, self.transform, self.seed = images, transform, seed
@@ -62,33 +64,33 @@ class Transformed(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image = self.images[index]
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(mixed_seed(self.seed, self.epoch, index))
+            torch.default_generator.manual_seed(derive_seed(self.seed, self.epoch, index))
             return self.transform(image), int(self.images.target[index])
 
 
-def mixed_seed(*numbers: int) -> int:
-    """One seed of several numbers, such that neighbours have nothing in common."""
+def derive_seed(*numbers: int) -> int:
+    """Derive one seed from several numbers. Neighbouring numbers give unrelated seeds."""
     return random.Random(repr(numbers)).getrandbits(63)
 
 
 class ClassBalancedSampler(DistributedSampler):
-    """As many images as there are, drawn with replacement, each class as often as any other."""
+    """Draws with replacement, each class equally often; an epoch has as many images as the data set."""
 
     def __init__(self, target: Tensor, *args: Any, **kwargs: Any):
-        super().__init__(target, *args, **kwargs)  # type: ignore[arg-type]  # which only asks for its length
-        self.of_image = target.bincount().double().reciprocal()[target]
+        super().__init__(target, *args, **kwargs)  # type: ignore[arg-type]  # only its length is used
+        self.weights = target.bincount().double().reciprocal()[target]
 
     def __iter__(self):
-        generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch))
-        at = torch.rand(self.total_size, generator=generator, dtype=torch.float64) * self.of_image.sum()
-        drawn = torch.searchsorted(self.of_image.cumsum(0), at, right=True).clamp_max(len(self.of_image) - 1)
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
+        positions = torch.rand(self.total_size, generator=generator, dtype=torch.float64) * self.weights.sum()
+        drawn = torch.searchsorted(self.weights.cumsum(0), positions, right=True).clamp_max(len(self.weights) - 1)
         return iter(drawn[self.rank : self.total_size : self.num_replicas].tolist())
 
 
 class TrainLoader:
-    """The batches of an epoch: `batch_size` images a step over all processes; the last ones, too few, are left out.
+    """The batches of an epoch: `batch_size` images a step over all processes. An incomplete last batch is dropped.
 
-    Process r of R has each R-th image of the epoch's order, so that all have together what one process would have.
+    Process r of R gets every R-th image of the epoch's order, so all together get the batches that one process would.
     """
 
     def __init__(self, args: Any, images: Images, world: World):
@@ -107,17 +109,17 @@ class TrainLoader:
         return len(self.loader)
 
     def epoch(self, number: int) -> DataLoader:
-        self.dataset.epoch = number  # before the workers start, which copy it
+        self.dataset.epoch = number  # before the workers start, because they copy the data set
         self.sampler.set_epoch(number)
         return self.loader
 
 
 def eval_loader(args: Any, images: Images, world: World) -> DataLoader:
-    """Every image once: process r has each R-th, and none is repeated to make the parts equal."""
+    """Every image once: process r gets every R-th. None is repeated to make the processes' shares equal."""
     dataset = Transformed(images, eval_transform(args), args.seed)
-    own = Subset(dataset, range(world.rank, len(dataset), world.n_ranks))
+    shard = Subset(dataset, range(world.rank, len(dataset), world.n_ranks))
     pinned = world.device.type == "cuda"
-    return DataLoader(own, args.batch_size // world.n_ranks, num_workers=args.workers, pin_memory=pinned)
+    return DataLoader(shard, args.batch_size // world.n_ranks, num_workers=args.workers, pin_memory=pinned)
 
 
 def on_device(images: Tensor, args: Any, world: World) -> Tensor:
@@ -126,9 +128,9 @@ def on_device(images: Tensor, args: Any, world: World) -> Tensor:
 
 
 class Mix:
-    """Mixup and cutmix of torchvision; an image keeps both labels, and how much of each it has.
+    """Mixup and cutmix of torchvision. A mixed image has both labels, each weighted by its share of the image.
 
-    Pairs are drawn uniformly, so that labels are as frequent as before: the same prior is right.
+    Pairs are drawn uniformly, so the labels are as frequent as before, and the prior stays the same.
     """
 
     def __init__(self, args: Any):
@@ -136,12 +138,12 @@ class Mix:
         self.alphas = [(kind, alpha) for kind, alpha in self.alphas if alpha > 0]
 
     def __call__(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Images, labels (N, 2) and their weights (N, 2); without mixing labels (N,) and None."""
+        """Mixed images, labels (N, 2) and their weights (N, 2). Without mixing: the images, labels (N,) and None."""
         if not self.alphas:
             return images, target, None
         kind, alpha = self.alphas[int(torch.randint(len(self.alphas), ()))]
         rows = torch.arange(len(target), device=target.device)
-        # The position of an image is its label here: the row says who was mixed with whom, at a cost of N^2, not N * C.
+        # Pass an image's position as its label: the returned row then names its partner, at a cost of N^2, not N * C.
         images, shares = kind(alpha=alpha, num_classes=len(target))(images, rows)
         weight, partner = shares.masked_fill(rows[:, None] == rows, 0.0).max(1)
         return images, torch.stack([target, target[partner]], 1), torch.stack([1.0 - weight, weight], 1)

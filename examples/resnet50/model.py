@@ -1,4 +1,4 @@
-"""The classifier: a trunk of torchvision, a linear or cosine head, and the loss on top of it."""
+"""The classifier: a torchvision trunk, a linear or cosine head, and the loss on top."""
 
 import copy
 from typing import Any, NamedTuple
@@ -19,16 +19,16 @@ from fused_la.margins import PairwiseMargin
 
 
 class Loss(NamedTuple):
-    """A member of the family and the options it is called with; `margin` is of all classes."""
+    """A loss of the family and the options that it is called with. `margin` covers all classes."""
 
     margin: PairwiseMargin
     class_weight: Tensor | None
     smoothing: float
-    prior: Tensor  # (C,) of which smoothed labels get their share
+    prior: Tensor  # (C,) the distribution that label smoothing mixes in
     impl: str
 
     def options(self, weight_name: str, first: int = 0, last: int | None = None) -> dict[str, Any]:
-        """The keyword arguments of the package's functions, for the classes from `first` up to `last`."""
+        """Keyword arguments for the package's loss functions, for the classes from `first` up to `last`, exclusive."""
         weight = None if self.class_weight is None else self.class_weight[first:last]
         options: dict[str, Any] = {weight_name: weight, "impl": self.impl}
         if self.smoothing > 0:
@@ -50,26 +50,26 @@ def loss_of_options(args: Any, class_counts: Tensor, device: torch.device) -> Lo
         margin = preset()
     elif args.loss == "fisher_consistent":
         margin = preset(log_prior, args.power * log_prior)
-    elif args.loss == "ldam":  # its scale is in the logits, as the cosine head makes them
+    elif args.loss == "ldam":  # the cosine head has already multiplied the logits by its scale
         margin = PairwiseMargin(target_offset=preset(log_prior, args.max_margin, args.scale).target_offset)
     else:
-        numbers = {name: getattr(args, name) for name in ("tau", "gamma") if getattr(args, name) is not None}
-        margin = preset(log_prior, **numbers)
+        preset_options = {name: getattr(args, name) for name in ("tau", "gamma") if getattr(args, name) is not None}
+        margin = preset(log_prior, **preset_options)
     class_weight = (-log_prior).exp() / len(log_prior) if args.class_weights == "inverse" else None
     return Loss(margin, class_weight, args.smoothing, log_prior.exp(), args.loss_impl)
 
 
 def unit_vectors(vectors: Tensor) -> Tensor:
-    """Of the last dimension, in the vectors' dtype; zeros of zeros, which in float16 are NaN to `F.normalize`."""
+    """Normalise the last dimension, in the vectors' dtype. Zeros stay zeros; in float16 `F.normalize` gives NaN."""
     norm = torch.linalg.vector_norm(vectors.float(), dim=-1, keepdim=True)
     return (vectors / norm.masked_fill(norm < 1e-12, 1.0)).to(vectors.dtype)
 
 
 class Classifier(nn.Module):
-    """Called with images and labels, it gives the mean loss of the batch; `logits` is for evaluation.
+    """Trunk, head and loss. Calling it with images and labels gives the mean loss; `logits` is for evaluation.
 
-    The logits are f = W h + b of features h, or cosines times a scale. Where the classes are spread over processes, W
-    and b are DTensors, and the trunk alone is averaged over processes.
+    The logits are f = W h + b for features h, or cosines times a scale. If the classes are sharded over processes, W
+    and b are DTensors, and only the gradients of the trunk are averaged over processes.
     """
 
     def __init__(self, trunk: nn.Module, head: nn.Linear, cosine_scale: float | None, loss: Loss, fused: bool):
@@ -78,13 +78,15 @@ class Classifier(nn.Module):
         self.cosine_scale, self.loss, self.fused = cosine_scale, loss, fused
 
     def forward(self, images: Tensor, target: Tensor, target_weight: Tensor | None = None) -> Tensor:
-        features, weight = self.operands(images, self.head.weight)
-        if self.is_spread or self.fused:
-            return self.loss_of(features, weight, target, target_weight)
+        features, weight = self.head_operands(images, self.head.weight)
+        if self.is_sharded or self.fused:
+            return self.loss_of_features(features, weight, target, target_weight)
         return self.loss_of_logits(F.linear(features, weight, self.head.bias), target, target_weight)
 
-    def loss_of(self, features: Tensor, weight: Tensor, target: Tensor, target_weight: Tensor | None = None) -> Tensor:
-        """Head and loss in one."""
+    def loss_of_features(
+        self, features: Tensor, weight: Tensor, target: Tensor, target_weight: Tensor | None = None
+    ) -> Tensor:
+        """The loss from features, with head and loss fused: the logits are never stored."""
         bias = self.head.bias
         if isinstance(weight, DTensor):
             return class_parallel_loss(self.loss, features, weight, bias, target, target_weight)
@@ -99,33 +101,34 @@ class Classifier(nn.Module):
         )
 
     def logits(self, images: Tensor, whole_head: "Head") -> Tensor:
-        features, weight = self.operands(images, whole_head.weight)
+        features, weight = self.head_operands(images, whole_head.weight)
         return F.linear(features, weight, whole_head.bias)
 
-    def operands(self, images: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def head_operands(self, images: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The features and weight whose product the logits are; for a cosine head they are normalised and scaled."""
         features = self.trunk(images)
         if self.cosine_scale is None:
             return features, weight
         return unit_vectors(features) * self.cosine_scale, unit_vectors(weight)
 
     @property
-    def is_spread(self) -> bool:
+    def is_sharded(self) -> bool:
         return isinstance(self.head.weight, DTensor)
 
     def whole_head(self) -> "Head":
-        """All classes on every process, which all have to ask."""
+        """The head with all classes, on every process. If the classes are sharded it is a collective."""
         weight, bias = (None if p is None else p.detach() for p in (self.head.weight, self.head.bias))
         assert weight is not None
         if isinstance(weight, DTensor):
             return Head(weight.full_tensor(), bias.full_tensor() if isinstance(bias, DTensor) else None)
         return Head(weight, bias)
 
-    def spread_classes(self) -> None:
-        """A part of the head's classes for each process, the first ones for the first."""
+    def shard_classes(self) -> None:
+        """Shard the head's classes over processes, in order: the first process gets the first classes."""
         mesh = init_device_mesh(self.head.weight.device.type, (dist.get_world_size(),))
         for name, parameter in list(self.head.named_parameters()):
-            spread = distribute_tensor(parameter.detach(), mesh, [Shard(0)])
-            self.head.register_parameter(name, nn.Parameter(spread))
+            sharded = distribute_tensor(parameter.detach(), mesh, [Shard(0)])
+            self.head.register_parameter(name, nn.Parameter(sharded))
 
 
 class Head(NamedTuple):
@@ -137,9 +140,9 @@ def class_parallel_loss(
     loss: Loss, features: Tensor, weight: DTensor, bias: Any, target: Tensor, target_weight: Tensor | None
 ) -> Tensor:
     group, n_classes = weight.device_mesh.get_group(), weight.shape[0]
-    most = -(-n_classes // dist.get_world_size(group))  # as distribute_tensor splits
-    first = min(n_classes, most * dist.get_rank(group))
-    last = min(n_classes, first + most)
+    shard_size = -(-n_classes // dist.get_world_size(group))  # the same split as distribute_tensor's
+    first = min(n_classes, shard_size * dist.get_rank(group))
+    last = min(n_classes, first + shard_size)
     return class_parallel_linear_margin_cross_entropy(
         features, weight.to_local(), target, loss.margin.of_classes(first, last),
         bias=None if bias is None else bias.to_local(), group=group, gather_features=True, average_over_ranks=True,
@@ -152,16 +155,16 @@ def class_parallel_loss(
 
 def make_classifier(args: Any, n_classes: int, loss: Loss) -> Classifier:
     trunk = make_network(args)
-    name, replaced = final_linear(trunk, args.model)
+    name, old_head = final_linear(trunk, args.model)
     owner, _, attribute = name.rpartition(".")
     setattr(trunk.get_submodule(owner), attribute, nn.Identity())
     cosine_scale = args.scale if args.loss == "ldam" else None
-    head = nn.Linear(replaced.in_features, n_classes, bias=cosine_scale is None)
+    head = nn.Linear(old_head.in_features, n_classes, bias=cosine_scale is None)
     return Classifier(trunk, head, cosine_scale, loss, args.fused_head)
 
 
 def make_network(args: Any) -> nn.Module:
-    """With a head of 1000 classes, which is replaced."""
+    """The network with torchvision's head of 1000 classes, which `make_classifier` replaces."""
     is_resnet = args.model.startswith(("resnet", "resnext", "wide_resnet"))
     if args.norm != "batch" and (args.pretrained or not is_resnet):
         raise OptionError(f"--norm {args.norm} is of ResNets that are trained anew, got --model {args.model}"
@@ -174,7 +177,7 @@ def make_network(args: Any) -> nn.Module:
         raise OptionError(f"--model must be resnet32 or a classifier of torchvision.models, got {args.model!r}")
     options: dict[str, Any] = {}
     if is_resnet and not args.pretrained:
-        # Blocks begin as the identity (Goyal et al., 2017), without which a few hundred images do not train one.
+        # Blocks begin as the identity (Goyal et al., 2017); otherwise a few hundred images cannot train a ResNet.
         options = {"zero_init_residual": True, "norm_layer": norm_layer(args.norm)}
     elif args.model == "inception_v3" or (args.model == "googlenet" and not args.pretrained):
         options = {"aux_logits": False} | ({} if args.pretrained else {"init_weights": True})
@@ -190,7 +193,7 @@ def make_network(args: Any) -> nn.Module:
 
 
 def try_shapes(args: Any, model: Classifier, n_images: int) -> None:
-    """Sizes that a network does not take are told before training: by a copy that has shapes, but no numbers."""
+    """Run a copy on the meta device, so that sizes which the network does not take are reported before training."""
     trunk = copy.deepcopy(model.trunk).to("meta")
     try:
         trunk(torch.empty(n_images, 3, args.image_size, args.image_size, device="meta"))
@@ -210,7 +213,7 @@ def norm_layer(name: str) -> Any:
 
 
 def final_linear(network: nn.Module, model: str) -> tuple[str, nn.Linear]:
-    """The classifier of 1000 classes, whose output is the network's."""
+    """Name and module of the last linear layer, which has to be the network's classifier of 1000 classes."""
     linear = [(name, layer) for name, layer in network.named_modules() if isinstance(layer, nn.Linear)]
     if not linear or linear[-1][1].out_features != 1000:
         raise OptionError(f"--model {model} does not end in a linear layer, as head and weight norms need")
@@ -218,8 +221,10 @@ def final_linear(network: nn.Module, model: str) -> tuple[str, nn.Linear]:
 
 
 class CifarResNet32(nn.Module):
-    """He et al., "Deep residual learning for image recognition", 2016, section 4.2: three stages of five blocks with
-    16, 32 and 64 channels, and shortcuts without parameters."""
+    """ResNet-32 for CIFAR: three stages of five blocks with 16, 32 and 64 channels, and shortcuts without parameters.
+
+    He et al., "Deep residual learning for image recognition", 2016, section 4.2.
+    """
 
     def __init__(self, norm: Any):
         super().__init__()
@@ -228,9 +233,9 @@ class CifarResNet32(nn.Module):
         blocks, n_channels = [], 16
         for width in (16, 32, 64):
             for _ in range(5):
-                narrower = width != n_channels
-                shortcut = Subsample() if narrower else None
-                blocks.append(BasicBlock(n_channels, width, 2 if narrower else 1, shortcut, norm_layer=norm))
+                downsamples = width != n_channels
+                shortcut = Subsample() if downsamples else None
+                blocks.append(BasicBlock(n_channels, width, 2 if downsamples else 1, shortcut, norm_layer=norm))
                 n_channels = width
         self.blocks = nn.Sequential(*blocks)
         self.fc = nn.Linear(n_channels, 1000)
@@ -244,7 +249,7 @@ class CifarResNet32(nn.Module):
 
 
 class Subsample(nn.Module):
-    """Every second pixel, and as many channels of zeros again, half of them on either side."""
+    """Shortcut that keeps every second pixel and doubles the channels with zeros, half of them on either side."""
 
     def forward(self, images: Tensor) -> Tensor:
         n_zeros = images.shape[1] // 2

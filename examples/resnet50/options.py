@@ -1,4 +1,4 @@
-"""The options of train.py: what they default to, which go together, and what is refused."""
+"""Command-line options of train.py: defaults by data set, saved options of a run, and checks of combinations."""
 
 import argparse
 import json
@@ -15,12 +15,12 @@ from fused_la import margins
 
 
 class OptionError(Exception):
-    """An option that does not fit what it meets: the model, the data, the machine."""
+    """An option that does not fit the model, the data or the machine."""
 
 
-# What a data set is trained with unless an option says otherwise. Those of the paper are the settings of its appendix
-# D; its code differs: a bottleneck ResNet for CIFAR, Nesterov momentum, 1241 and 1419 epochs, and an L2 penalty that
-# amounts to a weight decay of 2e-4 without BatchNorm.
+# Default settings by profile; options override them. The paper-* profiles are the settings of the paper's appendix D.
+# The paper's code differs: it has a bottleneck ResNet for CIFAR, Nesterov momentum, 1241 and 1419 epochs, and an L2
+# penalty that amounts to a weight decay of 2e-4 without BatchNorm.
 PROFILES: dict[str, dict[str, Any]] = {
     "digits": dict(
         model="resnet50", image_size=32, augment="shift", epochs=24, batch_size=16, lr=0.01, weight_decay=5e-4,
@@ -45,18 +45,18 @@ PROFILE_OF = {
     "folder": "paper-imagenet-lt",
 }  # fmt: skip
 
-# The arguments of each preset of fused_la.margins, and what they are without an option; None has to be given.
+# The arguments of each preset of fused_la.margins and their defaults; None: the option is required.
 LOSSES: dict[str, dict[str, float | None]] = {
     "erm": {}, "balanced": {}, "adaptive": {}, "ldam": {"max_margin": 0.5, "scale": 30.0}, "equalised": {},
     "logit_adjusted": {"tau": 1.0}, "logit_adjusted_adaptive": {}, "balanced_softmax": {},
     "vector_scaling": {"gamma": None, "tau": 1.0}, "cdt": {"gamma": None}, "fisher_consistent": {"power": None},
 }  # fmt: skip
 assert set(LOSSES) == set(margins.__all__) - {"PairwiseMargin", "consistency"}
-# Those that make up for the prior themselves; a second correction would correct twice.
-CORRECTING = set(LOSSES) - {"erm", "adaptive", "ldam"}
+# The losses that correct for the prior themselves; a second correction would correct twice.
+PRIOR_CORRECTING = set(LOSSES) - {"erm", "adaptive", "ldam"}
 
-# What may change when a run is resumed, since no result depends on it.
-FREE = {"out", "resume", "data", "train_list", "val_list", "test_list", "download", "workers", "check_images"}
+# The options that may change when a run is resumed, because no result depends on them.
+MAY_CHANGE = {"out", "resume", "data", "train_list", "val_list", "test_list", "download", "workers", "check_images"}
 
 
 def new_parser(description: str | None) -> argparse.ArgumentParser:
@@ -148,33 +148,35 @@ def new_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def parse(description: str | None, argv: list[str] | None) -> argparse.Namespace:
-    """Options with every default filled in. Ends the program with a message where they do not fit together."""
+    """Parse options and fill in every default. Ends the program with a message if they do not fit together."""
     parser = new_parser(description)
     args = parser.parse_args(argv)
     saved = None
     if args.resume:
         if args.out is None:
             parser.error("--resume needs --out, the directory of the run to continue")
-        saved = read_saved(parser, args.out / "args.json")
-        alone = parser.parse_args(["--resume", "--out", str(args.out)])
-        if saved is None and args == alone:  # a run of the defaults is hardly what is meant
+        saved = read_saved_args(parser, args.out / "args.json")
+        only_resume = parser.parse_args(["--resume", "--out", str(args.out)])
+        if saved is None and args == only_resume:  # nobody resumes to begin a default run: --out is probably mistyped
             parser.error(f"{args.out / 'args.json'} does not exist: there is no run to continue. Give its options")
     if saved is not None:
         args = parser.parse_args(
-            [*as_typed(saved), *(sys.argv[1:] if argv is None else argv)]
-        )  # what comes last counts
+            [*to_argv(saved), *(sys.argv[1:] if argv is None else argv)]
+        )  # argparse takes the last of repeated options
     resolve(parser, args)
     for name, value in (saved or {}).items():
-        if name not in FREE and as_json(getattr(args, name)) != value:
-            parser.error(f"--{dashed(name)}: the run in {args.out} has {value!r}, not {as_json(getattr(args, name))!r}")
+        if name not in MAY_CHANGE and json_value(getattr(args, name)) != value:
+            parser.error(
+                f"--{dashed(name)}: the run in {args.out} has {value!r}, not {json_value(getattr(args, name))!r}"
+            )
     return args
 
 
-def read_saved(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any] | None:
+def read_saved_args(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any] | None:
     try:
         saved = json.loads(path.read_text())
     except FileNotFoundError:
-        return None  # stopped before it had written anything: begin
+        return None  # the run was stopped before it had written anything, so it begins anew
     except OSError as error:
         parser.error(f"{path} cannot be read: {error.strerror}")
     except ValueError as error:
@@ -185,30 +187,30 @@ def read_saved(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any] | 
     strict = new_parser(None)
     strict.exit_on_error = False
     try:
-        strict.parse_args(as_typed(saved))
+        strict.parse_args(to_argv(saved))
     except argparse.ArgumentError as error:
         parser.error(f"{path} is damaged: {error}")
     return saved
 
 
-def as_typed(saved: dict[str, Any]) -> list[str]:
-    """The options again, for argparse to look at: args.json may be damaged."""
-    typed: list[str] = []
+def to_argv(saved: dict[str, Any]) -> list[str]:
+    """Saved options as command-line arguments, so that argparse checks them: args.json may be damaged."""
+    argv: list[str] = []
     for name, value in saved.items():
         if isinstance(value, list):
-            typed += [f"--{dashed(name)}", *map(str, value)]
+            argv += [f"--{dashed(name)}", *map(str, value)]
         elif isinstance(value, bool):
-            typed += [f"--{dashed(name)}"] if value else ["--no-posthoc"] if name == "posthoc" else []
+            argv += [f"--{dashed(name)}"] if value else ["--no-posthoc"] if name == "posthoc" else []
         elif value is not None:
-            typed += [f"--{dashed(name)}={value}"]
-    return typed
+            argv += [f"--{dashed(name)}={value}"]
+    return argv
 
 
-def saved_form(args: argparse.Namespace) -> dict[str, Any]:
-    return {name: as_json(value) for name, value in vars(args).items() if name not in ("resume", "out")}
+def args_as_json(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: json_value(value) for name, value in vars(args).items() if name not in ("resume", "out")}
 
 
-def as_json(value: Any) -> Any:
+def json_value(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
@@ -218,45 +220,45 @@ def dashed(name: str) -> str:
 
 def resolve(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     for name, value in PROFILES[args.profile or PROFILE_OF[args.dataset]].items():
-        of_synthetic = name in ("imb_type", "imb_factor") and not made_long_tailed(args)
-        of_schedule = name in ("lr_steps", "lr_gamma") and args.schedule not in (None, "step")
-        if getattr(args, name) is None and not of_synthetic and not of_schedule:
+        imb_unused = name in ("imb_type", "imb_factor") and not made_long_tailed(args)
+        lr_steps_unused = name in ("lr_steps", "lr_gamma") and args.schedule not in (None, "step")
+        if getattr(args, name) is None and not imb_unused and not lr_steps_unused:
             setattr(args, name, value)
 
-    def belongs(name: str, owner: bool, owner_name: str, default: Any = None) -> None:
-        """An option of something else that is not chosen would do nothing."""
+    def default_if(name: str, applies: bool, applies_to: str, default: Any = None) -> None:
+        """Fill in an option's default if the option applies; otherwise refuse it, because it would have no effect."""
         given = getattr(args, name)
-        if not owner and given is not None and given is not False:
-            parser.error(f"--{dashed(name)} is of {owner_name}")
-        if owner and given is None:
+        if not applies and given is not None and given is not False:
+            parser.error(f"--{dashed(name)} is of {applies_to}")
+        if applies and given is None:
             setattr(args, name, default)
 
-    belongs("imb_type", made_long_tailed(args), "digits-lt and CIFAR; other data sets come as they are", "exp")
-    belongs("imb_factor", made_long_tailed(args), "digits-lt and CIFAR; other data sets come as they are", 0.01)
-    belongs("download", args.dataset.startswith("cifar"), "CIFAR; other data sets have to be fetched by hand")
-    belongs("check_images", not made_long_tailed(args), "data sets of image files")
-    belongs("momentum", args.opt == "sgd", "--opt sgd", 0.9)
-    belongs("nesterov", args.opt == "sgd", "--opt sgd")
-    belongs("lr_steps", args.schedule == "step", "--schedule step")
-    belongs("lr_gamma", args.schedule == "step", "--schedule step", 0.1)
-    belongs("model_ema_decay", args.model_ema, "--model-ema", 0.999)
+    default_if("imb_type", made_long_tailed(args), "digits-lt and CIFAR; other data sets come as they are", "exp")
+    default_if("imb_factor", made_long_tailed(args), "digits-lt and CIFAR; other data sets come as they are", 0.01)
+    default_if("download", args.dataset.startswith("cifar"), "CIFAR; other data sets have to be fetched by hand")
+    default_if("check_images", not made_long_tailed(args), "data sets of image files")
+    default_if("momentum", args.opt == "sgd", "--opt sgd", 0.9)
+    default_if("nesterov", args.opt == "sgd", "--opt sgd")
+    default_if("lr_steps", args.schedule == "step", "--schedule step")
+    default_if("lr_gamma", args.schedule == "step", "--schedule step", 0.1)
+    default_if("model_ema_decay", args.model_ema, "--model-ema", 0.999)
     if args.schedule == "step" and args.lr_steps is None:
         parser.error("--schedule step needs --lr-steps")
-    of_loss = LOSSES[args.loss]
+    defaults = LOSSES[args.loss]
     for name in ("tau", "gamma", "max_margin", "scale", "power"):
-        takers = [loss for loss, arguments in LOSSES.items() if name in arguments]
-        belongs(name, name in of_loss, f"--loss {' or '.join(takers)}; got --loss {args.loss}", of_loss.get(name))
-        if name in of_loss and getattr(args, name) is None:
+        losses = [loss for loss, arguments in LOSSES.items() if name in arguments]
+        default_if(name, name in defaults, f"--loss {' or '.join(losses)}; got --loss {args.loss}", defaults.get(name))
+        if name in defaults and getattr(args, name) is None:
             parser.error(f"--loss {args.loss} needs --{name}")
 
     check_ranges(parser, args)
     refuse_double_corrections(parser, args)
-    refuse_what_does_not_combine(parser, args)
+    refuse_incompatible_options(parser, args)
     if args.out is None:
         args.out = Path("runs") / f"{args.dataset}-{args.model}-{args.loss}-seed{args.seed}"
     try:
         str(args.out).encode()
-    except UnicodeEncodeError:  # which TensorBoard would meet when it opens its file
+    except UnicodeEncodeError:  # otherwise TensorBoard fails when it opens its file
         parser.error(f"--out must be a path in UTF-8, got {printable(str(args.out))}")
 
 
@@ -265,11 +267,11 @@ def made_long_tailed(args: argparse.Namespace) -> bool:
 
 
 def check_ranges(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    least = {
+    lower_bounds = {
         "epochs": 1, "batch_size": 1, "grad_accum_steps": 1, "image_size": 1, "workers": 0, "seed": 0, "mixup": 0,
         "cutmix": 0, "warmup_epochs": 0, "weight_decay": 0, "tau": 0, "gamma": 0, "max_margin": 0, "momentum": 0,
     }  # fmt: skip
-    for name, bound in least.items():
+    for name, bound in lower_bounds.items():
         value = getattr(args, name)
         if value is not None and not bound <= value < float("inf"):
             parser.error(f"--{dashed(name)} must be at least {bound} and finite, got {value}")
@@ -308,9 +310,8 @@ def is_rising(numbers: list[float]) -> bool:
 
 
 def refuse_double_corrections(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Each of these alone makes up for the prior. Two of them make rare classes as much too likely as they were too
-    unlikely."""
-    by_loss = [f"--loss {args.loss}"] if args.loss in CORRECTING else []
+    """Refuse a second correction for the prior: it makes rare classes as much too likely as they were too unlikely."""
+    by_loss = [f"--loss {args.loss}"] if args.loss in PRIOR_CORRECTING else []
     by_sampler = ["--sampler class-balanced"] if args.sampler == "class-balanced" else []
     by_weights = ["--class-weights inverse"] if args.class_weights == "inverse" else []
     corrections = by_loss + by_sampler + by_weights
@@ -318,19 +319,19 @@ def refuse_double_corrections(parser: argparse.ArgumentParser, args: argparse.Na
         args.posthoc = not corrections
     corrections += ["--posthoc"] if args.posthoc else []
     if len(corrections) > 1:
-        does = {
+        effects = {
             "--sampler class-balanced": "shows the model all classes equally often",
             "--class-weights inverse": "weights each class by the inverse of its frequency",
             "--posthoc": "subtracts tau * log(prior) from the trained model's logits",
         }
-        reasons = [f"{name} {does.get(name, 'has the class frequencies in the loss')}" for name in corrections]
+        reasons = [f"{name} {effects.get(name, 'has the class frequencies in the loss')}" for name in corrections]
         parser.error(
             f"{' and '.join(corrections)} would correct for the class frequencies twice: {', and '.join(reasons)}. "
             "Keep one of them"
         )
 
 
-def refuse_what_does_not_combine(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def refuse_incompatible_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.class_parallel and args.fused_head:
         parser.error("--class-parallel computes head and loss in one already: leave out --fused-head")
     if args.class_parallel and args.model_ema:

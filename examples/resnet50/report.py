@@ -1,4 +1,4 @@
-"""report.json, report.md and its figures: what a run came to, on which split, and which split chose what."""
+"""The final report of a run: evaluation of its models, report.json, report.md and figures."""
 
 import io
 import json
@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from checkpoint import write_atomically
 from data import Data
-from evaluation import FAMILIES, TAUS, Found, Result, evaluate, make_corrections
+from evaluation import FAMILIES, TAUS, Evaluation, Result, evaluate, make_corrections
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot, which looks for a display
 from model import Classifier
-from options import saved_form
+from options import args_as_json
 from states import load_model
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -30,17 +30,20 @@ def final_report(
     args: Any, data: Data, model: Classifier, states: dict[str, tuple[int, dict[str, Tensor]]],
     val: DataLoader | None, test: DataLoader, world: World, autocast: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """`states`: by name, the epoch and the weights. Nothing in it depends on when or where the run was made."""
+    """The content of report.json. `states` has the epoch and the weights of each model, by name.
+
+    Nothing in it depends on when or where the run was made.
+    """
     models = {}
     for name, (epoch, state) in states.items():
         load_model(model, state)
-        models[name] = rated(args, data, model, val, test, world, autocast) | {"epoch": epoch}
-    used = {"data", "train_list", "val_list", "test_list", "workers", "download", "check_images"}
+        models[name] = evaluate_model(args, data, model, val, test, world, autocast) | {"epoch": epoch}
+    excluded = {"data", "train_list", "val_list", "test_list", "workers", "download", "check_images"}
     return {
         "dataset": args.dataset,
         "model": args.model,
         "loss": args.loss,
-        "settings": {name: value for name, value in saved_form(args).items() if name not in used},
+        "settings": {name: value for name, value in args_as_json(args).items() if name not in excluded},
         "splits": {
             "train": {"name": data.train.name, "n_images": len(data.train.images)},
             "chosen_on": None if data.val is None else {"name": data.val.name, "n_images": len(data.val.images)},
@@ -53,12 +56,12 @@ def final_report(
     }
 
 
-def rated(
+def evaluate_model(
     args: Any, data: Data, model: Classifier, val: DataLoader | None, test: DataLoader, world: World, autocast: Any
 ) -> dict[str, Any]:
-    """One model on the reported split. Each tau* is chosen on the validation split alone."""
+    """Evaluate one model on the reported split. Each tau* is chosen on the validation split alone."""
 
-    def on(split: str, batches: Iterable[Any], taus: dict[str, dict[str, float]]) -> Found:
+    def evaluate_split(split: str, batches: Iterable[Any], taus: dict[str, dict[str, float]]) -> Evaluation:
         corrections = make_corrections(model.whole_head(), data, taus)
         return evaluate(args, model, batches, split, data, world, autocast, corrections, args.posthoc)
 
@@ -66,12 +69,12 @@ def rated(
     on_val = None
     if args.posthoc:
         if val is not None and data.val is not None:
-            on_val = on(data.val.name, val, {})
+            on_val = evaluate_split(data.val.name, val, {})
         for family in FAMILIES:
             taus[family] = {"tau = 1": 1.0}
             if on_val is not None:
                 taus[family]["tau*"] = on_val.sweeps[family].best()
-    on_test = on(data.test.name, test, taus)
+    on_test = evaluate_split(data.test.name, test, taus)
     norms = torch.linalg.vector_norm(model.whole_head().weight.float(), dim=1)
     curves = {
         family: {
@@ -93,7 +96,7 @@ def rated(
 
 
 def write_report(directory: Path, report: dict[str, Any]) -> str:
-    """All files, and what report.md says."""
+    """Write all files. Returns the text of report.md."""
     write_atomically(directory / "report.json", (json.dumps(without_nan(report), indent=1) + "\n").encode())
     figures = {}
     for name, draw in FIGURES.items():
@@ -109,7 +112,7 @@ def write_report(directory: Path, report: dict[str, Any]) -> str:
 
 
 def without_nan(value: Any) -> Any:
-    """JSON has no NaN: a rate of no image is null."""
+    """Replace NaN, the rate of no image, by None: JSON has no NaN."""
     if isinstance(value, dict):
         return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -133,7 +136,9 @@ def as_markdown(report: dict[str, Any], figures: dict[str, str]) -> str:
         lines += ["| % | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
         for method, result in model["results"].items():
             lines += [
-                f"| {labelled(method, model)} | " + " | ".join(shown(result, column) for column in COLUMNS) + " |"
+                f"| {method_label(method, model)} | "
+                + " | ".join(format_rate(result, column) for column in COLUMNS)
+                + " |"
             ]
     lines += [
         "",
@@ -147,36 +152,37 @@ def as_markdown(report: dict[str, Any], figures: dict[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def labelled(method: str, model: dict[str, Any]) -> str:
+def method_label(method: str, model: dict[str, Any]) -> str:
     family, _, label = method.rpartition(", ")
     return f"{family}, tau* = {model['tau_star'][family]:g}" if label == "tau*" else method
 
 
-def shown(result: Result, column: str) -> str:
+def format_rate(result: Result, column: str) -> str:
     rate = 1.0 - result["top1_accuracy"] if column == "top1_error" else result[column]
     return "-" if not math.isfinite(rate) else f"{100 * rate:.2f}"
 
 
-# ---- Figures of the model that was chosen, the first one; each says whether there was something to draw
+# ---- Figures of the chosen model. Each function returns whether it drew; its docstring is the caption in report.md.
 
 
-def chosen(report: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+def chosen_model(report: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Name and results of the best epoch's model, which comes first; without it the last epoch's."""
     return next(iter(report["models"].items()))
 
 
-def ranks_of(report: dict[str, Any]) -> Tensor:
-    """Classes, the most frequent one first."""
+def classes_by_frequency(report: dict[str, Any]) -> Tensor:
+    """Indices of the classes, the most frequent one first."""
     return torch.tensor(report["class_counts"]).argsort(descending=True, stable=True)
 
 
 def error_by_class_rank(axes: Axes, report: dict[str, Any]) -> bool:
     """Error of the classes in ten groups of equally many, the most frequent ones first."""
-    name, model = chosen(report)
-    order = ranks_of(report)
+    name, model = chosen_model(report)
+    order = classes_by_frequency(report)
     for method, result in model["results"].items():
         groups = torch.tensor(result["class_error"])[order].tensor_split(min(10, len(order)))
         errors = [100 * float(group.nanmean()) for group in groups]
-        axes.plot(range(1, len(errors) + 1), errors, marker="o", markersize=4, label=labelled(method, model))
+        axes.plot(range(1, len(errors) + 1), errors, marker="o", markersize=4, label=method_label(method, model))
     axes.set_xlabel("group of classes by frequency")
     axes.set_ylabel(f"error on {report['splits']['reported']['name']} (%)")
     axes.set_title(name)
@@ -186,7 +192,7 @@ def error_by_class_rank(axes: Axes, report: dict[str, Any]) -> bool:
 
 def tau_curves(axes: Axes, report: dict[str, Any]) -> bool:
     """Balanced error against tau; the split that tau* was chosen on is dotted, tau* a vertical line."""
-    _, model = chosen(report)
+    _, model = chosen_model(report)
     if not model["tau_curves"]:
         return False
     for i, (family, curve) in enumerate(model["tau_curves"].items()):
@@ -205,7 +211,7 @@ def tau_curves(axes: Axes, report: dict[str, Any]) -> bool:
 
 def weight_norms(axes: Axes, report: dict[str, Any]) -> bool:
     """Norm of each class's weight, the most frequent class first."""
-    norms = torch.tensor(chosen(report)[1]["weight_norms"])[ranks_of(report)]
+    norms = torch.tensor(chosen_model(report)[1]["weight_norms"])[classes_by_frequency(report)]
     axes.plot(range(1, len(norms) + 1), norms.tolist(), marker="o" if len(norms) <= 100 else "", markersize=4)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("class by frequency")
@@ -215,11 +221,11 @@ def weight_norms(axes: Axes, report: dict[str, Any]) -> bool:
 
 def reliability(axes: Axes, report: dict[str, Any]) -> bool:
     """Accuracy against confidence; on the diagonal a model is calibrated."""
-    _, model = chosen(report)
+    _, model = chosen_model(report)
     axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
     for method, result in model["results"].items():
         bins = result["reliability"]
-        axes.plot(bins["confidence"], bins["accuracy"], marker="o", markersize=4, label=labelled(method, model))
+        axes.plot(bins["confidence"], bins["accuracy"], marker="o", markersize=4, label=method_label(method, model))
     axes.set_xlabel("confidence")
     axes.set_ylabel("accuracy")
     axes.legend(fontsize="small")

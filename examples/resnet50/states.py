@@ -1,4 +1,4 @@
-"""What of a run is saved, whole also where the head's classes are spread over processes (which all have to ask)."""
+"""State dicts of model and optimizer, unsharded. If the head's classes are sharded these are collectives."""
 
 from typing import Any
 
@@ -13,27 +13,29 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-WHOLE = StateDictOptions(full_state_dict=True)
+FULL_STATE = StateDictOptions(full_state_dict=True)
 
 
 def model_state(model: Classifier) -> dict[str, Tensor]:
-    state: dict[str, Any] = get_model_state_dict(model, options=WHOLE) if model.is_spread else model.state_dict()
+    state: dict[str, Any] = get_model_state_dict(model, options=FULL_STATE) if model.is_sharded else model.state_dict()
     return {name: value.detach().cpu().clone() for name, value in state.items()}
 
 
 def load_model(model: Classifier, state: dict[str, Tensor]) -> None:
-    if model.is_spread:
-        set_model_state_dict(model, dict(state), options=WHOLE)
+    if model.is_sharded:
+        set_model_state_dict(model, dict(state), options=FULL_STATE)
     else:
         model.load_state_dict(state)
 
 
 def optimizer_state(model: Classifier, optimizer: Optimizer) -> dict[str, Any]:
-    return get_optimizer_state_dict(model, optimizer, options=WHOLE) if model.is_spread else optimizer.state_dict()
+    return (
+        get_optimizer_state_dict(model, optimizer, options=FULL_STATE) if model.is_sharded else optimizer.state_dict()
+    )
 
 
 def load_optimizer(model: Classifier, optimizer: Optimizer, state: dict[str, Any]) -> None:
-    if model.is_spread:
-        set_optimizer_state_dict(model, optimizer, state, options=WHOLE)
+    if model.is_sharded:
+        set_optimizer_state_dict(model, optimizer, state, options=FULL_STATE)
     else:
         optimizer.load_state_dict(state)

@@ -4,8 +4,8 @@
         python examples/resnet50/train.py --loss $loss --seed $seed; done; done
     python examples/resnet50/table.py runs/*
 
-Runs whose settings differ in the seed alone share a line for each way to evaluate them. What is reported of a run is
-the model that its validation split chose, or the last one where there is none.
+Runs whose settings differ only in the seed share a line, one for each evaluation method. A run is reported by the model
+that its validation split chose, or by the last one if it has no validation split.
 """
 
 import argparse
@@ -47,9 +47,11 @@ def table(reports: list[dict[str, Any]]) -> str:
         chosen = [next(iter(run["models"].values()))["results"] for run in runs]
         for method in chosen[0]:
             cells = [mean_and_deviation([results[method][column] for results in chosen]) for column in COLUMNS]
-            where = f"{first['dataset']}, {first['splits']['reported']['name']}"
+            dataset_and_split = f"{first['dataset']}, {first['splits']['reported']['name']}"
             lines.append(
-                "| " + " | ".join([where, first["model"], first["loss"], method, str(len(runs)), *cells]) + " |"
+                "| "
+                + " | ".join([dataset_and_split, first["model"], first["loss"], method, str(len(runs)), *cells])
+                + " |"
             )
     return "\n".join(lines)
 
@@ -57,13 +59,13 @@ def table(reports: list[dict[str, Any]]) -> str:
 def mean_and_deviation(values: list[float | None]) -> str:
     known = [100 * value for value in values if value is not None]
     if len(known) < len(values):
-        return "-"  # a group without classes
+        return "-"  # no class is in this group (many, medium or few)
     return f"{statistics.mean(known):.1f}" + (f" ± {statistics.stdev(known):.1f}" if len(known) > 1 else "")
 
 
 def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # it may be ASCII
+        sys.stdout.reconfigure(errors="backslashreplace")  # stdout may be ASCII
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="directories of runs")
     print(table([read(path) for path in parser.parse_args().runs]))

@@ -1,4 +1,4 @@
-"""Which implementation runs, and why a named one may not."""
+"""Chooses the implementation that runs, or says why the named one cannot."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fused_la._autograd.loss import under_transform
-from fused_la._autograd.transforms import folds
+from fused_la._autograd.transforms import transforms_fold
 from fused_la._call import checks
 from fused_la._call.arguments import LossCall
 from fused_la._call.values import is_compiled_or_traced
@@ -19,17 +19,17 @@ from fused_la._call.values import is_compiled_or_traced
 def choose_implementation(
     impl: str, call: LossCall, differentiable: Sequence[Tensor | None], of_head: bool = False
 ) -> str:
-    """The implementation that runs.
+    """The name of the implementation that runs.
 
-    `differentiable` are the caller's own tensors that every implementation differentiates. A head has no formula of its
-    own under transforms, and while torch.compile traces a CPU graph it stays one operator, whose memory is bounded.
+    `differentiable` are the caller's own tensors that every implementation differentiates. A head runs by the reference
+    formula under transforms. While torch.compile traces a CPU graph it stays one operator, whose memory is bounded.
     """
     checks.check_choice("impl", impl, checks.IMPLEMENTATIONS)
     logits = call.problem.logits
     on_cpu, on_gpu = logits.is_cpu, logits.is_cuda  # ROCm's too
     transformed = under_transform()
     if transformed:
-        needs_formula = is_compiled_or_traced(logits) or of_head or not folds()
+        needs_formula = is_compiled_or_traced(logits) or of_head or not transforms_fold()
     else:
         needs_formula = torch._C._get_tracing_state() is not None or (
             forward_ad._current_level >= 0
@@ -66,7 +66,7 @@ def choose_implementation(
 
 
 def why_only_reference(call: LossCall, transformed: bool) -> str:
-    """What of a call only the reference computes; empty if nothing is."""
+    """The part of a call that only the reference computes, in words; empty if there is none."""
     problem = call.problem
     if problem.target_offset is not None and (problem.has_probabilities or problem.label_smoothing > 0.0):
         return "class probabilities or label smoothing under a margin whose two offsets differ"
@@ -88,8 +88,8 @@ def _has_tangent(tensor: Tensor) -> bool:
 def _has_triton() -> bool:
     try:
         return importlib.util.find_spec("triton") is not None
-    except (ImportError, ValueError):  # from a finder that hides it; from a stand-in among sys.modules without a spec
+    except (ImportError, ValueError):  # raised by a finder that hides it, or for a module in sys.modules without a spec
         return False
 
 
-_HAS_TRITON = _has_triton()  # found once: torch.compile may not trace the search
+_HAS_TRITON = _has_triton()  # searched once, since torch.compile cannot trace it

@@ -44,13 +44,13 @@ def head_formula(features: Tensor, weight: Tensor, bias: Tensor | None, problem:
 def head_logits(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if bias is None or bias.dtype == features.dtype or torch.is_autocast_enabled(features.device.type):
         return F.linear(features, weight, bias)
-    # Which F.linear would refuse.
+    # F.linear refuses a bias of another dtype.
     logits, wide = F.linear(features, weight), torch.promote_types(features.dtype, torch.float32)
     return logits.to(wide) + bias.to(wide)
 
 
 class _HeadLoss(torch.autograd.Function):
-    """(impl, reduction, features, weight, bias, product_dtype, log_prior, the other fields of a problem)."""
+    """The loss of (impl, reduction, *head, *problem without logits)."""
 
     @staticmethod
     def forward(ctx: Any, impl: str, reduction: str, *fields: Any) -> Tensor:
@@ -67,7 +67,7 @@ class _HeadLoss(torch.autograd.Function):
         grad_rows = _over_rows(grad_outputs[0], saved, ctx.reduction)
         needs = ctx.needs_input_grad[2:]
         wanted = (needs[0], needs[1], needs[2], needs[4])
-        recorded = torch.compiler.is_compiling() or torch.is_grad_enabled()  # by compiled autograd, for a second one
+        recorded = torch.compiler.is_compiling() or torch.is_grad_enabled()  # compiled autograd; second derivatives
         if recorded or under_transform() or is_legacy_batchedtensor(grad_rows):
             grads = _differentiable_gradients(head, problem, grad_rows, wanted)
         else:
@@ -95,7 +95,7 @@ def _run_backward(
 
 
 def _over_rows(grad_loss: Tensor, saved: Saved, reduction: str) -> Tensor:
-    """The upstream gradient of every row, over the mean's denominator."""
+    """The upstream gradient of each row, divided by the mean's denominator."""
     grad_rows = grad_loss.resolve_neg() if reduction == "none" else grad_loss.expand(saved.state.shape[1:])
     return grad_rows / saved.normalizer if reduction == "mean" else grad_rows
 
@@ -103,7 +103,7 @@ def _over_rows(grad_loss: Tensor, saved: Saved, reduction: str) -> Tensor:
 def _differentiable_gradients(
     head: Head, problem: Problem, grad_rows: Tensor, wanted: tuple[bool, bool, bool, bool]
 ) -> Gradients:
-    """The gradients of the formula, as operations on `grad_rows` that autograd and batches of it pass through."""
+    """The gradients by the reference formula, as PyTorch operations that autograd and batches pass through."""
     features, weight, bias, dtype = head
     operands = features.to(dtype), weight.to(dtype)
     logits = head_logits(*operands, bias)
@@ -198,15 +198,15 @@ _forward_op.register_autograd(_op_backward, setup_context=_setup_op_context)
 
 @functools.cache
 def _count_products() -> None:
-    """Tell PyTorch's counter of floating-point operations what products the two operators stand for."""
-    from torch.utils.flop_counter import register_flop_formula  # what nothing else here needs takes its time
+    """Register the matrix products of the two operators with PyTorch's counter of floating-point operations."""
+    from torch.utils.flop_counter import register_flop_formula  # imported only by who counts
 
-    def of_one(features: Any, weight: Any) -> int:
+    def product(features: Any, weight: Any) -> int:
         return 2 * features[0] * weight[0] * features[1]
 
     register_flop_formula(torch.ops.fused_la.head_forward)(
-        lambda features, weight, *_, out_shape=None, **__: of_one(features, weight)
+        lambda features, weight, *_, out_shape=None, **__: product(features, weight)
     )
     register_flop_formula(torch.ops.fused_la.head_backward)(
-        lambda features, weight, *others, out_shape=None, **__: of_one(features, weight) * (1 + sum(others[-1][:2]))
+        lambda features, weight, *others, out_shape=None, **__: product(features, weight) * (1 + sum(others[-1][:2]))
     )

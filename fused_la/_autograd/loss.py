@@ -69,13 +69,8 @@ class _Loss(torch.autograd.Function):
         needs_logits, needs_log_prior, _ = ctx.needs_input_grad
         loss, state, ctx.gradient, memo = run.forward(problem, reduction, needs_logits and not needs_log_prior)
         ctx.save_for_backward(*problem[:_N_TENSORS])
-        ctx.others = (
-            problem[_N_TENSORS:],
-            reduction,
-            run,
-            state,
-            memo,
-        )  # the state is no output: no need to save it
+        # The state is no output, so it need not be saved as a tensor.
+        ctx.others = problem[_N_TENSORS:], reduction, run, state, memo
         return loss
 
     @staticmethod

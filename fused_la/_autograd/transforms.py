@@ -1,8 +1,8 @@
 """Losses of logits under torch.func: batches fold into rows, so that `vmap(grad(loss))` runs the same kernels.
 
-Every row is a loss of its own, so a batch of problems is one problem with more rows. `_Rows` (losses of the rows) and
-`_RowGradients` (their gradients, a Function of its own, since a batch may be taken of it alone) each have a rule that
-folds a batch and calls the implementation once. The reference formula computes what does not fold: vectors over the
+Every row is a loss of its own, so a batch of problems is one problem with more rows. `_RowLosses` and `_RowGradients`
+(a Function of its own, since a batch may be taken of it alone) each have a rule that folds a batch and calls the
+implementation once. The reference formula computes what does not fold: vectors over the
 classes that differ within a batch, and the gradient of a learned prior in a batch. It also computes the derivatives of
 target and weights and all second derivatives.
 
@@ -24,16 +24,11 @@ from fused_la._autograd.loss import differentiable_gradient, implementation, in_
 from fused_la._call.problem import Problem, reduce_rows, resolve_labels
 
 _N_FIELDS = len(Problem._fields)
-_PER_CLASS = tuple(
-    map(
-        Problem._fields.index,
-        ("log_prior", "weight", "mean_weight", "smoothing_distribution", "target_offset", "scale"),
-    )
-)
+_PER_CLASS = ("log_prior", "weight", "mean_weight", "smoothing_distribution", "target_offset", "scale")
 
 
-def folds() -> bool:
-    """Whether the transforms under way are batches and reverse mode alone."""
+def transforms_fold() -> bool:
+    """Whether all active transforms are batches (vmap) or reverse mode, so that a batch folds into rows."""
     stack = get_interpreter_stack() or []
     forward_mode = forward_ad._current_level >= 0
     return not forward_mode and all(layer.key() in (TransformType.Vmap, TransformType.Grad) for layer in stack)
@@ -42,13 +37,13 @@ def folds() -> bool:
 def folded_loss(problem: Problem, reduction: str, impl: str) -> Tensor:
     """The reduced loss, or (N, P) rows, under transforms of torch.func."""
     problem = problem.with_inner()
-    loss, _ = _Rows.apply(impl, *problem)
+    loss, _ = _RowLosses.apply(impl, *problem)
     weight = torch.ones_like(loss) if problem.has_probabilities else resolve_labels(problem).row_weight
     return reduce_rows(loss, weight.sum(), reduction)
 
 
-class _Rows(torch.autograd.Function):
-    """(losses (N, P), state (3, N, P)) of (impl, *problem)."""
+class _RowLosses(torch.autograd.Function):
+    """Maps (impl, *problem) to the losses of the rows, (N, P), and their state, (3, N, P)."""
 
     @staticmethod
     def forward(impl: str, *fields: Any) -> tuple[Tensor, Tensor]:
@@ -68,19 +63,19 @@ class _Rows(torch.autograd.Function):
         fields, (state,) = saved_fields(ctx)
         needs = ctx.needs_input_grad[1:]
         grads: list[Tensor | None] = [None] * _N_FIELDS
-        passes_know_prior = Problem(*fields).target_offset is None
-        if needs[0] or (needs[1] and passes_know_prior):
-            needs_log_prior = needs[1] and passes_know_prior
+        prior_is_differentiated = Problem(*fields).target_offset is None
+        if needs[0] or (needs[1] and prior_is_differentiated):
+            needs_log_prior = needs[1] and prior_is_differentiated
             grads[0], of_prior = _RowGradients.apply(ctx.impl, needs_log_prior, state, grad_loss, *fields)
             grads[1] = of_prior if needs_log_prior else None
-        constants = [i for i in range(2 if passes_know_prior else 1, _N_FIELDS) if needs[i]]
-        if constants:
+        by_formula = [i for i in range(2 if prior_is_differentiated else 1, _N_FIELDS) if needs[i]]
+        if by_formula:
 
             def losses(*values: Tensor) -> Tensor:
-                return reference.loss_rows(_replaced(fields, constants, values))[0]
+                return reference.loss_rows(_replaced(fields, by_formula, values))[0]
 
-            pull = torch.func.vjp(losses, *(fields[i] for i in constants))[1]
-            for i, grad in zip(constants, pull(grad_loss), strict=True):
+            pull = torch.func.vjp(losses, *(fields[i] for i in by_formula))[1]
+            for i, grad in zip(by_formula, pull(grad_loss), strict=True):
                 grads[i] = grad
         return (None, *grads)
 
@@ -90,14 +85,14 @@ class _Rows(torch.autograd.Function):
         problem, rows = _fold(info.batch_size, in_dims[1:], fields), _rows_of(fields, in_dims[1:])
         if problem is None:
             loss = torch.vmap(lambda *f: reference.loss_rows(Problem._make(f))[0], in_dims[1:])(*fields)
-            # What does not fold here does not in backward either, so that no state is read.
+            # A batch that does not fold here does not fold in backward either, so nobody reads this state.
             return (loss, loss.new_tensor(torch.nan).expand(3, *rows)), (0, None)
-        loss, state = _Rows.apply(impl, *problem)
+        loss, state = _RowLosses.apply(impl, *problem)
         return (loss.reshape(info.batch_size, *rows), state.reshape(3, info.batch_size, *rows)), (0, 1)
 
 
 class _RowGradients(torch.autograd.Function):
-    """(gradient of logits, of log_prior or an empty tensor) of (impl, needs_log_prior, state, grad_rows, *problem)."""
+    """Maps (impl, needs_log_prior, state, grad_rows, *problem) to the gradients of logits and log_prior (or empty)."""
 
     @staticmethod
     def forward(impl: str, needs_log_prior: bool, state: Tensor, grad_rows: Tensor, *fields: Any) -> tuple:
@@ -120,14 +115,14 @@ class _RowGradients(torch.autograd.Function):
 
         def gradients(grad_rows: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
             grad_logits, grad_log_prior = differentiable_gradient(_replaced(fields, wanted, values), grad_rows, "none")
-            return (
-                (grad_logits,) if grad_log_prior is None or not ctx.needs_log_prior else (grad_logits, grad_log_prior)
-            )
+            if grad_log_prior is None or not ctx.needs_log_prior:
+                return (grad_logits,)
+            return grad_logits, grad_log_prior
 
         pull = torch.func.vjp(gradients, grad_rows, *(fields[i] for i in wanted))[1]
-        of_rows, *found = pull(grad_outputs[: 1 + ctx.needs_log_prior])
+        of_rows, *field_grads = pull(grad_outputs[: 1 + ctx.needs_log_prior])
         grads: list[Tensor | None] = [None] * _N_FIELDS
-        for i, grad in zip(wanted, found, strict=True):
+        for i, grad in zip(wanted, field_grads, strict=True):
             grads[i] = grad
         return (None, None, None, of_rows, *grads)
 
@@ -155,8 +150,8 @@ class _RowGradients(torch.autograd.Function):
 
 
 def _fold(batch_size: int, in_dims: Any, fields: list) -> Problem | None:
-    """A batch of problems as one with batch_size * N * P rows, or None where vectors over the classes differ in it."""
-    if any(in_dims[i] is not None for i in _PER_CLASS):
+    """A batch of problems as one with batch_size * N * P rows, or None if vectors over the classes differ in it."""
+    if any(in_dims[Problem._fields.index(name)] is not None for name in _PER_CLASS):
         return None
     folded = list(fields)
     for i, name in enumerate(Problem._fields):

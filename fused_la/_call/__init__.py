@@ -1,1 +1,1 @@
-"""What a call means: arguments are checked and become a `Problem`, independent rows with their target mass."""
+"""Arguments of a call: they are checked and become a `Problem`, independent rows with their target mass."""

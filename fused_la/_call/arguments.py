@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fused_la._call import checks
-from fused_la._call.pairwise_margin import checked_margin
+from fused_la._call.pairwise_margin import PairwiseMargin, checked_margin
 from fused_la._call.problem import Problem, rows_by_classes
 
 
@@ -23,6 +23,13 @@ class Options(NamedTuple):
     smoothing_distribution: Any
 
 
+class ScaledPrior(NamedTuple):
+    """A log prior and its tau, as the caller gave them."""
+
+    log_prior: Any
+    tau: Any
+
+
 class LossCall(NamedTuple):
     """A checked call of a loss, and the caller's own tensors whose gradients only the reference computes."""
 
@@ -33,16 +40,17 @@ class LossCall(NamedTuple):
 
 
 def read_call(
-    logits: Tensor, prior: Any, tau: Any, target: Any, options: Options, weight_name: str = "weight",
+    logits: Tensor, prior: ScaledPrior | Any, target: Any, options: Options, weight_name: str = "weight",
     all_classes: bool = True,
 ) -> LossCall:  # fmt: skip
-    """A call with checked logits. `prior` is a log prior with its tau; if tau is None, it is a margin.
+    """A call with checked logits. A `prior` that is no `ScaledPrior` is a margin, to be checked.
 
     `weight_name` is the caller's name of the class weights. If the logits do not have `all_classes`, nothing is checked
     that needs all of them, the range of labels and the sum of smoothing_distribution, and rows are (N, P, C).
     """
-    margin = prior if tau is None else None
-    offset, tau = _read_margin(prior, logits) if tau is None else _read_prior(prior, tau, logits, all_classes)
+    is_prior = isinstance(prior, ScaledPrior)
+    margin = None if is_prior else checked_margin(prior)
+    offset, tau = _read_prior(*prior, logits, all_classes) if is_prior else _read_margin(prior, logits)
     target_weight, weight, ignore_index, reduction, label_smoothing, smoothing_distribution = options
     label_smoothing = checks.check_label_smoothing(label_smoothing)
     ignore_index = checks.check_ignore_index(ignore_index)
@@ -70,23 +78,15 @@ def read_call(
             # A class without examples has alpha = inf, and its target mass may be 0: that gives 0, not 0 * inf.
             mass = mass.clamp_max(min(torch.finfo(mass.dtype).max, torch.finfo(torch.float32).max))
     problem = Problem(
-        _rows(logits),
-        offset,
-        _rows(target) if target.is_floating_point() else _label_rows(target, logits),
+        _rows(logits), offset, _rows(target) if target.is_floating_point() else _label_rows(target, logits),
         None if target_weight is None else _label_rows(target_weight, logits),
-        None if mass is None else mass.contiguous(),
-        weight,
+        None if mass is None else mass.contiguous(), weight,
         None if smoothing_distribution is None else contiguous_values(smoothing_distribution),
-        None if margin is None else margin.label_offset(logits),
-        None if margin is None else margin.scale_of(logits),
-        tau,
-        label_smoothing,
-        ignore_index,
-    )
+        None if margin is None else margin.label_offset(logits), None if margin is None else margin.scale_of(logits),
+        tau, label_smoothing, ignore_index,
+    )  # fmt: skip
     problem = problem if all_classes else problem.with_inner()
-    return LossCall(
-        problem, reduction, target_tensors, () if margin is None else tuple(margin.reference_only_tensors())
-    )
+    return LossCall(problem, reduction, target_tensors, () if margin is None else tuple(margin.only_of_reference()))
 
 
 def _read_prior(log_prior: Any, tau: Any, logits: Tensor, all_classes: bool) -> tuple[Tensor | None, float]:
@@ -102,9 +102,9 @@ def _read_prior(log_prior: Any, tau: Any, logits: Tensor, all_classes: bool) -> 
     return log_prior.masked_fill(log_prior == -torch.inf, 0.0) if log_prior.requires_grad else None, tau
 
 
-def _read_margin(margin: Any, logits: Tensor) -> tuple[Tensor | None, float]:
+def _read_margin(margin: PairwiseMargin, logits: Tensor) -> tuple[Tensor | None, float]:
     """The negative offset of a margin that fits the logits, and its factor tau, 1."""
-    for name, vector in checked_margin(margin).named_vectors():
+    for name, vector in margin.named_vectors():
         checks.check_class_vector(f"margin.{name}", vector, logits.shape[checks.class_dim(logits)], logits)
         checks.check_device(f"margin.{name}", vector, logits)
     return None if margin.negative_offset is None else contiguous_values(margin.negative_offset), 1.0

@@ -1,8 +1,8 @@
-"""The door's checks: what is wrong, in one grammar, "<argument> must <expectation>, got <what came>".
+"""Checks of the arguments of public calls; every message reads "<argument> must <expectation>, got <value>".
 
 Shapes, dtypes and devices are always checked. Values of `target`, `log_prior` and `smoothing_distribution` are checked
-where that costs no synchronisation, on a CPU and outside of transforms and tracing; elsewhere a bad value makes the
-loss and the gradient NaN. The values of weights and of class probabilities are the caller's, as in `F.cross_entropy`.
+if that needs no synchronisation, on a CPU and outside of transforms and tracing; elsewhere a bad value makes the loss
+and the gradient NaN. Values of weights and class probabilities are not checked, as in `F.cross_entropy`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-LABELS = (torch.int64, torch.uint8)  # as `F.cross_entropy`
+LABEL_DTYPES = (torch.int64, torch.uint8)  # as in `F.cross_entropy`
 FLOATING_NAMES = "float16, bfloat16, float32 or float64"
 REDUCTIONS = ("none", "mean", "sum")
-_SUM_TOLERANCE = 0.01  # half-precision probabilities need not add up to 1 to the last digit; counts or logs are far off
+_SUM_TOLERANCE = 0.01  # rounded half-precision probabilities pass; counts and log probabilities, far from 1, do not
 IMPLEMENTATIONS = ("auto", "triton", "blocked", "reference")
 
 
@@ -36,7 +36,7 @@ def check_tensor(name: str, value: Any) -> None:
 
 
 def is_dtensor(value: Any) -> TypeGuard[DTensor]:
-    """Whether it is a torch.distributed.tensor.DTensor, which need not be imported to find out."""
+    """Whether the value is a torch.distributed.tensor.DTensor; tested without importing that module."""
     return type(value) is not Tensor and hasattr(value, "device_mesh") and hasattr(value, "placements")
 
 
@@ -55,22 +55,22 @@ def class_dim(logits: Tensor) -> int:
 
 
 def check_class_vector(name: str, value: Any, n_classes: int, logits: Tensor | None = None) -> None:
-    """One floating number a class, of the classes of the logits where they are given."""
+    """Check a floating vector of shape (C,); `logits` only serve a hint in the message."""
     check_tensor(name, value)
     if value.dtype not in FLOATING:
         hint = "; log_prior_from_counts makes a log prior from class counts" if name.endswith("log_prior") else ""
         raise TypeError(f"{name} must be {FLOATING_NAMES}, got {value.dtype}{hint}")
     if value.shape != (n_classes,):
-        hint = "" if logits is None else _where_classes_are(logits, len(value) if value.dim() == 1 else None)
+        hint = "" if logits is None else _class_dim_hint(logits, len(value) if value.dim() == 1 else None)
         raise ValueError(f"{name} must have shape ({n_classes},), got {tuple(value.shape)}{hint}")
 
 
-def _where_classes_are(logits: Tensor, n_meant: int | None) -> str:
-    """What to say of logits with more dimensions than two, whose classes people look for in the last one."""
+def _class_dim_hint(logits: Tensor, vector_length: int | None) -> str:
+    """A hint for logits with more than two dimensions: their classes are dimension 1, and callers expect the last."""
     if logits.dim() < 3:
         return ""
     hint = f"; dimension 1 of the logits, {tuple(logits.shape)}, has the classes"
-    return hint + (", pass logits.movedim(-1, 1)" if n_meant in (None, logits.shape[-1]) else "")
+    return hint + (", pass logits.movedim(-1, 1)" if vector_length in (None, logits.shape[-1]) else "")
 
 
 def check_device(name: str, value: Tensor, logits: Tensor) -> None:
@@ -91,7 +91,7 @@ def check_log_prior(
 
 
 def check_prior_values(log_prior: Tensor, tau: float = 1.0, name: str = "log_prior") -> None:
-    """On a CPU."""
+    """Check the largest value of a log prior on a CPU, if it can be read."""
     if log_prior.is_cpu and not torch.compiler.is_compiling():
         check_largest_prior(largest(log_prior), tau, name)
 
@@ -105,15 +105,15 @@ def check_largest_prior(largest: float | None, tau: float, name: str) -> None:
 
 
 def check_smoothing_distribution(value: Any, n_classes: int) -> Tensor:
-    """The distribution; NaN throughout if it is none and that cannot be read."""
+    """Check a distribution and return it. If its values cannot be read and are invalid, the result is all NaN."""
     check_class_vector("smoothing_distribution", value, n_classes)
     wide = torch.promote_types(value.dtype, torch.float32)
     smallest, total = value.detach().amin(), value.detach().sum(dtype=wide)
     is_distribution = (smallest >= 0.0) & ((total - 1.0).abs() <= _SUM_TOLERANCE)
-    known = read_value(is_distribution)
-    if known is None:
+    verdict = read_value(is_distribution)
+    if verdict is None:
         return value.masked_fill(~is_distribution, math.nan)
-    if not known:
+    if not verdict:
         check_distribution(smallest.item(), total.item())
     return value
 
@@ -127,14 +127,14 @@ def check_distribution(smallest: float, total: float) -> None:
 
 
 def check_target(target: Any, target_weight: Any, logits: Tensor, ignore_index: int, in_range: bool = True) -> None:
-    """Index labels, weighted labels (target_weight given) or class probabilities, as `F.cross_entropy` shapes them.
+    """Check index labels, weighted labels (with target_weight) or class probabilities, shaped as in `F.cross_entropy`.
 
-    With `in_range` labels must be those of classes of the logits.
+    With `in_range` labels must also be classes of the logits.
     """
     check_tensor("target", target)
     check_device("target", target, logits)
     shape, dim = logits.shape, class_dim(logits)
-    if target.dtype not in LABELS:
+    if target.dtype not in LABEL_DTYPES:
         if target.dtype not in FLOATING:
             hint = "; target.long() makes int64 of it" if is_integer(target) else ""
             raise TypeError(
@@ -156,7 +156,7 @@ def check_target(target: Any, target_weight: Any, logits: Tensor, ignore_index: 
             if target.dim() == len(shape):
                 hint = "; several labels a row need target_weight, and class probabilities must be floating"
             elif target.shape == shape[:-1]:
-                hint = _where_classes_are(logits, None)
+                hint = _class_dim_hint(logits, None)
             raise ValueError(f"target must have shape {expected} for class indices, got {tuple(target.shape)}{hint}")
     else:
         check_tensor("target_weight", target_weight)
@@ -164,8 +164,8 @@ def check_target(target: Any, target_weight: Any, logits: Tensor, ignore_index: 
             raise TypeError(f"target_weight must be {FLOATING_NAMES}, got {target_weight.dtype}")
         check_device("target_weight", target_weight, logits)
         expected = (*map(str, shape[:dim]), "K", *map(str, shape[dim + 1 :]))
-        fits = target.dim() == len(shape) and target.shape[dim] > 0
-        if not fits or any(target.shape[i] != shape[i] for i in range(len(shape)) if i != dim):
+        shape_matches = target.dim() == len(shape) and target.shape[dim] > 0
+        if not shape_matches or any(target.shape[i] != shape[i] for i in range(len(shape)) if i != dim):
             raise ValueError(
                 f"target must have shape ({', '.join(expected)}{',' * (len(expected) == 1)}) with K >= 1 labels "
                 f"for target_weight, got {tuple(target.shape)}"
@@ -182,7 +182,7 @@ def _check_labels_in_range(target: Tensor, n_classes: int, ignore_index: int) ->
     lowest, highest = label_range(target)
     if lowest is None or highest is None or (lowest >= 0 and highest < n_classes):
         return
-    target = target.long()  # -100 is 156 to uint8
+    target = target.long()  # in uint8, -100 would wrap to 156
     outside = target[((target < 0) | (target >= n_classes)) & (target != ignore_index)]
     if outside.numel() > 0:
         check_label(int(outside[0]), n_classes, ignore_index)
@@ -200,7 +200,7 @@ _LEARN_TAU = "; to learn tau, or keep it in a tensor, pass tau * log_prior as lo
 
 
 def check_number(name: str, value: Any, low: float, high: float, expected: str) -> float:
-    """A Python or NumPy real number in [low, high], as a float."""
+    """Check a Python or NumPy real number in [low, high], and return it as a float."""
     if type(value) is float and low <= value <= high:
         return value
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
@@ -245,7 +245,7 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 
 
 def check_classifier(weight: Any) -> None:
-    """One floating row of weights a class."""
+    """Check a floating weight matrix (C, n_features)."""
     check_tensor("weight", weight)
     if weight.dtype not in FLOATING:
         raise TypeError(f"weight must be {FLOATING_NAMES}, got {weight.dtype}")
@@ -262,14 +262,14 @@ def check_int(name: str, value: Any, low: int) -> int:
 
 
 def check_labels(target: Any, logits: Tensor, ignore_index: int) -> None:
-    """Index labels, one a row."""
+    """Check index labels, one per row."""
     check_tensor("target", target)
     _check_label_dtype(target)
     check_target(target, None, logits, ignore_index)
 
 
 def _check_label_dtype(target: Tensor) -> None:
-    if target.dtype not in LABELS:
+    if target.dtype not in LABEL_DTYPES:
         hint = "; target.long() makes int64 of it" if is_integer(target) else ""
         raise TypeError(f"target must be int64 class indices, got {target.dtype}{hint}")
 
@@ -279,7 +279,7 @@ def is_integer(tensor: Tensor) -> bool:
 
 
 def check_predictions(preds: Tensor, target: Any, n_classes: int, ignore_index: int) -> None:
-    """Predicted classes and index labels, of one shape."""
+    """Check predicted classes and index labels of the same shape."""
     if preds.is_complex() or preds.dtype == torch.bool:
         raise TypeError(f"preds must be floating scores or integer classes, got {preds.dtype}")
     check_tensor("target", target)
@@ -293,7 +293,7 @@ def check_predictions(preds: Tensor, target: Any, n_classes: int, ignore_index: 
         raise ValueError(f"target must be on the device of preds, {preds.device}, got {target.device}")
     _check_labels_in_range(target, n_classes, ignore_index)
     if preds.is_cpu and not is_compiled_or_traced(preds):
-        preds, target = preds.long(), target.long()  # 300 classes are 44 to uint8
+        preds, target = preds.long(), target.long()  # in uint8, an n_classes of 300 would wrap to 44
         outside = preds[((preds < 0) | (preds >= n_classes)) & (target != ignore_index)]
         if outside.numel() > 0:
             raise IndexError(f"preds must hold class indices in [0, {n_classes}), got {int(outside[0])}")

@@ -1,4 +1,4 @@
-"""Class counts and their log prior: counts as callers give them are checked and put in the order of the classes."""
+"""Class counts: check what callers give, put it in the order of the classes, and compute the log prior."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def log_prior_of(class_counts: Any, pseudocount: Any, exclude_absent: Any) -> Te
     pseudocount = check_pseudocount(pseudocount, exclude_absent)
     device = class_counts.device if isinstance(class_counts, Tensor) else torch.device("cpu")
     counts = checked_counts(class_counts)
-    with np.errstate(all="ignore"):  # what comes of it is looked at below
+    with np.errstate(all="ignore"):  # zeros and overflow are checked below
         smoothed = counts + pseudocount
         total = smoothed.sum()
         prior = smoothed / total
@@ -32,11 +32,11 @@ def log_prior_of(class_counts: Any, pseudocount: Any, exclude_absent: Any) -> Te
             raise ValueError(f"class_counts must have a positive count, got 0 for all {len(counts)} classes")
         if total == math.inf:
             raise ValueError("class_counts must have a sum below 1.8e308 with pseudocount, got a larger one")
-        # Asked of the quotient, not of the counts: one that underflows is caught too, so that the logarithm is finite.
+        # The quotient is tested, not the count: an underflow is caught too, so that the logarithm is finite.
         missing = (prior == 0) & ((counts > 0) | (not exclude_absent))
         if missing.any():
             raise ValueError(
-                f"class_counts must have examples of every class, got {_listed(counts, missing)}; "
+                f"class_counts must have examples of every class, got {_describe(counts, missing)}; "
                 "pass pseudocount > 0 (say 1), or exclude_absent=True for such classes to take no part"
             )
     return log_prior.to(torch.float32).to(device)
@@ -59,9 +59,9 @@ def check_pseudocount(pseudocount: Any, exclude_absent: Any) -> float:
 
 
 def checked_counts(class_counts: Any) -> np.ndarray | Tensor:
-    """`class_counts` as (C,) float64: C >= 1, finite and not negative, or the error that says what came. A tensor only
-    where it has no values to check."""
-    raw = counts_of_classes(class_counts)
+    """`class_counts` as a checked (C,) float64 array: C >= 1, finite and not negative. It is a tensor only if it has no
+    values to check."""
+    raw = counts_in_class_order(class_counts)
     counts = raw.to(torch.float64) if isinstance(raw, Tensor) else raw.astype(np.float64)
     if counts.ndim != 1:
         raise ValueError(f"class_counts must have shape (n_classes,), got {tuple(counts.shape)}")
@@ -70,18 +70,18 @@ def checked_counts(class_counts: Any) -> np.ndarray | Tensor:
     if isinstance(counts, Tensor):
         return counts
     if np.isnan(counts).any():
-        raise ValueError(f"class_counts must have no NaN, got {_listed(counts, np.isnan(counts))}")
+        raise ValueError(f"class_counts must have no NaN, got {_describe(counts, np.isnan(counts))}")
     if np.isinf(counts).any():
         half = getattr(class_counts, "dtype", None) in (torch.float16, np.dtype(np.float16))
         hint = " (float16 counts overflow past 65504: count in int64)" if half else ""
-        raise ValueError(f"class_counts must be finite, got {_listed(counts, np.isinf(counts))}{hint}")
+        raise ValueError(f"class_counts must be finite, got {_describe(counts, np.isinf(counts))}{hint}")
     if (counts < 0).any():
-        raise ValueError(f"class_counts must be non-negative, got {_listed(counts, counts < 0)}")
+        raise ValueError(f"class_counts must be non-negative, got {_describe(counts, counts < 0)}")
     return counts
 
 
-def counts_of_classes(class_counts: Any) -> np.ndarray | Tensor:
-    """A copy of the counts in the order of the classes, integer or floating as they are; a tensor only where it has no
+def counts_in_class_order(class_counts: Any) -> np.ndarray | Tensor:
+    """A copy of the counts in the order of the classes, an integer or float64 array. It is a tensor only if it has no
     values."""
     if isinstance(class_counts, Tensor):
         check_dense(class_counts, "class_counts")
@@ -93,30 +93,30 @@ def counts_of_classes(class_counts: Any) -> np.ndarray | Tensor:
             return counts
         counts = counts.cpu()
         return (counts.double() if counts.is_floating_point() else counts).numpy().copy()
-    keys: Any = class_counts.keys() if isinstance(class_counts, Mapping) else _index_of(class_counts)
+    keys: Any = class_counts.keys() if isinstance(class_counts, Mapping) else _series_index(class_counts)
     if keys is not None:
         values = class_counts.values() if isinstance(class_counts, Mapping) else class_counts.to_numpy()
-        class_counts = _in_order_of_classes(list(keys), list(values))
+        class_counts = _order_by_class(list(keys), list(values))
     array = to_array(class_counts, "class_counts", "iuf", "integer or floating")
     dtype = np.float64 if array.dtype.kind == "f" else array.dtype.newbyteorder("=")
     return array.astype(dtype, order="C")
 
 
-def _index_of(class_counts: Any) -> Iterable[Any] | None:
-    """The keys of a pandas Series, or of what looks like one; None of what has no keys."""
+def _series_index(class_counts: Any) -> Iterable[Any] | None:
+    """The keys of a pandas Series or an object like it; None if there are no keys."""
     if hasattr(class_counts, "to_numpy") and hasattr(class_counts, "index") and getattr(class_counts, "ndim", 0) == 1:
         return class_counts.index
     return None
 
 
-def _in_order_of_classes(keys: list[Any], values: list[Any]) -> list[Any]:
-    """The values of the keys 0, 1, ... C - 1."""
-    strange = [key for key in keys if not _is_class(key)]
-    if strange:
-        shown = ", ".join(map(repr, strange[:_MAX_LISTED])) + (", ..." if len(strange) > _MAX_LISTED else "")
+def _order_by_class(keys: list[Any], values: list[Any]) -> list[Any]:
+    """The values ordered by their keys, which must be 0, 1, ... C - 1."""
+    invalid = [key for key in keys if not _is_class(key)]
+    if invalid:
+        shown = ", ".join(map(repr, invalid[:_MAX_LISTED])) + (", ..." if len(invalid) > _MAX_LISTED else "")
         raise ValueError(
             f"class_counts must have the classes 0, 1, ... as its keys, got {shown} "
-            f"({len(strange)} of {len(keys)} keys); counts in the order of the classes may be a list or an array"
+            f"({len(invalid)} of {len(keys)} keys); counts in the order of the classes may be a list or an array"
         )
     by_class: dict[int, Any] = {}
     for key, value in zip(keys, values, strict=True):
@@ -151,7 +151,7 @@ def check_dense(tensor: Tensor, name: str) -> None:
 
 
 def to_array(value: Any, name: str, kinds: str, expected: str) -> np.ndarray:
-    """An array whose `dtype.kind` is one of `kinds`, or the error that says what came instead."""
+    """The value as an array; raises if its `dtype.kind` is not in `kinds`, which `expected` names in the message."""
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{name} must not be a masked array, got one: its mask would be ignored")
     try:
@@ -162,9 +162,9 @@ def to_array(value: Any, name: str, kinds: str, expected: str) -> np.ndarray:
         array = array.astype(np.int64)  # an empty list has no dtype of its own; NumPy calls it float64
     if array.dtype.kind not in kinds:
         got = array.dtype
-        if array.dtype.kind == "O":  # of what is no number, or of one that is too large
-            strange = (type(entry).__name__ for entry in array.flat if not isinstance(entry, (int, float)))
-            got = next(strange, type(value).__name__)
+        if array.dtype.kind == "O":  # entries that are no numbers, or too large
+            invalid = (type(entry).__name__ for entry in array.flat if not isinstance(entry, (int, float)))
+            got = next(invalid, type(value).__name__)
         raise TypeError(f"{name} must be {expected}, got {got}")
     return array
 
@@ -173,8 +173,8 @@ def dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _listed(counts: np.ndarray, mask: np.ndarray) -> str:
-    """The counts at `mask`: "-1 for class 3, -2 for class 7 and 5 more (7 of 100 classes)"."""
+def _describe(counts: np.ndarray, mask: np.ndarray) -> str:
+    """The counts at `mask` as text: "-1 for class 3, -2 for class 7 and 5 more (7 of 100 classes)"."""
     classes = mask.nonzero()[0]
     shown = ", ".join(f"{counts[c]:.15g} for class {c}" for c in classes[:_MAX_LISTED])
     more = f" and {len(classes) - _MAX_LISTED} more" if len(classes) > _MAX_LISTED else ""

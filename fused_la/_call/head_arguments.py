@@ -1,4 +1,4 @@
-"""The arguments that a classifier head adds to a loss: checked, and brought into rows."""
+"""Arguments of a classifier head, features, weight and bias: check them and flatten features and target to rows."""
 
 from __future__ import annotations
 
@@ -13,39 +13,44 @@ from fused_la._call import checks
 def placeholder_logits(
     features: Any, weight: Any, bias: Any, target: Any, target_weight: Any
 ) -> tuple[Tensor, Any, Any]:
-    """Logits of one element in memory that have the shape, dtype and device of the head's; and the target's rows.
+    """Placeholder logits of the head with its target and target_weight, all with the rows as one dimension.
 
-    The rows of features (..., D) become one dimension, as do those of a target that fits them.
+    The placeholder has the shape, dtype and device of the head's logits and one element in memory. Leading dimensions
+    (...) of features (..., D) and of a matching target are flattened to rows.
     """
     check_head(features, weight, bias)
     shape, n_classes = features.shape[:-1], len(weight)
     if len(shape) > 1:
-        target = _flat(target, "target", shape, target_weight is not None, n_classes)
+        target = _flatten_rows(target, "target", shape, target_weight is not None, n_classes)
         target_weight = (
-            target_weight if target_weight is None else _flat(target_weight, "target_weight", shape, True, 0)
+            target_weight if target_weight is None else _flatten_rows(target_weight, "target_weight", shape, True, 0)
         )
         shape = (shape.numel(),)
     return features.new_empty(1).expand(*shape, n_classes), target, target_weight
 
 
 def feature_rows(features: Tensor) -> Tensor:
-    """(D,) or (..., D) as (N, D), D = 0 among them."""
+    """(D,) or (..., D) as (N, D); D may be 0."""
     return features.flatten(0, -2) if features.dim() > 1 else features.unsqueeze(0)
 
 
 def unit_vectors(vectors: Tensor, scale: float = 1.0) -> Tensor:
-    """`scale` times the last dimension's unit vectors, in the dtype of the vectors. Norms are float32 or wider, for the
-    1e-12 of `F.normalize` is 0 in float16; a vector below that is divided by nothing, and so is its gradient."""
+    """Vectors of the last dimension, normalised to length `scale`, in their dtype.
+
+    Norms are float32 or wider, because the 1e-12 of `F.normalize` is 0 in float16. Below that norm neither a vector nor
+    its gradient is divided.
+    """
     wide = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     return (wide * (scale / norm.masked_fill(norm < 1e-12, 1.0))).to(vectors.dtype)
 
 
-def _flat(labels: Any, name: str, shape: torch.Size, several: bool, n_classes: int) -> Tensor:
+def _flatten_rows(labels: Any, name: str, shape: torch.Size, several_labels: bool, n_classes: int) -> Tensor:
+    """Labels, class probabilities or label weights with their leading dimensions, `shape`, flattened to rows."""
     checks.check_tensor(name, labels)
-    trailing = several or labels.is_floating_point()
-    if labels.shape[: len(shape)] != shape or labels.dim() != len(shape) + trailing:
-        expected = (*shape, "K" if several else n_classes) if trailing else tuple(shape)
+    has_last_dim = several_labels or labels.is_floating_point()
+    if labels.shape[: len(shape)] != shape or labels.dim() != len(shape) + has_last_dim:
+        expected = (*shape, "K" if several_labels else n_classes) if has_last_dim else tuple(shape)
         raise ValueError(f"{name} must have shape ({', '.join(map(str, expected))}), got {tuple(labels.shape)}")
     return labels.flatten(0, len(shape) - 1)
 
@@ -69,8 +74,8 @@ def check_head(features: Any, weight: Any, bias: Any) -> None:
         _check_device("bias", bias, features)
 
 
-def check_sharded_alike(features: Tensor, weight: Tensor) -> None:
-    """For logits: of a weight that is spread over ranks, only a DTensor says that the features are the same on all."""
+def check_dtensor_features(features: Tensor, weight: Tensor) -> None:
+    """Raw logits of a sharded weight need DTensor features: only these guarantee that all ranks have the same ones."""
     if checks.is_dtensor(weight) and not checks.is_dtensor(features):
         raise TypeError(
             "features must be a DTensor with Replicate(), the same on all ranks, for a weight that is a DTensor, got a "
@@ -85,7 +90,7 @@ def _check_device(name: str, value: Tensor, features: Tensor) -> None:
 
 
 def product_dtype(features: Tensor, weight: Tensor) -> torch.dtype:
-    """What operands of products are: as under `F.linear`; on a CPU what their sums are, which costs no time there."""
+    """Dtype of the operands of matrix products: as in `F.linear`; on a CPU that of the sums, which costs no time."""
     device_type = features.device.type
     if device_type == "cpu" or features.dtype == torch.float64:
         return torch.promote_types(features.dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""A member of the family of losses, as four vectors over the classes."""
+"""`PairwiseMargin`: a loss of the pairwise-margin family as four vectors over the classes."""
 
 from __future__ import annotations
 
@@ -16,25 +16,26 @@ from fused_la._call import checks
 
 @dataclass(frozen=True, eq=False)
 class PairwiseMargin:
-    r"""alpha, the two offsets and the scale of a loss; each (C,) floating, or None for 1, 0, 0 and 1.
+    r"""The factor alpha, the two offsets and the scale of a loss; each (C,) floating, or None for 1, 0, 0 and 1.
 
     .. math:: \ell(y, f) = \alpha_y \log\Big[1 + \sum_{c \ne y} e^{(s_c f_c + u_c) - (s_y f_y + v_y)}\Big]
 
     Args:
-        alpha: factor of a row's loss, by its label; it stays out of the denominator of a mean.
-        negative_offset: u, added where a class is not the label. A class at -inf is no competitor of any label.
-        target_offset: v, added where it is.
+        alpha: factor of a row's loss, by its label. It does not count in the denominator of a mean.
+        negative_offset: u, added to the logits of the other classes. A class at -inf competes with no label.
+        target_offset: v, added to the logit of the label.
         scale: s, (C,) or one number for all classes.
 
     Attributes:
-        alpha, negative_offset, target_offset, scale: as given. One tensor for both offsets costs less than two that
-            are equal.
+        alpha, negative_offset, target_offset, scale: as given. One tensor for both offsets costs less than two equal
+            tensors.
 
     Shape:
-        (C,) for every vector, with C the number of classes of the logits that it is used with.
+        (C,) for every vector, with C the number of classes of the logits.
 
     Raises:
-        TypeError, ValueError: vectors of another kind, dtype, length or device than each other's.
+        TypeError, ValueError: a vector of the wrong kind, dtype or shape, or vectors that differ in length or device;
+            a value out of range.
 
     Example:
         >>> import torch
@@ -55,7 +56,7 @@ class PairwiseMargin:
             scale = checks.check_number("scale", self.scale, -math.inf, math.inf, "a number")
             if not math.isfinite(scale):
                 raise ValueError(f"scale must be finite, got {scale}")
-        vectors = {name: value for name, value in self._items() if name != "scale" or isinstance(value, Tensor)}
+        vectors = {name: value for name, value in self._given_fields() if name != "scale" or isinstance(value, Tensor)}
         for name, value in vectors.items():
             checks.check_tensor(name, value)
             if value.dim() != 1 or len(value) == 0:
@@ -73,51 +74,51 @@ class PairwiseMargin:
 
     def to(self, *args: Any, **kwargs: Any) -> PairwiseMargin:
         """The same margin with its tensors moved or cast as `torch.Tensor.to` does."""
-        moved: dict[int, Tensor] = {}  # one tensor that is two fields stays one: it says that the offsets are equal
+        moved: dict[int, Tensor] = {}  # a tensor shared by two fields stays shared: that marks the offsets as equal
         for _, value in self.named_vectors():
             moved.setdefault(id(value), value.to(*args, **kwargs))
         return replace(self, **{name: moved[id(value)] for name, value in self.named_vectors()})
 
     def __add__(self, other: PairwiseMargin) -> PairwiseMargin:
-        """Both: offsets add up, alphas multiply, and one of the two may scale."""
+        """Combine two margins: offsets add, alphas multiply, and at most one of the two may have a scale."""
         if not isinstance(other, PairwiseMargin):
             return NotImplemented
         if self.scale is not None and other.scale is not None:
             raise ValueError(f"scale must be None in one of two margins that are added, got {self} and {other}")
 
-        def both(name: str) -> Any:
+        def combine(name: str) -> Any:
             one, two = getattr(self, name), getattr(other, name)
             if one is None or two is None:
                 return two if one is None else one
             return one * two if name == "alpha" else one + two
 
-        values = {field.name: both(field.name) for field in fields(self)}
+        values = {field.name: combine(field.name) for field in fields(self)}
         if self.offsets_are_equal and other.offsets_are_equal:
             values["target_offset"] = values["negative_offset"]
         return PairwiseMargin(**values)
 
     def of_classes(self, first: int, last: int) -> PairwiseMargin:
-        """The margin of the classes from `first` up to `last`, as a rank that holds them needs it: views, all may be at
-        -inf, and there may be none."""
+        """The margin of the classes `first` to `last - 1`, for the rank that holds them. Its vectors are views; they
+        may be empty, and -inf for every class."""
         return self.mapped(lambda name, value: value[first:last])
 
     def mapped(self, fn: Callable[[str, Tensor], Tensor]) -> PairwiseMargin:
-        """Every tensor replaced, once where it is two fields, and nothing checked."""
-        made: dict[int, Tensor] = {}
+        """A margin with `fn(name, vector)` for each vector, unchecked; called once for a tensor in two fields."""
+        mapped: dict[int, Tensor] = {}
         result = copy.copy(self)
         for name, value in self.named_vectors():
-            if id(value) not in made:
-                made[id(value)] = fn(name, value)
-            object.__setattr__(result, name, made[id(value)])
+            if id(value) not in mapped:
+                mapped[id(value)] = fn(name, value)
+            object.__setattr__(result, name, mapped[id(value)])
         return result
 
     @property
     def offsets_are_equal(self) -> bool:
-        """Whether one tensor (or none) is both offsets: then a label needs no offset of its own."""
+        """Whether both offsets are the same tensor or both None: a label then needs no separate offset."""
         return self.negative_offset is self.target_offset
 
     def label_offset(self, logits: Tensor) -> Tensor | None:
-        """(C,) what is added to a label, None where it is what is added to every class."""
+        """(C,) the offset of each class as label, or None if it equals the negative offset."""
         if self.offsets_are_equal:
             return None
         if self.target_offset is None:
@@ -126,21 +127,22 @@ class PairwiseMargin:
         return self.target_offset.resolve_neg().contiguous()
 
     def scale_of(self, logits: Tensor) -> Tensor | None:
-        """(C,) scale of each class, None where it is 1."""
+        """(C,) the scale of each class, or None if it is 1."""
         if self.scale is None or isinstance(self.scale, Tensor):
             return None if self.scale is None else self.scale.resolve_neg().contiguous()
         n_classes = logits.shape[checks.class_dim(logits)]
         return logits.new_full((n_classes,), self.scale, dtype=torch.promote_types(logits.dtype, torch.float32))
 
     def named_vectors(self) -> list[tuple[str, Tensor]]:
-        return [(name, value) for name, value in self._items() if isinstance(value, Tensor)]
+        """The fields that are tensors, as (name, vector)."""
+        return [(name, value) for name, value in self._given_fields() if isinstance(value, Tensor)]
 
-    def reference_only_tensors(self) -> list[Tensor]:
-        """The vectors whose gradient is the reference's alone: all but two offsets that are one tensor."""
+    def only_of_reference(self) -> list[Tensor]:
+        """The vectors whose gradient only the reference computes: all except a tensor shared by both offsets."""
         shared = ("negative_offset", "target_offset") if self.offsets_are_equal else ()
         return [vector for name, vector in self.named_vectors() if name not in shared]
 
-    def _items(self) -> list[tuple[str, Any]]:
+    def _given_fields(self) -> list[tuple[str, Any]]:
         items = [(field.name, getattr(self, field.name)) for field in fields(self)]
         return [(name, value) for name, value in items if value is not None]
 
@@ -148,17 +150,18 @@ class PairwiseMargin:
         def show(value: Tensor | float) -> str:
             return f"{tuple(value.shape)} {str(value.dtype)[6:]}" if isinstance(value, Tensor) else str(value)
 
-        return f"PairwiseMargin({', '.join(f'{name}={show(value)}' for name, value in self._items())})"
+        return f"PairwiseMargin({', '.join(f'{name}={show(value)}' for name, value in self._given_fields())})"
 
 
 def checked_margin(margin: Any) -> PairwiseMargin:
+    """The margin, or a TypeError if it is something else."""
     if not isinstance(margin, PairwiseMargin):
         raise TypeError(f"margin must be a PairwiseMargin, got {type(margin).__name__}")
     return margin
 
 
 def _check_values(name: str, value: Tensor) -> None:
-    """On a CPU, where reading costs nothing; elsewhere what is no number makes loss and gradient NaN."""
+    """Check the values on a CPU, where reading needs no synchronisation; elsewhere NaN makes loss and gradient NaN."""
     if name == "alpha":
         allowed, expected = value >= 0.0, "not negative"
     elif name == "scale":
@@ -172,8 +175,8 @@ def _check_values(name: str, value: Tensor) -> None:
         raise ValueError("negative_offset must be finite for some class, got -inf for every class")
 
 
-def normalized_prior(log_prior: Any) -> Tensor:
-    """A log prior with its constant: pi adds up to 1, in float64."""
+def normalized_log_prior(log_prior: Any) -> Tensor:
+    """log pi in float64: the log prior with the constant that makes pi sum to 1."""
     checks.check_tensor("log_prior", log_prior)
     if log_prior.dim() != 1 or len(log_prior) == 0:
         raise ValueError(f"log_prior must have shape (C,), got {tuple(log_prior.shape)}")
@@ -182,6 +185,6 @@ def normalized_prior(log_prior: Any) -> Tensor:
     return log_prior.double().log_softmax(0)
 
 
-def rounded(values: Tensor, like: Tensor) -> Tensor:
-    """Rounded once, to float32 or the wider dtype of the log prior."""
-    return values.to(torch.promote_types(like.dtype, torch.float32))
+def to_prior_dtype(values: Tensor, log_prior: Tensor) -> Tensor:
+    """The values rounded once, to the dtype of the log prior but at least float32."""
+    return values.to(torch.promote_types(log_prior.dtype, torch.float32))

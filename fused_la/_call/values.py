@@ -1,4 +1,4 @@
-"""Numbers that are read from tensors on a CPU, where that synchronises with nothing."""
+"""Reading values from tensors if that needs no synchronisation, and whether a tensor has values at all."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Numbers that are read one by one. Alone, 4 labels take 0.7 us so and 2.0 us by `aminmax`, 64 take 2.4 and 2.1 us. But
-# an operator also slows what runs after it: with a prior of 64 classes a step took 70 us so and 79 us by `amax` (two
-# cores of an AMD EPYC, torch 2.14.1, kernels compiled and not launched).
+# Up to this many numbers are read one by one. Alone, 4 labels take 0.7 us that way and 2.0 us by `aminmax`, 64 take 2.4
+# and 2.1 us. But an operator also slows what runs after it: with a prior of 64 classes a step took 70 us that way and
+# 79 us by `amax` (two cores of an AMD EPYC, torch 2.14.1, kernels compiled and not launched).
 FEW_VALUES = 64
 
-# Modes under which an operation gives a shape alone, or a node of a graph beside its result.
-_TRACERS = tuple(getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL"))
+# Modes in which an operation computes only a shape, or also records a graph node.
+_TRACING_MODES = tuple(getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL"))
 
 _PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
 
 
 def is_traced(tensor: Tensor) -> bool:
-    """Whether a tensor is recorded by `make_fx` or its like, or has a shape alone (fake)."""
-    if torch._C._len_torch_dispatch_stack() > 0 and any(map(torch._C._get_dispatch_mode, _TRACERS)):
+    """Whether a tensor is traced, by `make_fx` or similar, or is fake: it has a shape but no values."""
+    if torch._C._len_torch_dispatch_stack() > 0 and any(map(torch._C._get_dispatch_mode, _TRACING_MODES)):
         return True
     if torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH):  # make_fx(pre_dispatch=True)
         return True
@@ -29,7 +29,7 @@ def is_traced(tensor: Tensor) -> bool:
 
 
 def is_fake(tensor: Tensor) -> bool:
-    """Whether the tensor is a shape alone, and no graph is recorded that could need it."""
+    """Whether the tensor is fake, and no graph is being recorded in which it could be a node."""
     if torch.compiler.is_compiling() or not hasattr(tensor, "fake_mode"):
         return False
     recording = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
@@ -37,24 +37,24 @@ def is_fake(tensor: Tensor) -> bool:
 
 
 def is_compiled_or_traced(tensor: Tensor) -> bool:
-    """The same, or by `torch.compile`: then nothing can be read, and the passes are operators."""
+    """`is_traced`, or under `torch.compile`: values cannot be read, and the passes run as operators."""
     return torch.compiler.is_compiling() or is_traced(tensor)
 
 
 def holds_or_unknown(condition: Tensor) -> bool:
-    """Whether a condition holds, True where that cannot be known; on a GPU it waits."""
+    """Whether a condition holds; True if its value cannot be read. On a GPU this synchronises."""
     return is_compiled_or_traced(condition) or bool(condition)
 
 
 def check_has_values(name: str, tensor: Tensor, caller: str) -> None:
-    """For what looks at values to go on."""
+    """Raise if a tensor has no values, for callers that cannot work without them."""
     if is_compiled_or_traced(tensor):
         raise ValueError(f"{name} must have values that {caller} can look at, got a tensor that is fake or is traced")
 
 
 def read_value(value: Tensor) -> Any:
-    """A number from a CPU, or a list of them; None where reading would synchronise, or a transform or a tracer hides
-    them."""
+    """The number or list of numbers in a tensor; None if reading would synchronise, or a transform or tracing hides the
+    values."""
     if not value.is_cpu or is_compiled_or_traced(value):
         return None
     try:
@@ -64,7 +64,7 @@ def read_value(value: Tensor) -> Any:
 
 
 def label_range(labels: Tensor) -> tuple[Any, Any]:
-    """The smallest and largest of labels on a CPU; None for both where there are none, or `read_value` is None."""
+    """The smallest and largest label, (None, None) if there are none or `read_value` would return None."""
     if not labels.is_cpu or is_compiled_or_traced(labels):
         return None, None
     try:
@@ -78,16 +78,16 @@ def label_range(labels: Tensor) -> tuple[Any, Any]:
 
 
 def largest(values: Tensor) -> float | None:
-    """The largest number of a vector, NaN if there is one; None where `read_value` is None."""
+    """The largest number of a vector, or NaN if it has one; None if `read_value` returns None."""
     if values.numel() <= FEW_VALUES:
         numbers = read_value(values)
         if numbers is None:
             return None
-        if not math.isnan(sum(numbers)):  # max passes over a NaN
+        if not math.isnan(sum(numbers)):  # max would skip a NaN
             return max(numbers)
     return read_value(values.detach().amax())
 
 
 def smallest(values: Tensor) -> float:
-    """The smallest number of a tensor on a CPU that may be read."""
+    """The smallest number of a CPU tensor whose values can be read."""
     return min(values.tolist()) if values.numel() <= FEW_VALUES else values.amin().item()

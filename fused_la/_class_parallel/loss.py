@@ -1,15 +1,14 @@
 """The loss with classes sharded over ranks: each rank reduces its own classes, and their states are merged.
 
-Forward: a rank's classes leave a `SoftmaxState` of each row, and z of the labels among them. One gather exchanges
-these, and every rank merges them in rank order, to the same bits. Backward of logits needs nothing from other ranks,
-since the state of a row is whole; only the features' gradient is a sum over ranks.
+Forward: each rank computes a partial `SoftmaxState` of every row over its classes, and z of the labels among them. One
+gather exchanges these, and every rank merges the states in rank order, to the same bits. Backward of logits needs
+nothing from other ranks, since the merged state covers all classes. Only the features' gradient is a sum over ranks.
 
-Only the rank that holds a label's class knows its z and its weights; the others send 0.
+Only the rank that holds a label's class knows the label's z and weights. The other ranks send 0.
 """
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -21,23 +20,25 @@ from fused_la._autograd.loss import implementation
 from fused_la._call.problem import Problem, ShardLabels, resolve_labels
 from fused_la._class_parallel.exchange import Ranks, all_gather, all_reduce, gather_rows, scatter_row_sums
 from fused_la._tiled import head as tiled_head
-from fused_la._tiled.blocks import Block, class_chunks
-from fused_la._tiled.head import Head, HeadTiles, LogitTiles, Saved, finalize, prepare_backward, reduce_tiles
+from fused_la._tiled.blocks import Block
+from fused_la._tiled.head import Head, HeadTiles, LogitTiles, Saved
 from fused_la._tiled.softmax import PreparedRows, SoftmaxState, merge, prepare
 
 
 class ShardedCall(NamedTuple):
-    """What a loss over ranks needs beside its tensors."""
+    """The arguments of a loss over ranks that are not tensors."""
 
     ranks: Ranks
     impl: str
     reduction: str
-    counts: list[int] | None  # rows of each rank, if each rank has rows of its own
-    average: bool  # whether the features' gradient is divided by the number of ranks later
+    row_counts: list[int] | None  # the number of rows of each rank; None if all ranks have the same rows
+    average_over_ranks: bool  # the features' gradient is averaged later, so multiply it by the number of ranks
 
 
 class MaterializedTiles(LogitTiles):
-    """Tiles of logits (N, 1, C) that exist, copied to the compute dtype."""
+    """Tiles of logits (N, 1, C) in memory, copied to the compute dtype."""
+
+    grad_logits: Tensor | None = None  # to write in a backward pass
 
     def __init__(self, logits: Tensor, dtype: torch.dtype):
         super().__init__(len(logits), logits.shape[-1], logits, dtype, class_major=False)
@@ -50,29 +51,28 @@ class MaterializedTiles(LogitTiles):
         rows = operand[block[0]]
         return self.buffer(*rows.shape).copy_(rows)
 
+    def take_gradient(self, block: Block, chunk: slice, operand: Tensor, grad: Tensor) -> None:
+        if self.grad_logits is not None:
+            self.grad_logits[block[0], 0, chunk].copy_(grad)
+
 
 def sharded_loss(
-    call: ShardedCall,
-    own: Tensor,
-    gathered: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    product_dtype: torch.dtype,
-    global_classes: Tensor | None,
-    problem: Problem,
-) -> Tensor:
+    call: ShardedCall, inputs: Tensor, all_features: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    product_dtype: torch.dtype, global_classes: Tensor | None, problem: Problem,
+) -> Tensor:  # fmt: skip
     """The reduced loss, or (N, 1) rows.
 
-    `own` are logits (N, 1, C), or the features (N, D) of a head with a weight (C, D). `gathered` are the features of
-    all ranks, whose rows `problem` has, if each rank has rows of its own. `global_classes` is as in `ShardLabels`.
+    `inputs` are logits (N, 1, C), or the features (N, D) of a head with a weight (C, D). If each rank has different
+    rows, `all_features` are the features of all ranks, and `problem` has all rows; else `all_features` is None.
+    `global_classes` is as in `ShardLabels`.
     """
-    return _ShardedLoss.apply(call, own, gathered, weight, bias, product_dtype, global_classes, *problem[1:])
+    return _ShardedLoss.apply(call, inputs, all_features, weight, bias, product_dtype, global_classes, *problem[1:])
 
 
 class _ShardedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: ShardedCall, *fields: Any) -> Tensor:
-        head, global_classes, problem = _of_fields(fields)
+        head, global_classes, problem = _unpack_fields(fields)
         shard, kernels = ShardLabels(global_classes), implementation(call.impl)
         with torch.autocast(problem.logits.device.type, enabled=False):
             rows = prepare(problem, tiled=True, shard=shard)
@@ -80,14 +80,14 @@ class _ShardedLoss(torch.autograd.Function):
                 source = MaterializedTiles(problem.logits, problem.compute_dtype)
             else:
                 source = HeadTiles(head, problem.compute_dtype, kernels.CLASS_MAJOR)
-            state = reduce_tiles(source, rows, kernels)
-            del source  # to free its buffer
-            rows, state, shard = _exchange(call.ranks, rows, state, shard)
-            loss, saved = finalize(rows, state, call.reduction, smoothing=state.total)
+            state = tiled_head.reduce_tiles(source, rows, kernels)
+            del source  # free its buffer
+            rows, state, shard = _merge_over_ranks(call.ranks, rows, state, shard)
+            loss, saved = tiled_head.finalize(rows, state, call.reduction, smoothing=state.total)
         ctx.call = call
         save_fields(ctx, fields, *saved, shard.weight)
-        if call.reduction == "none" and call.counts is not None:
-            return loss.split(call.counts)[call.ranks.rank].clone()
+        if call.reduction == "none" and call.row_counts is not None:
+            return loss.split(call.row_counts)[call.ranks.rank].clone()
         return loss
 
     @staticmethod
@@ -99,7 +99,7 @@ class _ShardedLoss(torch.autograd.Function):
         grads = _gradients(ctx, grad_outputs[0])
         if not torch.is_grad_enabled():
             return grads
-        # Not once_differentiable, which treats the gradient as a constant if the upstream gradient is one.
+        # `once_differentiable` would treat the gradient as a constant if the upstream gradient is one.
         inputs = [tensor for tensor in (*ctx.saved_tensors, grad_outputs[0]) if tensor is not None]
         return tuple(None if grad is None else _NotDifferentiable.apply(grad, *inputs) for grad in grads)
 
@@ -121,112 +121,87 @@ def _gradients(ctx: Any, grad_loss: Tensor) -> tuple:
     call: ShardedCall = ctx.call
     fields, (*saved, label_weight) = saved_fields(ctx)
     saved, kernels = Saved(*saved), implementation(call.impl)
-    head, global_classes, problem = _of_fields(fields)
+    head, global_classes, problem = _unpack_fields(fields)
     shard = ShardLabels(global_classes, label_weight)
     needs = ctx.needs_input_grad[1:]
-    grad_own = grad_weight = grad_bias = None
+    grad_inputs = grad_weight = grad_bias = None
     with torch.autocast(problem.logits.device.type, enabled=False):
-        grad_rows = _over_rows(call, grad_loss, saved)
+        grad_rows = _grad_of_rows(call, grad_loss, saved)
         if head is None:
-            grad_own, grad_prior = _backward_logits(problem, saved, grad_rows, needs[0], needs[6], kernels, shard)
+            tiles = MaterializedTiles(problem.logits, problem.compute_dtype)
+            tiles.grad_logits = torch.empty_like(problem.logits) if needs[0] else None
+            _, grad_offset = tiled_head.backward_tiles(tiles, problem, saved, grad_rows, needs[6], kernels, shard)
+            grad_inputs, grad_prior = tiles.grad_logits, tiled_head.prior_gradient(problem, grad_offset)
         else:
             wanted = (needs[0], needs[2], needs[3], needs[6])
             grads = tiled_head.backward(head, problem, saved, grad_rows, wanted, kernels, shard)
             grad_features, grad_weight, grad_bias, grad_prior = grads
             if grad_features is not None:
-                grad_own = _sum_over_ranks(call, grad_features).to(head.features.dtype)
-    rest = (None,) * (len(fields) - 7)
-    return None, grad_own, None, grad_weight, grad_bias, None, None, grad_prior, *rest
+                grad_inputs = _sum_feature_gradient(call, grad_features).to(head.features.dtype)
+    others = (None,) * (len(fields) - 7)
+    return None, grad_inputs, None, grad_weight, grad_bias, None, None, grad_prior, *others
 
 
-def _of_fields(fields: Any) -> tuple[Head | None, Tensor | None, Problem]:
-    own, gathered, weight, bias, product_dtype, global_classes, *others = fields
+def _unpack_fields(fields: Any) -> tuple[Head | None, Tensor | None, Problem]:
+    inputs, all_features, weight, bias, product_dtype, global_classes, *problem_fields = fields
     if weight is None:
-        return None, global_classes, Problem(own, *others)
-    head = Head(own if gathered is None else gathered, weight, bias, product_dtype)
-    return head, global_classes, Problem(tiled_head.logits_placeholder(head), *others)
+        return None, global_classes, Problem(inputs, *problem_fields)
+    head = Head(inputs if all_features is None else all_features, weight, bias, product_dtype)
+    return head, global_classes, Problem(tiled_head.logits_placeholder(head), *problem_fields)
 
 
-def _exchange(
+def _merge_over_ranks(
     ranks: Ranks, rows: PreparedRows, state: SoftmaxState, shard: ShardLabels
 ) -> tuple[PreparedRows, SoftmaxState, ShardLabels]:
-    """The state of each row over all ranks, and labels with their z and weights from the ranks that hold them."""
+    """Merge the states of all ranks, and fill in the labels' z and weights from the ranks that hold their classes."""
     problem, labels = rows.problem, rows.labels
-    of_rows = [state.m, state.rest]
+    state_columns = [state.m, state.rest]
     if labels is None or rows.smoothing is not None:
-        of_rows += [part for part in (state.total, state.gap) if part is not None]
-    of_labels = []
+        state_columns += [values for values in (state.total, state.gap) if values is not None]
+    label_columns = []
     if labels is not None:
-        of_labels = [rows.candidates.z] if rows.z_as_label is None else [rows.candidates.z, rows.z_as_label]
+        label_columns = [rows.candidates.z] if rows.z_as_label is None else [rows.candidates.z, rows.z_as_label]
         weights = [problem.weight]
         if problem.mean_weight is not problem.weight:
             weights.append(problem.mean_weight)
         for weight in map(problem.computed, weights):
             if weight is not None:
-                of_labels.append(torch.where(labels.is_local, weight[labels.classes], 0.0))
-    came = all_gather(ranks, torch.cat([*of_rows, *(values.squeeze(1) for values in of_labels)], 1))
+                label_columns.append(torch.where(labels.is_local, weight[labels.classes], 0.0))
+    gathered = all_gather(ranks, torch.cat([*state_columns, *(values.squeeze(1) for values in label_columns)], 1))
 
-    parts = [[column.unsqueeze(1) for column in of_rank.unbind(1)] for of_rank in came[..., : len(of_rows)]]
-    none = torch.zeros_like(state.m)
-    state = SoftmaxState(*parts[0], *[none] * (4 - len(of_rows)))
-    for of_rank in parts[1:]:
-        state = merge(state, SoftmaxState(*of_rank, *[none] * (4 - len(of_rows))))
+    n_sent = len(state_columns)
+    partials = [[column.unsqueeze(1) for column in of_rank.unbind(1)] for of_rank in gathered[..., :n_sent]]
+    not_sent = [torch.zeros_like(state.m)] * (4 - n_sent)
+    state = SoftmaxState(*partials[0], *not_sent)
+    for partial in partials[1:]:
+        state = merge(state, SoftmaxState(*partial, *not_sent))
     if labels is None:
         return rows, state, shard
-    of_owners = came[..., len(of_rows) :].sum(0).unsqueeze(1).tensor_split(len(of_labels), -1)
-    of_owners = [values.contiguous() for values in of_owners]
-    z, z_as_label = of_owners.pop(0), None if rows.z_as_label is None else of_owners.pop(0)
+    label_values = gathered[..., n_sent:].sum(0).unsqueeze(1).tensor_split(len(label_columns), -1)
+    label_values = [values.contiguous() for values in label_values]
+    z, z_as_label = label_values.pop(0), None if rows.z_as_label is None else label_values.pop(0)
     if problem.weight is not None:
-        shard = shard._replace(weight=of_owners.pop(0))
+        shard = shard._replace(weight=label_values.pop(0))
     if problem.mean_weight is not None and problem.mean_weight is not problem.weight:
-        shard = shard._replace(mean_weight=of_owners.pop(0))
+        shard = shard._replace(mean_weight=label_values.pop(0))
     candidates = rows.candidates._replace(z=z)
     labels = resolve_labels(problem, shard)
     return rows._replace(labels=labels, candidates=candidates, z_as_label=z_as_label), state, shard
 
 
-def _over_rows(call: ShardedCall, grad_loss: Tensor, saved: Saved) -> Tensor:
-    """The upstream gradient of every row, over the mean's denominator."""
+def _grad_of_rows(call: ShardedCall, grad_loss: Tensor, saved: Saved) -> Tensor:
+    """The upstream gradient of every row, divided by the mean's denominator."""
     if call.reduction != "none":
         grad_rows = grad_loss.expand(saved.state.shape[1:])
         return grad_rows / saved.normalizer if call.reduction == "mean" else grad_rows
     grad_rows = grad_loss.resolve_neg()
-    return grad_rows if call.counts is None else gather_rows(call.ranks, call.counts, [grad_rows])[0]
+    return grad_rows if call.row_counts is None else gather_rows(call.ranks, call.row_counts, [grad_rows])[0]
 
 
-def _sum_over_ranks(call: ShardedCall, grad_features: Tensor) -> Tensor:
-    """The gradient of this rank's own rows, to which every rank's classes have added."""
-    if call.counts is None:
+def _sum_feature_gradient(call: ShardedCall, grad_features: Tensor) -> Tensor:
+    """The gradient of this rank's features, summed over the classes of all ranks."""
+    if call.row_counts is None:
         grad_features = all_reduce(call.ranks, grad_features)
     else:
-        grad_features = scatter_row_sums(call.ranks, call.counts, grad_features)
-    return grad_features * call.ranks.size if call.average else grad_features
-
-
-def _backward_logits(
-    problem: Problem,
-    saved: Saved,
-    grad_rows: Tensor,
-    needs_logits: bool,
-    needs_log_prior: bool,
-    kernels: ModuleType,
-    shard: ShardLabels,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of logits (N, 1, C) and log_prior (C,)."""
-    source = MaterializedTiles(problem.logits, problem.compute_dtype)
-    rows, to_gradient = prepare_backward(source, problem, saved, grad_rows, kernels, shard)
-    grad_logits = torch.empty_like(problem.logits) if needs_logits else None
-    # Summed in float64: over many rows a float32 sum would lose what the rows' gradients hold.
-    grad_offset = problem.logits.new_zeros(source.n_classes, dtype=torch.float64) if needs_log_prior else None
-    for chunk in class_chunks(source.n_classes, source.tiles.classes):
-        operand = source.chunk_operand(chunk)
-        for block in source.blocks:
-            grad = to_gradient(block, chunk, source.logits(block, operand))
-            if grad_offset is not None:
-                grad_offset[chunk] += grad.sum(0, dtype=source.dtype)
-            if grad_logits is not None:
-                grad = grad if rows.scale is None else grad.mul_(rows.scale[chunk])
-                grad_logits[block[0], 0, chunk].copy_(grad)
-    if grad_offset is None or problem.log_prior is None:
-        return grad_logits, None
-    return grad_logits, (grad_offset * problem.tau).to(problem.log_prior.dtype)
+        grad_features = scatter_row_sums(call.ranks, call.row_counts, grad_features)
+    return grad_features * call.ranks.size if call.average_over_ranks else grad_features

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fused_la._cpu.loss import reduce_tile, subtract_dense_mass
+from fused_la._cpu.loss import reduce_tile, row_block, subtract_dense_mass
 from fused_la._tiled.blocks import Block, Scratch
 from fused_la._tiled.softmax import Candidates, PreparedRows, SoftmaxState, merge, scatter_candidates
 
@@ -23,26 +23,25 @@ class Epilogue:
 
     def update(self, block: Block, chunk: slice, logits: Tensor, state: SoftmaxState) -> None:
         """Merge a tile into the rows' state, and record z of the labels, or the top class."""
-        candidates = self._rows.candidates.in_block(block)
         z = self._adjusted(block, chunk, logits, self._labels_in(block, chunk))
         before = state.in_block(block)
-        partial = reduce_tile(self._rows, block, chunk, z, self._scratch, candidates, before)
+        partial = reduce_tile(row_block(self._rows, block, self._scratch), chunk, z, before)
         for values, merged in zip(before, merge(before, partial), strict=True):
             if values is not None and merged is not None:
                 values.copy_(merged)
 
     def gradient_of(
-        self, state: SoftmaxState, upstream: Tensor, of_candidates: Tensor
+        self, state: SoftmaxState, upstream: Tensor, grad_candidates: Tensor
     ) -> Callable[[Block, slice, Tensor], Tensor]:
         """A function that turns a tile of logits into the gradient of its z, labels included."""
         scales = upstream * state.total / (1.0 + state.rest)
 
         def gradient(block: Block, chunk: slice, logits: Tensor) -> Tensor:
-            rows, candidates = self._rows, self._rows.candidates.in_block(block)
+            rows, part = self._rows, row_block(self._rows, block, self._scratch)
             grad = self._adjusted(block, chunk, logits, None)
             grad.sub_(state.m[block].unsqueeze(-1)).exp_().mul_(scales[block].unsqueeze(-1))
-            subtract_dense_mass(rows, block, chunk, grad, upstream[block].unsqueeze(-1), self._scratch)
-            scatter_candidates(grad, candidates.in_chunk(chunk), chunk, of_candidates[block])
+            subtract_dense_mass(part, chunk, grad, upstream[block].unsqueeze(-1))
+            scatter_candidates(grad, part.candidates.in_chunk(chunk), chunk, grad_candidates[block])
             if rows.labels is not None and not rows.all_live:
                 grad.masked_fill_(~rows.labels.live[block].unsqueeze(-1), 0.0)
             return grad.squeeze(1)

@@ -15,6 +15,7 @@ A row's bits do not depend on its block: every reduction runs along one row, in 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,21 +23,9 @@ from torch import Tensor
 from fused_la._call.problem import Problem, reduce_rows
 from fused_la._cpu import single_label
 from fused_la._cpu.single_label import has_single_label
+from fused_la._tiled import softmax
 from fused_la._tiled.blocks import Block, Scratch, choose_blocking, class_chunks, combine_into, row_blocks, row_sum
-from fused_la._tiled.softmax import (
-    Candidates,
-    PreparedRows,
-    SoftmaxState,
-    candidate_gradient,
-    candidates_but_top,
-    finalize_rest,
-    label_mass_total,
-    margin_total,
-    merge,
-    prepare,
-    row_losses,
-    scatter_candidates,
-)
+from fused_la._tiled.softmax import Candidates, PreparedRows, SoftmaxState
 
 
 def forward(
@@ -51,12 +40,12 @@ def forward(
     if has_single_label(problem):
         return *single_label.forward(problem, reduction, wants_gradient), None
     shape, problem = problem.logits.shape, problem.with_inner()
-    rows = prepare(problem)
+    rows = softmax.prepare(problem)
     n_outer, n_inner, _ = problem.logits.shape
     n_rows = n_outer * n_inner
     flat = torch.empty(3 * n_rows + 1, dtype=problem.compute_dtype)
     m, rest, total = flat[:-1].view(3, n_outer, n_inner)
-    state = SoftmaxState(m, rest, label_mass_total(rows, out=total), gap=torch.zeros_like(m))
+    state = SoftmaxState(m, rest, softmax.label_mass_total(rows, out=total), gap=torch.zeros_like(m))
     row_weight = torch.ones_like(state.m) if rows.labels is None else rows.labels.row_weight
     normalizer = row_weight.sum()
     flat[-1] = normalizer
@@ -70,31 +59,25 @@ def forward(
     scratch = Scratch(min(blocking.height, n_rows) * blocking.width, problem.compute_dtype)
     for block in row_blocks(n_outer, n_inner, blocking.height):
         out = None if grad_logits is None else grad_logits[block]
-        of_block, candidates = state.in_block(block), rows.candidates.in_block(block)
-        e = _reduce_block(rows, block, blocking.width, scratch, of_block, candidates, out)
+        of_block, part = state.in_block(block), row_block(rows, block, scratch)
+        e = _reduce_block(part, blocking.width, of_block, out)
         if rows.z_as_label is not None:
-            of_block.total.copy_(margin_total(rows, of_block, block))
+            of_block.total.copy_(softmax.margin_total(rows, of_block, block))
         if grad_logits is not None:
-            _write_gradient(rows, block, blocking.width, scratch, of_block, candidates, grad_rows[block], out, None, e)
+            _write_gradient(part, blocking.width, of_block, grad_rows[block], out, None, e)
     if grad_logits is not None:
         _write_candidate_gradient(rows, state, grad_rows, grad_logits, None)
         grad_logits = grad_logits.view(shape)
-    loss = reduce_rows(row_losses(rows, state), normalizer, reduction)
+    loss = reduce_rows(softmax.row_losses(rows, state), normalizer, reduction)
     if len(shape) == 2 and reduction == "none":
         loss = loss.squeeze_(1)  # not as a view, which the caller could not change
     return loss, flat, grad_logits, None
 
 
 def backward(
-    problem: Problem,
-    reduction: str,
-    saved: Tensor | None,
-    upstream: Tensor,
-    needs_logits: bool,
-    needs_log_prior: bool,
-    made_for_one: Tensor | None = None,
-    memo: None = None,
-) -> tuple[Tensor | None, Tensor | None]:
+    problem: Problem, reduction: str, saved: Tensor | None, upstream: Tensor, needs_logits: bool, needs_log_prior: bool,
+    made_for_one: Tensor | None = None, memo: None = None,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of logits and log_prior (C,), None where not needed, for one upstream number or with "none" one a row.
 
     `made_for_one` is the gradient that forward made for an upstream of 1; it is scaled in place if another came.
@@ -111,7 +94,7 @@ def backward(
     problem = problem.with_inner()
     n_outer, n_inner, _ = problem.logits.shape
     grad_rows = grad_rows.reshape(n_outer, n_inner) if reduction == "none" else grad_rows.expand(n_outer, n_inner)
-    rows, state = prepare(problem), SoftmaxState(*saved[: 3 * n_outer * n_inner].view(3, n_outer, n_inner))
+    rows, state = softmax.prepare(problem), SoftmaxState(*saved[: 3 * n_outer * n_inner].view(3, n_outer, n_inner))
     grad_logits = torch.empty_like(problem.logits) if needs_logits else None
     # Summed in float64: over many rows a float32 sum would lose what the rows' gradients hold.
     grad_offset = torch.zeros(problem.logits.shape[-1], dtype=torch.float64) if needs_log_prior else None
@@ -119,10 +102,8 @@ def backward(
     scratch = Scratch(min(blocking.height, n_outer * n_inner) * blocking.width, problem.compute_dtype)
     for block in row_blocks(n_outer, n_inner, blocking.height):
         out = None if grad_logits is None else grad_logits[block]
-        of_block, candidates = state.in_block(block), rows.candidates.in_block(block)
-        _write_gradient(
-            rows, block, blocking.width, scratch, of_block, candidates, grad_rows[block], out, grad_offset, None
-        )
+        part, of_block = row_block(rows, block, scratch), state.in_block(block)
+        _write_gradient(part, blocking.width, of_block, grad_rows[block], out, grad_offset, None)
     _write_candidate_gradient(rows, state, grad_rows, grad_logits, grad_offset)
     if grad_logits is not None:
         grad_logits = grad_logits.view(shape)
@@ -134,60 +115,59 @@ def backward(
 # A block --------------------------------------------------------------------------------------------------------------
 
 
-def _reduce_block(
-    rows: PreparedRows,
-    block: Block,
-    width: int,
-    scratch: Scratch,
-    state: SoftmaxState,
-    candidates: Candidates,
-    grad_logits: Tensor | None,
-) -> Tensor | None:
+class RowBlock(NamedTuple):
+    """A block of prepared rows, and the scratch memory that all blocks share."""
+
+    rows: PreparedRows
+    block: Block
+    candidates: Candidates  # of the block
+    scratch: Scratch
+
+
+def row_block(rows: PreparedRows, block: Block, scratch: Scratch) -> RowBlock:
+    return RowBlock(rows, block, rows.candidates.in_block(block), scratch)
+
+
+def _reduce_block(part: RowBlock, width: int, state: SoftmaxState, grad_logits: Tensor | None) -> Tensor | None:
     """Fill in the state of a block's rows.
 
     It works in the memory of the block's gradient if that fits, otherwise in scratch. It returns exp(z - m), 0 in the
     candidates' columns, if that holds whole rows.
     """
+    rows = part.rows
     n_classes = rows.problem.logits.shape[-1]
     e = merged = None
     for chunk in class_chunks(n_classes, width):
         is_whole = chunk.stop - chunk.start == n_classes
-        z = _adjusted(rows, block, chunk, scratch, grad_logits if is_whole else None)
-        partial = reduce_tile(rows, block, chunk, z, scratch, candidates, merged)
-        merged = partial if merged is None else merge(merged, partial)
+        z = _adjusted(part, chunk, grad_logits if is_whole else None)
+        partial = reduce_tile(part, chunk, z, merged)
+        merged = partial if merged is None else softmax.merge(merged, partial)
         e = z if is_whole else None
     assert merged is not None
     state.m.copy_(merged.m)
-    state.rest.copy_(finalize_rest(merged))
+    state.rest.copy_(softmax.finalize_rest(merged))
     if rows.labels is None:
         state.total.copy_(merged.total)
-        candidates.z.copy_(merged.m.unsqueeze(-1))
+        part.candidates.z.copy_(merged.m.unsqueeze(-1))
     if state.gap is not None and merged.gap is not None and (rows.labels is None or rows.smoothing is not None):
         state.gap.copy_(merged.gap)
     return e
 
 
-def reduce_tile(
-    rows: PreparedRows,
-    block: Block,
-    chunk: slice,
-    z: Tensor,
-    scratch: Scratch,
-    candidates: Candidates,
-    before: SoftmaxState | None,
-) -> SoftmaxState:
+def reduce_tile(part: RowBlock, chunk: slice, z: Tensor, before: SoftmaxState | None) -> SoftmaxState:
     """The partial state of a tile of z. It leaves exp(z - m) in z, 0 for candidates.
 
     With class probabilities the candidate is the row's top class: the tile's own if it is higher than in the state
     `before` this tile.
     """
+    rows, candidates, scratch = part.rows, part.candidates, part.scratch
     if rows.labels is None:
         m, top = z.max(-1, keepdim=True)
     else:
         m, top = z.amax(-1, keepdim=True), None
     m.clamp_(min=torch.finfo(z.dtype).min)  # a tile that is -inf throughout adds nothing
     z.sub_(m)
-    mass = _dense_mass(rows, block, chunk, scratch)
+    mass = _dense_mass(part, chunk)
     total = gap = torch.zeros_like(m.squeeze(-1))
     if mass is not None:
         product = torch.mul(z, mass, out=scratch.view(2, z.shape)).neg_()
@@ -196,9 +176,9 @@ def reduce_tile(
     e = z.exp_()
     if top is None:
         in_chunk = candidates.in_chunk(chunk)
-        scatter_candidates(e, in_chunk, chunk, 0.0)
+        softmax.scatter_candidates(e, in_chunk, chunk, 0.0)
         m = m.squeeze(-1)
-        return SoftmaxState(m, row_sum(e) + candidates_but_top(in_chunk, m), total, gap)
+        return SoftmaxState(m, row_sum(e) + softmax.candidates_but_top(in_chunk, m), total, gap)
     # The top's exponential, 1, is left out. If no class takes part it is 0, and the rest -1.
     of_top = e.gather(-1, top).squeeze(-1)
     e.scatter_(-1, top, 0.0)
@@ -210,13 +190,14 @@ def reduce_tile(
     return SoftmaxState(m, row_sum(e) + (of_top - 1.0), total, gap)
 
 
-def _adjusted(rows: PreparedRows, block: Block, chunk: slice, scratch: Scratch, out: Tensor | None = None) -> Tensor:
+def _adjusted(part: RowBlock, chunk: slice, out: Tensor | None = None) -> Tensor:
     """z of a block, written to `out` if its dtype and strides allow that, otherwise to scratch."""
-    logits = rows.problem.logits[block][..., chunk]
+    rows = part.rows
+    logits = rows.problem.logits[part.block][..., chunk]
     if out is not None and out.dtype == rows.problem.compute_dtype and out.is_contiguous():
         z = out
     else:
-        z = scratch.view(0, logits.shape)
+        z = part.scratch.view(0, logits.shape)
     offset = None if rows.offset is None else rows.offset[chunk]
     if rows.scale is None:
         combine_into(z, logits, offset, torch.add)
@@ -229,34 +210,28 @@ def _adjusted(rows: PreparedRows, block: Block, chunk: slice, scratch: Scratch, 
     return z
 
 
-def _dense_mass(rows: PreparedRows, block: Block, chunk: slice, scratch: Scratch) -> Tensor | None:
+def _dense_mass(part: RowBlock, chunk: slice) -> Tensor | None:
     """The dense target mass, broadcastable to the block: probabilities, or smoothing for labels that weigh 1 in all."""
+    rows = part.rows
     smoothing = None if rows.smoothing is None else rows.smoothing[chunk]
     if rows.labels is not None:
         return smoothing
-    target = rows.problem.target[block][..., chunk]
-    mass = scratch.view(1, target.shape).copy_(target).mul_(1.0 - rows.problem.label_smoothing)
+    target = rows.problem.target[part.block][..., chunk]
+    mass = part.scratch.view(1, target.shape).copy_(target).mul_(1.0 - rows.problem.label_smoothing)
     if rows.weight is not None:
         mass.mul_(rows.weight[chunk])
     return mass if smoothing is None else mass.add_(smoothing)
 
 
 def _write_gradient(
-    rows: PreparedRows,
-    block: Block,
-    width: int,
-    scratch: Scratch,
-    state: SoftmaxState,
-    candidates: Candidates,
-    grad_rows: Tensor,
-    grad_logits: Tensor | None,
-    grad_offset: Tensor | None,
-    e: Tensor | None,
-) -> None:
+    part: RowBlock, width: int, state: SoftmaxState, grad_rows: Tensor, grad_logits: Tensor | None,
+    grad_offset: Tensor | None, e: Tensor | None,
+) -> None:  # fmt: skip
     """Write g * (A * p_c - t_c) for every class of a block but the candidates, and add it to the offset's gradient.
 
     `e` is what `_reduce_block` returned for this block; without it the exponentials are computed again.
     """
+    rows, candidates = part.rows, part.candidates
     m, rest, total, g = (values.unsqueeze(-1) for values in (state.m, state.rest, state.total, grad_rows))
     scale = g * total / (1.0 + rest)
     find_top = rows.labels is None and e is None
@@ -266,7 +241,7 @@ def _write_gradient(
     for chunk in class_chunks(rows.problem.logits.shape[-1], width):
         values = e
         if values is None:
-            values = _adjusted(rows, block, chunk, scratch)
+            values = _adjusted(part, chunk)
             if find_top:
                 top = values.argmax(-1, keepdim=True)
                 is_top = (values.gather(-1, top) == m) & ~candidates.used
@@ -277,11 +252,11 @@ def _write_gradient(
         if grad_logits is not None and grad_logits.dtype == values.dtype and grad_offset is None:
             grad = grad_logits[..., chunk]
         torch.mul(values, scale, out=grad)
-        subtract_dense_mass(rows, block, chunk, grad, g, scratch)
+        subtract_dense_mass(part, chunk, grad, g)
         if grad_offset is not None:
-            scatter_candidates(grad, candidates, chunk, 0.0)
+            softmax.scatter_candidates(grad, candidates, chunk, 0.0)
             if not rows.all_live and rows.labels is not None:
-                grad.masked_fill_(~rows.labels.live[block].unsqueeze(-1), 0.0)
+                grad.masked_fill_(~rows.labels.live[part.block].unsqueeze(-1), 0.0)
             grad_offset[chunk] += grad.sum((0, 1), dtype=torch.float64)
         if grad_logits is not None and rows.scale is not None:
             grad.mul_(rows.scale[chunk])
@@ -289,14 +264,12 @@ def _write_gradient(
             grad_logits[..., chunk].copy_(grad)
 
 
-def subtract_dense_mass(
-    rows: PreparedRows, block: Block, chunk: slice, grad: Tensor, g: Tensor, scratch: Scratch
-) -> None:
+def subtract_dense_mass(part: RowBlock, chunk: slice, grad: Tensor, g: Tensor) -> None:
     """Subtract g * t_c, smoothing or probabilities, from a tile of g * A * p_c; a class at -inf keeps gradient 0."""
-    mass = _dense_mass(rows, block, chunk, scratch)
+    rows, mass = part.rows, _dense_mass(part, chunk)
     if mass is None:
         return
-    grad.addcmul_(mass, g if rows.labels is None else g * rows.labels.share[block].unsqueeze(-1), value=-1.0)
+    grad.addcmul_(mass, g if rows.labels is None else g * rows.labels.share[part.block].unsqueeze(-1), value=-1.0)
     if rows.excluded is not None:
         grad.masked_fill_(rows.excluded[chunk], 0.0)
 
@@ -305,10 +278,10 @@ def _write_candidate_gradient(
     rows: PreparedRows, state: SoftmaxState, grad_rows: Tensor, grad_logits: Tensor | None, grad_offset: Tensor | None
 ) -> None:
     """Write the candidates' columns, and zeros to rows that do not count."""
-    candidates, grad = rows.candidates, candidate_gradient(rows, state, grad_rows)
+    candidates, grad = rows.candidates, softmax.candidate_gradient(rows, state, grad_rows)
     if grad_logits is not None:
         scaled = grad if rows.scale is None else grad * rows.scale[candidates.classes]
-        scatter_candidates(grad_logits, candidates, slice(0, grad_logits.shape[-1]), scaled)
+        softmax.scatter_candidates(grad_logits, candidates, slice(0, grad_logits.shape[-1]), scaled)
         if not rows.all_live and rows.labels is not None:
             grad_logits.masked_fill_(~rows.labels.live.unsqueeze(-1), 0.0)
     if grad_offset is not None:

@@ -1,11 +1,11 @@
-"""The common case on a CPU: one label a row and no other option, in few operator calls.
+"""Forward and backward on a CPU for the common case, one label a row and no other option, in few operator calls.
 
     loss        = log1p(rest) - (z_y - m),     rest = sum over c != y of exp(z_c - m), and exp(z_y - m) - 1
     gradient    = g * exp(z_c - m) / d,       for the label -g * (sum over c != y of exp(z_c - m)) / d,    d = 1 + rest
 
-Of a row whose label is its top class, exp(z_y - m) - 1 is exactly 0: neither the loss nor a gradient cancels. Blocks
-and scratch are those of `_blocked.py`, whose other cases need a preparation that a few hundred rows of a few classes do
-not repay. A row's bits do not depend on the rows beside it here either.
+If the label is the row's top class, exp(z_y - m) - 1 is exactly 0: neither the loss nor a gradient cancels. Blocks and
+scratch are as in `loss.py`, whose preparation for the other options takes too long for a few hundred rows of a few
+classes. Here, too, a row's bits do not depend on the rows beside it.
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ from fused_la._tiled.blocks import Scratch, choose_blocking, combine_into, row_b
 
 
 class _NoClassError(Exception):
-    """A label is none of the classes: it is to be ignored, or out of range."""
+    """A label that is none of the classes: ignored, or out of range."""
 
 
 class _Labels(NamedTuple):
     """The labels of all rows, (..., 1)."""
 
     classes: Tensor
-    mass: Tensor | None  # 0 of one that does not count, NaN of one out of range; None where all are 1
+    mass: Tensor | None  # 0 if ignored, NaN if out of range; None if all are 1
     n_counting: float
 
 
 def has_single_label(problem: Problem) -> bool:
-    """Whether all that a problem asks for is one label a row, and a row fits into a block."""
+    """Whether a problem has one label a row and no other option, and a row fits into a block."""
     if problem.has_probabilities or problem.n_labels != 1 or problem.label_smoothing > 0.0:
         return False
     for option in problem[3:9]:
         if option is not None:
             return False
-    # A mode may trace what is done here, and would keep what is read.
+    # A dispatch mode may trace the operations here, and would keep the values that are read as constants.
     if problem.logits.shape[-1] > blocks.BLOCK_ELEMENTS or torch._C._len_torch_dispatch_stack() > 0:
         return False
-    # Read in every call: NumPy may have changed it, which no version tells.
+    # Read in every call, since NumPy may have changed it, which no version counter shows.
     return problem.log_prior is None or smallest(problem.log_prior) > -math.inf
 
 
 def _labels_of(problem: Problem, *, read: bool) -> _Labels:
-    """The labels; not `read`, all are taken to count and to be classes, unless one that is a class is to be ignored."""
+    """The labels. Unless they are `read`, all are assumed to be classes that count, if ignore_index is no class."""
     target, n_classes, ignored = problem.target, problem.logits.shape[-1], problem.ignore_index
     if target.dim() < problem.logits.dim():
         target = target.unsqueeze(-1)
@@ -62,8 +62,10 @@ def _labels_of(problem: Problem, *, read: bool) -> _Labels:
 
 
 def forward(problem: Problem, reduction: str, wants_gradient: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The loss, reduced or of each row, the state, and the gradient for an upstream of 1, as `_blocked.forward`. With a
-    gradient there is no state: should backward have to recompute, it begins anew."""
+    """The loss, the state, and the gradient for an upstream gradient of 1, as in `loss.py`; no state with a gradient.
+
+    Should backward have to recompute it starts from the logits.
+    """
     try:
         return _forward(problem, _labels_of(problem, read=False), reduction, wants_gradient)
     except _NoClassError:
@@ -81,21 +83,21 @@ def _forward(
     offset, blocks, scratch = _blocks_of(problem)
     parts = []
     for block in blocks:
-        label, mass, out = _of(block, labels.classes), _of(block, labels.mass), _of(block, grad_logits)
-        e = _adjusted(_of(block, logits), offset, scratch, out)
+        label, mass, out = (_in_block(block, t) for t in (labels.classes, labels.mass, grad_logits))
+        e = _adjusted(_in_block(block, logits), offset, scratch, out)
         m = e.amax(-1, keepdim=True)
-        above, others, rest = _sums(e.sub_(m), label)
-        parts.append((rest.log1p().sub_(above), m, rest))
+        z_label, others, rest = _sums(e.sub_(m), label)
+        parts.append((rest.log1p().sub_(z_label), m, rest))
         if out is not None:
-            _spread(e, label, others, rest, g if mass is None else mass * g, out)
-    losses, m, rest = parts[0] if len(parts) == 1 else _joined(parts, logits)
+            _write_gradient(e, label, others, rest, g if mass is None else mass * g, out)
+    losses, m, rest = parts[0] if len(parts) == 1 else _concatenated(parts, logits)
     state = None
     if grad_logits is None:
         total = torch.ones_like(m) if labels.mass is None else labels.mass
         state = torch.cat([*(t.flatten() for t in (m, rest, total)), m.new_full((1,), labels.n_counting)])
     if labels.mass is not None:
         losses = torch.where(labels.mass == 0.0, 0.0, losses * labels.mass)
-        _clear(grad_logits, labels.mass)
+        _clear_ignored(grad_logits, labels.mass)
     if reduction == "none":
         return losses.squeeze_(-1), state, grad_logits
     if reduction == "mean" and labels.mass is None:
@@ -104,7 +106,7 @@ def _forward(
 
 
 def backward(problem: Problem, reduction: str, state: Tensor | None, grad_rows: Tensor) -> Tensor:
-    """The gradient of the logits, for one upstream number or one a row; by the operations of `forward`."""
+    """The gradient of the logits for one upstream gradient, or one a row, by the operations of `forward`."""
     try:
         return _backward(problem, _labels_of(problem, read=False), reduction, state, grad_rows)
     except _NoClassError:
@@ -124,12 +126,12 @@ def _backward(problem: Problem, labels: _Labels, reduction: str, state: Tensor |
     grad_logits = torch.empty_like(logits)
     offset, blocks, scratch = _blocks_of(problem)
     for block in blocks:
-        label, m, rest, g, out = (_of(block, t) for t in (labels.classes, m_all, rest_all, g_all, grad_logits))
-        e = _adjusted(_of(block, logits), offset, scratch, out)
+        label, m, rest, g, out = (_in_block(block, t) for t in (labels.classes, m_all, rest_all, g_all, grad_logits))
+        e = _adjusted(_in_block(block, logits), offset, scratch, out)
         _, others, found = _sums(e.sub_(e.amax(-1, keepdim=True) if m is None else m), label)
-        _spread(e, label, others, found if rest is None else rest, g, out)
+        _write_gradient(e, label, others, found if rest is None else rest, g, out)
     if labels.mass is not None:
-        _clear(grad_logits, labels.mass)
+        _clear_ignored(grad_logits, labels.mass)
     return grad_logits
 
 
@@ -137,7 +139,7 @@ def _backward(problem: Problem, labels: _Labels, reduction: str, state: Tensor |
 
 
 def _blocks_of(problem: Problem) -> tuple[Tensor | None, list[tuple[slice, ...] | None], Scratch]:
-    """(the offset, the blocks of rows or None for all rows at once, scratch for one)."""
+    """The offset, the blocks of rows ([None] if all rows are one block), and scratch memory for a block."""
     rows = problem.logits.shape[:-1]
     n_rows, (height, width) = rows.numel(), choose_blocking(problem, forward=True)
     blocks: list[tuple[slice, ...] | None] = [None]
@@ -147,45 +149,44 @@ def _blocks_of(problem: Problem) -> tuple[Tensor | None, list[tuple[slice, ...] 
     return problem.offset(), blocks, Scratch(min(height, n_rows) * width, problem.compute_dtype)
 
 
-def _of(block: tuple[slice, ...] | None, tensor: Any) -> Any:
+def _in_block(block: tuple[slice, ...] | None, tensor: Any) -> Any:
     return tensor if block is None or tensor is None else tensor[block]
 
 
-def _joined(parts: list[tuple[Tensor, Tensor, Tensor]], logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What blocks left, as of all rows; blocks cover them in order."""
+def _concatenated(parts: list[tuple[Tensor, Tensor, Tensor]], logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The results of the blocks as those of all rows, which the blocks cover in order."""
     shape = (*logits.shape[:-1], 1)
     losses, m, rest = (
-        torch.cat([each.flatten() for each in of_blocks]).view(shape) for of_blocks in zip(*parts, strict=True)
+        torch.cat([each.flatten() for each in results]).view(shape) for results in zip(*parts, strict=True)
     )
     return losses, m, rest
 
 
-def _adjusted(logits: Tensor, offset: Tensor | None, scratch: Scratch, into: Tensor | None) -> Tensor:
-    """z of a block, written where its gradient will stand if that is fit for it, else into scratch."""
-    fits = into is not None and into.dtype == scratch.dtype and into.is_contiguous()
-    z = into if fits and into is not None else scratch.view(0, logits.shape)
+def _adjusted(logits: Tensor, offset: Tensor | None, scratch: Scratch, out: Tensor | None) -> Tensor:
+    """z of a block, written to the memory of its gradient if dtype and strides allow that, otherwise to scratch."""
+    fits = out is not None and out.dtype == scratch.dtype and out.is_contiguous()
+    z = out if fits and out is not None else scratch.view(0, logits.shape)
     return combine_into(z, logits, offset, torch.add)
 
 
 def _sums(z: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(z of the label, the sum of exp(z) over the other classes, rest) of z that are at most 0. Leaves exp(z) in z, 0
-    for the label."""
+    """From z - m: the label's, the sum of exp over the other classes, and rest. Leaves exp(z - m), 0 for the label."""
     try:
-        above = z.gather(-1, label)
+        z_label = z.gather(-1, label)
     except RuntimeError as error:
         raise _NoClassError from error
     others = row_sum(z.exp_().scatter_(-1, label, 0.0), keepdim=True)
-    return above, others, others + above.expm1()
+    return z_label, others, others + z_label.expm1()
 
 
-def _spread(e: Tensor, label: Tensor, others: Tensor, rest: Tensor, g: Tensor | float, out: Tensor) -> None:
-    """Turn exp(z - m) into the gradient."""
+def _write_gradient(e: Tensor, label: Tensor, others: Tensor, rest: Tensor, g: Tensor | float, out: Tensor) -> None:
+    """Turn exp(z - m) into the gradient, in place, and copy it to `out` if that is another tensor."""
     e.scatter_(-1, label, others.neg_()).mul_((rest + 1.0).reciprocal_().mul_(g))
     if e is not out:
         out.copy_(e)
 
 
-def _clear(grad_logits: Tensor | None, mass: Tensor) -> None:
-    """Whatever stands in a row that does not count, its gradient is 0."""
+def _clear_ignored(grad_logits: Tensor | None, mass: Tensor) -> None:
+    """Set the gradient of rows that do not count to 0, whatever their logits are."""
     if grad_logits is not None:
         grad_logits.masked_fill_(mass == 0.0, 0.0)

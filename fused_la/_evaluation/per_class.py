@@ -1,14 +1,14 @@
-"""Examples and correct predictions, counted by class, and the rates that follow from them.
+"""Counts of examples and correct predictions by class, and the error rates that follow from them.
 
     error_c         = 1 - n_correct_c / n_examples_c              NaN for a class without examples
     balanced error  = the mean of error_c over the classes with examples
     top-1 accuracy  = sum_c n_correct_c / sum_c n_examples_c
-    many, medium, few error = the mean of error_c over the classes of more than 100, of 20 to 100 and of fewer than 20
-                      *training* examples, as far as they have examples here; NaN where none has
+    many, medium, few error = the mean of error_c over the classes with more than 100, with 20 to 100 and with fewer
+                      than 20 *training* examples; classes without examples here are left out, NaN over no class
 
-Counts have C + 1 columns: the last one holds labels that are neither a class nor ignored. On a CPU such a label is an
-error at once; on a GPU, where looking would wait for the device, it is one when the counts are read. Nothing here
-depends on a value that a fake tensor lacks, but for that error.
+Counts have C + 1 columns. The last one counts labels that are neither a class nor ignored. On a CPU such a label raises
+at once. On a GPU it raises when the counts are read, since reading labels would wait for the device. Apart from that
+error nothing here depends on values, so fake tensors work.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def shot_groups(class_counts: Any) -> dict[str, Tensor]:
         class_counts: (C,) *training* examples a class: a list, an array or a tensor, integer or floating.
 
     Returns:
-        {"many": mask, "medium": mask, "few": mask}, each (C,) bool on the CPU; every class is in one of them.
+        {"many": mask, "medium": mask, "few": mask}, each (C,) bool on the CPU; every class is in exactly one.
 
     Raises:
         TypeError, ValueError: counts that are not numbers, not one-dimensional, negative or not finite.
@@ -49,7 +49,7 @@ def count_predictions(
 ) -> None:
     """Add rows to the counts: n_correct (..., C + 1), n_examples (C + 1,), predictions (..., rows), target (rows,)."""
     n_classes = len(n_examples) - 1
-    target = target.long()  # in uint8 an ignore_index of -100 would be 156
+    target = target.long()  # as uint8, an ignore_index of -100 would be 156
     counts = target != ignore_index
     column = torch.where((target >= 0) & (target < n_classes), target, n_classes)
     n_examples.scatter_add_(0, column, counts.to(n_examples.dtype))
@@ -58,7 +58,7 @@ def count_predictions(
 
 
 def read_counts(n_correct: Tensor, n_examples: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """(..., C) and (C,) int64 on the CPU."""
+    """n_correct (..., C) and n_examples (C,), int64 on the CPU, or an IndexError for labels that are no class."""
     n_correct, n_examples = n_correct.to("cpu", torch.int64), n_examples.to("cpu", torch.int64)
     n_outside = read_value(n_examples[-1])
     if n_outside:
@@ -70,7 +70,7 @@ def read_counts(n_correct: Tensor, n_examples: Tensor, ignore_index: int) -> tup
 
 
 def class_error(n_correct: Tensor, n_examples: Tensor) -> Tensor:
-    """(..., C) float64, NaN for a class without examples."""
+    """error_c, (..., C) float64; NaN for a class without examples."""
     return 1.0 - n_correct.double() / n_examples.double()
 
 
@@ -88,5 +88,5 @@ def mean_rates(n_correct: Tensor, n_examples: Tensor, groups: dict[str, Tensor])
 
 
 def _mean(error: Tensor, mask: Tensor) -> Tensor:
-    """Over the classes of the mask; a selection of them would have a shape that depends on values."""
+    """The mean over the classes of the mask. Indexing by the mask would give a shape that depends on values."""
     return error.masked_fill(~mask, 0.0).sum(-1) / mask.sum()

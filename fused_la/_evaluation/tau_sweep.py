@@ -1,4 +1,4 @@
-"""Which tau is best: the predictions of a model under many of them, counted in one pass over its logits."""
+"""`TauSweep`: error rates of a post-hoc correction for many tau, counted in one pass over a model's logits."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ class TauSweep:
         \mathrm{error}_\tau = \frac1C \sum_c P(\hat y_\tau \ne c \mid y = c)
 
     `TauSweep(log_prior, taus)` sweeps `adjust_logits`; `TauSweep.divide_by_prior` and `TauSweep.normalize_classifier`
-    sweep the functions of these names. Each is fed the *raw* logits of a model trained with plain cross entropy, batch
-    by batch, and keeps integer counts of correct predictions, one for each tau and class. A tau is chosen on the split
-    that it was fed, so a sweep knows that split's name and says it with every result: choose on validation data, report
-    on test data.
+    sweep the functions of these names. Update each with the *raw* logits of a model trained with plain cross entropy,
+    batch by batch; it keeps integer counts of correct predictions for each tau and class. A tau is chosen on the split
+    that was counted, so a sweep stores that split's name and prints it with every result: choose on validation data,
+    report on test data.
 
     Args:
         log_prior: (C,) floating, log class frequencies of training up to any constant; a class at -inf is never
             predicted (at tau > 0). The logits have to be on its device.
         taus: numbers >= 0, kept in increasing order.
-        split: the name of the data that it will be fed, such as "val".
-        class_counts: (C,) *training* examples a class, for many/medium/few; without, these are NaN.
+        split: the name of the data that will be counted, such as "val".
+        class_counts: (C,) *training* examples a class, for many/medium/few; without them these are NaN.
         ignore_index: label that is not counted.
 
     Attributes:
-        taus, split, method: what is swept, on what, and by which correction.
+        taus, split, method: the values of tau, the name of the data, and the name of the correction.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, dtype, shape or range; the message names it.
@@ -66,46 +66,30 @@ class TauSweep:
     """
 
     def __init__(
-        self,
-        log_prior: Tensor,
-        taus: Iterable[float],
-        *,
-        split: str,
-        class_counts: Any = None,
+        self, log_prior: Tensor, taus: Iterable[float], *, split: str, class_counts: Any = None,
         ignore_index: int = -100,
-    ):
-        self._begin(_ADJUST, _checked_log_prior(log_prior), None, taus, split, class_counts, ignore_index)
+    ):  # fmt: skip
+        self._init_counts(_ADJUST, _checked_log_prior(log_prior), None, taus, split, class_counts, ignore_index)
 
     @classmethod
     def divide_by_prior(
-        cls,
-        log_prior: Tensor,
-        taus: Iterable[float],
-        *,
-        split: str,
-        class_counts: Any = None,
+        cls, log_prior: Tensor, taus: Iterable[float], *, split: str, class_counts: Any = None,
         ignore_index: int = -100,
-    ) -> TauSweep:
+    ) -> TauSweep:  # fmt: skip
         """Sweep argmax f_c / pi_c^tau; arguments as of `TauSweep`."""
         sweep = cls.__new__(cls)
-        sweep._begin(_DIVIDE, _checked_log_prior(log_prior), None, taus, split, class_counts, ignore_index)
+        sweep._init_counts(_DIVIDE, _checked_log_prior(log_prior), None, taus, split, class_counts, ignore_index)
         return sweep
 
     @classmethod
     def normalize_classifier(
-        cls,
-        weight: Tensor,
-        taus: Iterable[float],
-        *,
-        bias: Tensor | None,
-        split: str,
-        class_counts: Any = None,
+        cls, weight: Tensor, taus: Iterable[float], *, bias: Tensor | None, split: str, class_counts: Any = None,
         ignore_index: int = -100,
-    ) -> TauSweep:
-        """Sweep argmax (w_c . h) / ||w_c||^tau + b_c, fed the logits w_c . h + b_c.
+    ) -> TauSweep:  # fmt: skip
+        """Sweep argmax (w_c . h) / ||w_c||^tau + b_c, updated with the logits w_c . h + b_c.
 
-        `weight` is (C, n_features); `bias` is the (C,) that the logits contain, None if the classifier has none: it is
-        taken out of them, and put back undivided. Other arguments as of `TauSweep`.
+        `weight` is (C, n_features). `bias` is the (C,) bias that the logits contain, None if the classifier has none;
+        it is subtracted from the logits, and added back undivided. Other arguments as of `TauSweep`.
         """
         checks.check_classifier(weight)
         weight = weight.detach()
@@ -116,20 +100,15 @@ class TauSweep:
             bias = bias.detach()
         norm = torch.linalg.vector_norm(weight.to(torch.promote_types(weight.dtype, torch.float32)), dim=1)
         sweep = cls.__new__(cls)
-        log_norm = norm.masked_fill(norm == 0, 1.0).double().log()  # a row of zeros has the score of its bias
-        sweep._begin(_NORMALIZE, log_norm, bias, taus, split, class_counts, ignore_index)
+        log_norm = norm.masked_fill(norm == 0, 1.0).double().log()  # so that the score of a row of zeros is its bias
+        sweep._init_counts(_NORMALIZE, log_norm, bias, taus, split, class_counts, ignore_index)
         return sweep
 
-    def _begin(
-        self,
-        method: str,
-        log_divisor: Tensor,
-        bias: Tensor | None,
-        taus: Iterable[float],
-        split: str,
-        class_counts: Any,
-        ignore_index: int,
-    ) -> None:
+    def _init_counts(
+        self, method: str, log_divisor: Tensor, bias: Tensor | None, taus: Iterable[float], split: str,
+        class_counts: Any, ignore_index: int,
+    ) -> None:  # fmt: skip
+        """Check the arguments that all corrections share, and set the counts to 0."""
         self.method = method
         self.taus = _checked_taus(taus)
         if not isinstance(split, str) or not split:
@@ -143,8 +122,8 @@ class TauSweep:
         self._groups = {name: members & (class_counts is not None) for name, members in groups.items()}
         self.ignore_index = checks.check_ignore_index(ignore_index)
         self._log_divisor, self._bias = log_divisor, bias
-        self._never = log_divisor == -math.inf
-        self._any_never = is_compiled_or_traced(self._never) or bool(self._never.any())
+        self._excluded = log_divisor == -math.inf
+        self._any_excluded = is_compiled_or_traced(self._excluded) or bool(self._excluded.any())
         self._taus = torch.tensor(self.taus, dtype=torch.float64, device=device)[:, None]
         self._n_correct = torch.zeros((len(self.taus), n_classes + 1), dtype=torch.int64, device=device)
         self._n_examples = torch.zeros(n_classes + 1, dtype=torch.int64, device=device)
@@ -161,13 +140,13 @@ class TauSweep:
                 f"logits must be on the device of the sweep, {self._log_divisor.device}, got {logits.device}"
             )
         checks.check_labels(target, logits, self.ignore_index)
-        scale, offset = self._tables(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+        scale, offset = self._scale_and_offset(torch.float64 if logits.dtype == torch.float64 else torch.float32)
         predictions = _predict(rows_by_classes(logits), scale, offset).flatten(1)
         count_predictions(self._n_correct, self._n_examples, predictions, target.flatten(), self.ignore_index)
 
-    def _tables(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-        """scale and offset, (T, C), of the scores f_c * scale_tc + offset_tc; None for 1 and 0."""
-        divisor = self._log_divisor.masked_fill(self._never, 0.0)
+    def _scale_and_offset(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        """scale and offset, (T, C), of the scores f_c * scale_tc + offset_tc; None for a scale of 1, an offset of 0."""
+        divisor = self._log_divisor.masked_fill(self._excluded, 0.0)
         divisor = divisor.to(torch.promote_types(divisor.dtype, dtype))
         exponent = -self._taus.to(divisor.dtype) * divisor
         if self.method == _ADJUST:
@@ -176,13 +155,13 @@ class TauSweep:
             scale, offset = exponent.exp().to(dtype), None
             if self._bias is not None:
                 offset = self._bias.to(dtype) * (1.0 - scale)
-        if self._any_never:
+        if self._any_excluded:
             offset = torch.zeros_like(exponent, dtype=dtype) if offset is None else offset
-            offset = offset.masked_fill(self._never & (self._taus > 0.0), -math.inf)
+            offset = offset.masked_fill(self._excluded & (self._taus > 0.0), -math.inf)
         return scale, offset
 
     def merge(self, other: TauSweep) -> TauSweep:
-        """A new sweep with the counts of both, which have to be of the same correction, taus and split."""
+        """A new sweep with the counts of both, which need the same correction, taus and split."""
         if not isinstance(other, TauSweep):
             raise TypeError(f"other must be a TauSweep, got {type(other).__name__}")
         for name in ("method", "taus", "split"):
@@ -190,19 +169,20 @@ class TauSweep:
             if mine != theirs:
                 raise ValueError(f"other must have the {name} {mine!r}, got {theirs!r}")
         if other._n_correct.shape != self._n_correct.shape:
-            raise ValueError(f"other must have {len(self._never)} classes, got {len(other._never)}")
+            raise ValueError(f"other must have {len(self._excluded)} classes, got {len(other._excluded)}")
         device = self._n_correct.device
-        return self._with(
+        return self._with_counts(
             self._n_correct + other._n_correct.to(device), self._n_examples + other._n_examples.to(device)
         )
 
     def sync(self, group: ProcessGroup) -> TauSweep:
-        """A new sweep with the counts of all ranks of `group`, every one of which has to make this call."""
+        """A new sweep with the counts of all ranks of `group`; every rank has to make this call."""
         from fused_la._class_parallel.exchange import sum_over_group  # here: not every PyTorch was built for it
 
-        return self._with(sum_over_group(self._n_correct, group), sum_over_group(self._n_examples, group))
+        return self._with_counts(sum_over_group(self._n_correct, group), sum_over_group(self._n_examples, group))
 
-    def _with(self, n_correct: Tensor, n_examples: Tensor) -> TauSweep:
+    def _with_counts(self, n_correct: Tensor, n_examples: Tensor) -> TauSweep:
+        """A new sweep with these counts."""
         sweep = copy.copy(self)
         sweep._n_correct, sweep._n_examples = n_correct, n_examples
         return sweep
@@ -219,17 +199,17 @@ class TauSweep:
     def compute(self) -> dict[str, Tensor]:
         """Rates in [0, 1], each (T,) float64 on the CPU, in the order of `taus`.
 
-        "balanced_error", "top1_accuracy", "many_error", "medium_error", "few_error". Classes without examples are left
-        out of the means; a mean over no class is NaN.
+        The keys are "balanced_error", "top1_accuracy", "many_error", "medium_error", "few_error". Classes without
+        examples are left out of the means; a mean over no class is NaN.
         """
         return mean_rates(*self.counts(), self._groups)
 
     def best(self) -> float:
-        """The tau of the least balanced error on `split`; the smallest one of several."""
+        """The tau with the least balanced error on `split`; the smallest one in a tie."""
         balanced_error = self.compute()["balanced_error"]
         if balanced_error.isnan().all():
             raise ValueError("TauSweep.best must have examples to choose by, got none: call update first")
-        # Means of the same errors in another order differ in the last digits.
+        # A tie may differ in the last digits: means of the same errors, summed in different orders.
         return self.taus[int((balanced_error <= balanced_error.amin() + 1e-12).int().argmax())]
 
     def __str__(self) -> str:
@@ -242,18 +222,18 @@ class TauSweep:
         rates = self.compute()
         best = self.best() if n_examples.any() else None
         for t, tau in enumerate(self.taus):
-            shown = []
+            cells = []
             for key, heading in _COLUMNS.items():
                 rate = float(rates[key][t])
-                shown.append(("-" if math.isnan(rate) else f"{100 * rate:.2f}").rjust(max(7, len(heading))))
+                cells.append(("-" if math.isnan(rate) else f"{100 * rate:.2f}").rjust(max(7, len(heading))))
             mark = f"  <- best balanced error on {self.split!r}" if tau == best else ""
-            lines.append(f"{tau:8g}  {'  '.join(shown)}{mark}")
+            lines.append(f"{tau:8g}  {'  '.join(cells)}{mark}")
         return "\n".join(lines)
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Draw balanced error and many/medium/few error in % against tau, and mark the best; needs matplotlib.
+        """Draw balanced error and many/medium/few error in % against tau, and mark the best tau; needs matplotlib.
 
-        Without `ax` it draws on a figure of its own: ``sweep.plot().figure.savefig("tau.png")``.
+        Without `ax` it draws on a new figure: ``sweep.plot().figure.savefig("tau.png")``.
         """
         if ax is None:
             try:
@@ -276,7 +256,7 @@ class TauSweep:
 
 
 def _predict(rows: Tensor, scale: Tensor | None, offset: Tensor | None) -> Tensor:
-    """The kernel on a GPU, PyTorch on anything else and where Triton is not installed."""
+    """Dispatch to the Triton kernel on a GPU, and to PyTorch on other devices or without Triton."""
     if rows.device.type == "cuda" and not is_compiled_or_traced(rows):  # ROCm's too
         try:
             from fused_la._triton.argmax import launch_argmax

@@ -1,1 +1,1 @@
-"""What the loss modules and the head module share: their options and per-class tensors."""
+"""Base classes of the loss and head modules: their options and per-class tensors."""

@@ -1,4 +1,4 @@
-"""How a CPU passes over rows: blocks that fit the cache, chunks of classes, and sums in a fixed order."""
+"""Blocks of rows that fit a CPU's cache, chunks of classes, scratch memory, and sums in a fixed order."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ Block = tuple[slice, slice]  # of the (N, P) rows
 
 
 class Blocking(NamedTuple):
-    """The largest block: rows, and classes at a time."""
+    """The size of the largest block: rows, and classes at a time."""
 
     height: int
     width: int
 
 
 def choose_blocking(problem: Problem, forward: bool, sums_gradient: bool = False) -> Blocking:
-    """All that is held at a time, PyTorch's own copies included, shares BLOCK_ELEMENTS.
+    """A block for which all buffers held at a time, PyTorch's own copies included, have BLOCK_ELEMENTS together.
 
-    Only the height of a block may depend on that, for a row's bits depend on its width.
+    Only the height of a block may depend on the number of buffers, since a row's bits depend on the width.
     """
-    # z, and PyTorch's copy of a gradient to be summed in float64; class probabilities; their or the smoothing's product
-    # with z, and masks. Of half precision half as much: z stands in memory of its own there, which may be fresh in each
-    # call. On the machine above a bfloat16 step of 512 x 8142 took 4.72, 4.28 and 4.35 ms with all, half and a quarter.
+    # Buffers are z, PyTorch's copy of a gradient to be summed in float64, class probabilities, the product of target
+    # mass and z, and masks. For half precision they have half as much: z then has memory of its own, which may be fresh
+    # in each call. On the machine above a bfloat16 step of 512 x 8142 took 4.72, 4.28 and 4.35 ms with all, half and a
+    # quarter.
     n_buffers = 1 + (problem.logits.element_size() == 2)
     if sums_gradient and problem.compute_dtype == torch.float32:
         n_buffers = 3
@@ -71,15 +72,15 @@ def class_chunks(n_classes: int, width: int) -> Iterator[slice]:
         yield slice(start, min(start + width, n_classes))
 
 
-def combine_into(into: Tensor, logits: Tensor, vector: Tensor | None, operation: Callable[..., Tensor]) -> Tensor:
-    """`operation`, a sum or a product, of logits and a vector over the classes, in the dtype of `into`.
+def combine_into(out: Tensor, logits: Tensor, vector: Tensor | None, operation: Callable[..., Tensor]) -> Tensor:
+    """`operation`, a sum or a product, of logits and a vector over the classes, in the dtype of `out`.
 
     PyTorch would widen half-precision logits into memory that is fresh for each block. The bfloat16 sums of a step of
     512 x 8142 took 1.6 ms so, and take 0.4 ms with the copy (two cores of an AMD EPYC, `torch.profiler`).
     """
     if vector is None:
-        return into.copy_(logits)
-    return operation(logits if logits.dtype == into.dtype else into.copy_(logits), vector, out=into)
+        return out.copy_(logits)
+    return operation(logits if logits.dtype == out.dtype else out.copy_(logits), vector, out=out)
 
 
 def row_sum(x: Tensor, keepdim: bool = False) -> Tensor:

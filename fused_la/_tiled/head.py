@@ -15,7 +15,6 @@ into a gradient. Gradients are summed in the compute dtype, float32 or float64, 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -23,19 +22,9 @@ import torch
 from torch import Tensor
 
 from fused_la._call.problem import Problem, ShardLabels, reduce_rows
+from fused_la._tiled import softmax
 from fused_la._tiled.blocks import Block, class_chunks
-from fused_la._tiled.softmax import (
-    ALL_ROWS,
-    PreparedRows,
-    SoftmaxState,
-    candidate_gradient,
-    empty_state,
-    finalize_rest,
-    label_mass_total,
-    margin_total,
-    prepare,
-    row_losses,
-)
+from fused_la._tiled.softmax import PreparedRows, SoftmaxState
 
 
 class Head(NamedTuple):
@@ -93,7 +82,7 @@ def logits_placeholder(head: Head) -> Tensor:
 
 def forward(head: Head, problem: Problem, reduction: str, kernels: ModuleType) -> tuple[Tensor, Saved]:
     """The reduced loss, or (N, 1) rows. `kernels` is the implementation, `_cpu` or `_triton`."""
-    rows = prepare(problem, tiled=True)
+    rows = softmax.prepare(problem, tiled=True)
     tiles = HeadTiles(head, problem.compute_dtype, kernels.CLASS_MAJOR)
     return finalize(rows, reduce_tiles(tiles, rows, kernels), reduction)
 
@@ -101,8 +90,8 @@ def forward(head: Head, problem: Problem, reduction: str, kernels: ModuleType) -
 def reduce_tiles(source: LogitTiles, rows: PreparedRows, kernels: ModuleType) -> SoftmaxState:
     """The state of each row over all classes, (N, 1); z of the labels, or the top class, is filled in."""
     epilogue = make_epilogue(rows, source, kernels)
-    state = empty_state(rows.candidates.z[..., 0])
-    for chunk in class_chunks(source.n_classes, source.tiles.classes):
+    state = softmax.empty_state(rows.candidates.z[..., 0])
+    for chunk in class_chunks(source.n_classes, source.tile_shape.classes):
         operand = source.chunk_operand(chunk)
         for block in source.blocks:
             epilogue.update(block, chunk, source.logits(block, operand), state)
@@ -114,17 +103,18 @@ def reduce_tiles(source: LogitTiles, rows: PreparedRows, kernels: ModuleType) ->
 def finalize(
     rows: PreparedRows, merged: SoftmaxState, reduction: str, smoothing: Tensor | None = None
 ) -> tuple[Tensor, Saved]:
-    """The loss from the state over all classes; `smoothing` as in `label_mass_total`."""
-    total = merged.total if rows.labels is None else label_mass_total(rows, torch.empty_like(merged.m), smoothing)
-    stacked = torch.stack([merged.m, finalize_rest(merged), total])
+    """The loss from the state over all classes; `smoothing` as in `softmax.label_mass_total`."""
+    like = torch.empty_like(merged.m)
+    total = merged.total if rows.labels is None else softmax.label_mass_total(rows, like, smoothing)
+    stacked = torch.stack([merged.m, softmax.finalize_rest(merged), total])
     state = SoftmaxState(*stacked, gap=merged.gap)
     if rows.z_as_label is not None and rows.labels is not None:
         for z in (rows.candidates.z, rows.z_as_label):  # no tile has filled in a label that does not count
             z.copy_(torch.where(rows.labels.counts, z, merged.m.unsqueeze(-1)))
-        state.total.copy_(margin_total(rows, state, ALL_ROWS))
+        state.total.copy_(softmax.margin_total(rows, state, softmax.ALL_ROWS))
     row_weight = torch.ones_like(merged.m) if rows.labels is None else rows.labels.row_weight
     normalizer = row_weight.sum()
-    loss = reduce_rows(row_losses(rows, state), normalizer, reduction)
+    loss = reduce_rows(softmax.row_losses(rows, state), normalizer, reduction)
     if reduction == "none":
         normalizer = normalizer.new_empty(0)
     z_as_label = merged.m.new_empty(0) if rows.z_as_label is None else rows.z_as_label
@@ -132,71 +122,60 @@ def finalize(
 
 
 def backward(
-    head: Head,
-    problem: Problem,
-    saved: Saved,
-    grad_rows: Tensor,
-    wanted: tuple[bool, bool, bool, bool],
-    kernels: ModuleType,
-    shard: ShardLabels | None = None,
-) -> Gradients:
+    head: Head, problem: Problem, saved: Saved, grad_rows: Tensor, wanted: tuple[bool, bool, bool, bool],
+    kernels: ModuleType, shard: ShardLabels | None = None,
+) -> Gradients:  # fmt: skip
     """Gradients for grad_rows (N, 1), already divided by the mean's denominator; the features' in the compute dtype."""
-    tiles = HeadTiles(head, problem.compute_dtype, kernels.CLASS_MAJOR)
-    rows, to_gradient = prepare_backward(tiles, problem, saved, grad_rows, kernels, shard)
     features, weight, bias, log_prior = wanted
-    grad_features = torch.zeros_like(head.features, dtype=tiles.dtype) if features else None
-    grad_weight = torch.empty_like(head.weight) if weight else None
-    # Summed in float64: over many rows a float32 sum would lose what the rows' gradients hold.
-    grad_offset = head.weight.new_zeros(len(head.weight), dtype=torch.float64) if bias or log_prior else None
-    for chunk in class_chunks(len(head.weight), tiles.tiles.classes):
-        weight_block = tiles.chunk_operand(chunk)
-        of_weight = None if grad_weight is None else tiles.accumulator(grad_weight[chunk])
-        for block in tiles.blocks:
-            grad = to_gradient(block, chunk, tiles.logits(block, weight_block))
-            if grad_offset is not None:
-                grad_offset[chunk] += grad.sum(0, dtype=tiles.dtype)
-            if rows.scale is not None:
-                grad.mul_(rows.scale[chunk])
-            if grad_features is not None:
-                accumulate_matmul(grad_features[block[0]], grad, weight_block)
-            if of_weight is not None:
-                accumulate_matmul(of_weight, grad.T, tiles.features[block[0]], first=block[0].start == 0)
-        if of_weight is not None and not tiles.blocks:
-            of_weight.zero_()  # no rows
-        if grad_weight is not None and of_weight is not None and of_weight.dtype != grad_weight.dtype:
-            grad_weight[chunk].copy_(of_weight)
-    grad_bias = grad_prior = None
+    tiles = HeadTiles(head, problem.compute_dtype, kernels.CLASS_MAJOR)
+    tiles.grad_features = torch.zeros_like(head.features, dtype=tiles.dtype) if features else None
+    if weight:
+        tiles.grad_weight = torch.empty_like(head.weight) if tiles.blocks else torch.zeros_like(head.weight)
+    rows, grad_offset = backward_tiles(tiles, problem, saved, grad_rows, bias or log_prior, kernels, shard)
+    grad_bias = None
     if grad_offset is not None and bias and head.bias is not None:
         grad_bias = (grad_offset if rows.scale is None else grad_offset * rows.scale).to(head.bias.dtype)
-    if grad_offset is not None and log_prior and problem.log_prior is not None:
-        grad_prior = (grad_offset * problem.tau).to(problem.log_prior.dtype)
-    return Gradients(grad_features, grad_weight, grad_bias, grad_prior)
+    grad_prior = prior_gradient(problem, grad_offset) if log_prior else None
+    return Gradients(tiles.grad_features, tiles.grad_weight, grad_bias, grad_prior)
 
 
-def prepare_backward(
-    source: LogitTiles,
-    problem: Problem,
-    saved: Saved,
-    grad_rows: Tensor,
-    kernels: ModuleType,
+def backward_tiles(
+    source: LogitTiles, problem: Problem, saved: Saved, grad_rows: Tensor, needs_offset: bool, kernels: ModuleType,
     shard: ShardLabels | None,
-) -> tuple[PreparedRows, Callable[[Block, slice, Tensor], Tensor]]:
-    """The rows as forward left them, and a function that turns a tile of their logits into the gradient of its z."""
-    rows = prepare(problem, tiled=True, shard=shard)
+) -> tuple[PreparedRows, Tensor | None]:  # fmt: skip
+    """Give every tile's gradient of the logits to the source. Returns the rows, and the gradient of the offset (C,)."""
+    rows = softmax.prepare(problem, tiled=True, shard=shard)
     rows = rows._replace(
         candidates=rows.candidates._replace(classes=saved.classes, z=saved.z),
         z_as_label=None if rows.z_as_label is None else saved.z_as_label,
     )
     state, grad_rows = SoftmaxState(*saved.state), grad_rows.to(problem.compute_dtype)
-    of_candidates = candidate_gradient(rows, state, grad_rows)
-    return rows, make_epilogue(rows, source, kernels).gradient_of(state, grad_rows, of_candidates)
+    grad_candidates = softmax.candidate_gradient(rows, state, grad_rows)
+    to_gradient = make_epilogue(rows, source, kernels).gradient_of(state, grad_rows, grad_candidates)
+    # Summed in float64: over many rows a float32 sum would lose what the rows' gradients hold.
+    grad_offset = saved.z.new_zeros(source.n_classes, dtype=torch.float64) if needs_offset else None
+    for chunk in class_chunks(source.n_classes, source.tile_shape.classes):
+        operand = source.chunk_operand(chunk)
+        for block in source.blocks:
+            grad = to_gradient(block, chunk, source.logits(block, operand))
+            if grad_offset is not None:
+                grad_offset[chunk] += grad.sum(0, dtype=source.dtype)
+            source.take_gradient(block, chunk, operand, grad if rows.scale is None else grad.mul_(rows.scale[chunk]))
+    return rows, grad_offset
+
+
+def prior_gradient(problem: Problem, grad_offset: Tensor | None) -> Tensor | None:
+    """The gradient of log_prior from that of tau * log_prior."""
+    if grad_offset is None or problem.log_prior is None:
+        return None
+    return (grad_offset * problem.tau).to(problem.log_prior.dtype)
 
 
 class Predictions(NamedTuple):
-    """Of each row, (N,)."""
+    """The predicted class of each row and its logit, both (N,)."""
 
     classes: Tensor  # int64
-    logits: Tensor  # theirs, float32 or float64
+    logits: Tensor  # float32 or float64
 
 
 @torch.no_grad()
@@ -206,20 +185,20 @@ def predict(head: Head) -> Predictions:
     tiles = HeadTiles(head, dtype, class_major=head.features.device.type == "cpu")
     best = head.features.new_full((len(head.features),), -torch.inf, dtype=dtype)
     classes = torch.zeros_like(best, dtype=torch.int64)
-    for chunk in class_chunks(len(head.weight), tiles.tiles.classes or 1):  # 0 where a rank has no classes
+    for chunk in class_chunks(len(head.weight), tiles.tile_shape.classes or 1):  # 0 on a rank without classes
         weight = tiles.chunk_operand(chunk)
         for block in tiles.blocks:
             rows = block[0]
             logits = tiles.logits(block, weight)
-            value, at = (logits if head.bias is None else logits.add_(head.bias[chunk])).max(1)
+            value, column = (logits if head.bias is None else logits.add_(head.bias[chunk])).max(1)
             better = (value > best[rows]) | (value.isnan() & ~best[rows].isnan())
-            classes[rows] = torch.where(better, at + chunk.start, classes[rows])
+            classes[rows] = torch.where(better, column + chunk.start, classes[rows])
             best[rows] = torch.where(better, value, best[rows])
     return Predictions(classes, best)
 
 
 def make_epilogue(rows: PreparedRows, source: LogitTiles, kernels: ModuleType) -> Any:
-    return kernels.Epilogue(rows, source.tiles.rows * source.tiles.classes, source.bias, source.product_dtype)
+    return kernels.Epilogue(rows, source.tile_shape.rows * source.tile_shape.classes, source.bias, source.product_dtype)
 
 
 class LogitTiles(ABC):
@@ -233,10 +212,10 @@ class LogitTiles(ABC):
 
     def __init__(self, n_rows: int, n_classes: int, like: Tensor, dtype: torch.dtype, class_major: bool):
         self.n_classes, self.dtype, self._class_major = n_classes, dtype, class_major
-        self.tiles = choose_tile_shape(n_rows, n_classes, like.device.type)
-        starts = range(0, n_rows, self.tiles.rows)
-        self.blocks: list[Block] = [(slice(i, min(i + self.tiles.rows, n_rows)), slice(0, 1)) for i in starts]
-        self._logits = like.new_empty(self.tiles.rows * self.tiles.classes, dtype=dtype)
+        self.tile_shape = choose_tile_shape(n_rows, n_classes, like.device.type)
+        starts = range(0, n_rows, self.tile_shape.rows)
+        self.blocks: list[Block] = [(slice(i, min(i + self.tile_shape.rows, n_rows)), slice(0, 1)) for i in starts]
+        self._logits = like.new_empty(self.tile_shape.rows * self.tile_shape.classes, dtype=dtype)
 
     @abstractmethod
     def chunk_operand(self, chunk: slice) -> Tensor:
@@ -246,13 +225,21 @@ class LogitTiles(ABC):
     def logits(self, block: Block, operand: Tensor) -> Tensor:
         """(n, c) logits of a tile, without bias."""
 
+    @abstractmethod
+    def take_gradient(self, block: Block, chunk: slice, operand: Tensor, grad: Tensor) -> None:
+        """Use the (n, c) gradient of a tile's logits."""
+
     def buffer(self, n: int, c: int) -> Tensor:
         """The memory of a tile. Row-major tiles have one row stride, whatever their width."""
-        return self._logits.as_strided((n, c), (1, n) if self._class_major else (self.tiles.classes, 1))
+        return self._logits.as_strided((n, c), (1, n) if self._class_major else (self.tile_shape.classes, 1))
 
 
 class HeadTiles(LogitTiles):
     """Tiles of the logits of a head: products of its features and weight."""
+
+    grad_features: Tensor | None = None  # to add to in a backward pass
+    grad_weight: Tensor | None = None
+    _weight_sum: Tensor  # of the chunk
 
     def __init__(self, head: Head, dtype: torch.dtype, class_major: bool):
         super().__init__(len(head.features), len(head.weight), head.features, dtype, class_major)
@@ -268,13 +255,22 @@ class HeadTiles(LogitTiles):
         accumulate_matmul(logits, features, operand.T, first=True)
         return logits
 
-    def accumulator(self, grad_weight: Tensor) -> Tensor:
-        """The memory in which a block of the weight's gradient is summed: its own, or wider if several products are
-        added."""
-        once = len(self.blocks) == 1 and grad_weight.dtype == self.head.product_dtype
-        return (
-            grad_weight if once or grad_weight.dtype == self.dtype else torch.empty_like(grad_weight, dtype=self.dtype)
-        )
+    def take_gradient(self, block: Block, chunk: slice, operand: Tensor, grad: Tensor) -> None:
+        rows = block[0]
+        if self.grad_features is not None:
+            accumulate_matmul(self.grad_features[rows], grad, operand)
+        if self.grad_weight is not None:
+            if rows.start == 0:
+                self._weight_sum = self._accumulator(self.grad_weight[chunk])
+            accumulate_matmul(self._weight_sum, grad.T, self.features[rows], first=rows.start == 0)
+            if rows.stop == len(self.features) and self._weight_sum.dtype != self.grad_weight.dtype:
+                self.grad_weight[chunk].copy_(self._weight_sum)
+
+    def _accumulator(self, grad_weight: Tensor) -> Tensor:
+        """The memory that sums a chunk of the weight's gradient: its own, or wider if several products are added."""
+        one_product = len(self.blocks) == 1 and grad_weight.dtype == self.head.product_dtype
+        in_place = one_product or grad_weight.dtype == self.dtype
+        return grad_weight if in_place else torch.empty_like(grad_weight, dtype=self.dtype)
 
 
 def accumulate_matmul(out: Tensor, a: Tensor, b: Tensor, first: bool = False) -> None:

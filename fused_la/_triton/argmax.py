@@ -1,11 +1,11 @@
-"""The predicted classes of many post-hoc corrections at once: each logit is read once for all of them.
+"""Argmax kernel for many post-hoc corrections at once: each logit is read once for all of them.
 
     prediction_t = argmax_c  f_c * scale_tc + offset_tc
 
-A class at offset_tc = -inf is out, whatever its logit. Ties go to the lowest class, and a NaN is above all, as in
-`torch.argmax`: what is compared are integers that are ordered as the numbers are, with NaN on top. One program takes a
-row and keeps, for each correction and each of BLOCK_C lanes, the highest number so far and its class; lanes meet at the
-end of the row.
+A class at offset_tc = -inf is excluded, whatever its logit. Ties go to the lowest class, and NaN is the highest value,
+as in `torch.argmax`: the kernel compares integer keys in the order of the values, with NaN on top. One program takes a
+row and keeps, for each correction and each of BLOCK_C lanes, the highest key so far and its class; the lanes are
+reduced at the end of the row.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from fused_la._triton.launch_config import cdiv, is_on_current_device, next_powe
 from fused_la._triton.tiles import NUMBERS, row_offsets, triton_dtype
 from fused_la._triton.variants import variant
 
-MAX_TAUS = 32  # of a program; more read the logits once more
-TILE = 2048  # elements: 32 registers a thread for the state. Not tuned on a GPU yet
+MAX_TAUS = 32  # corrections of a program; for more the logits are read again
+TILE = 2048  # elements of a tile: 32 registers a thread for the state. Not tuned on a GPU yet
 
 
 @triton.jit
 def _ordered(z, KEY: tl.constexpr, HIGHEST: tl.constexpr):
-    """Integers in the order of the numbers; -0 is 0, and NaN is HIGHEST."""
+    """Integer keys in the order of the values; -0 is 0, and NaN is HIGHEST."""
     bits = tl.where(z == 0.0, 0.0, z).to(KEY, bitcast=True)
     key = tl.where(bits < 0, bits ^ HIGHEST, bits)
     return tl.where(z != z, HIGHEST, key)
@@ -65,7 +65,7 @@ def _argmax_kernel(
             o = tl.load(offset + table_rows + cols[None, :], mask, other=0.0)
             z = tl.where(o == float("-inf"), float("-inf"), z + o)
         key = tl.where(mask, _ordered(z, KEY, HIGHEST), lowest)
-        better = key > best  # not >=: the lowest class of equals stays
+        better = key > best  # not >=: of equal keys the lowest class stays
         best = tl.where(better, key, best)
         best_class = tl.where(better, cols[None, :], best_class)
 
@@ -75,8 +75,8 @@ def _argmax_kernel(
 
 
 def launch_argmax(logits: Tensor, scale: Tensor | None, offset: Tensor | None) -> Tensor:
-    """Classes, (T, N, P) int64, of (N, P, C) logits; scale and offset are contiguous (T, C) in the dtype to compute in,
-    not both None."""
+    """Predicted classes, (T, N, P) int64, of (N, P, C) logits. scale and offset are contiguous (T, C) in the compute
+    dtype; one may be None."""
     if not is_on_current_device(logits):
         with torch.cuda.device(logits.device):
             return launch_argmax(logits, scale, offset)

@@ -1,9 +1,10 @@
-"""What a GPU does with a tile of a head's logits: the parts of its rows, and their gradient.
+"""Epilogue kernels for a tile of a head's logits: the softmax state of its rows, and their gradient.
 
-A program takes CHUNK classes of one row of the tile. Forward leaves the part of each (softmax.py), and a second kernel
-joins the parts to what the rows have left so far, in order, and notes what labels stand at. Backward (row.py has the
-equations) writes the gradient in the dtype of the products, and then the labels' columns over it, which are known
-before any tile is. Both compute z by the same operations, so that both find the same bits.
+A program takes CHUNK classes of one row of the tile. Forward stores the partial state of each chunk (softmax.py). A
+second kernel merges these into the state of the rows, in order, and stores z of the labels in the tile. Backward
+(epilogue.py has the equations) writes the gradient in the dtype of the products, and then overwrites the labels'
+columns, whose gradient is known before any tile is computed. Both compute z by the same operations, so that both have
+the same bits.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from torch import Tensor
 from fused_la._tiled.blocks import Block
 from fused_la._tiled.softmax import PreparedRows, SoftmaxState
 from fused_la._triton import tiles
-from fused_la._triton.epilogue import Row, store_gradient, tile_gradient
+from fused_la._triton.epilogue import RowState, store_gradient, tile_gradient
 from fused_la._triton.launch_config import VECTOR_BYTES, cdiv, device_of, is_on_current_device
-from fused_la._triton.operands import vectors_of
-from fused_la._triton.softmax import exp, load_part, merge, part_of, store_part
+from fused_la._triton.operands import aligned_vectors
+from fused_la._triton.softmax import exp, load_state, merge, store_state, tile_state
 from fused_la._triton.targets import dense_mass
 from fused_la._triton.tiles import (
     NUMBERS,
@@ -29,169 +30,181 @@ from fused_la._triton.tiles import (
     Tile,
     adjust,
     float_bits,
+    from_bits,
     load_z,
-    scalar,
     triton_dtype,
     whole_vectors,
 )
 from fused_la._triton.variants import variant
 
 CHUNK = 2048  # classes of a program
-WIDE = tl.constexpr(8)  # classes in the widest vector
-THREADS = 128  # of a program that takes a chunk
-JOINED_ROWS = 32  # of a program that joins parts
-# Pointers that may stand anywhere: of rows, a part of a larger tensor, and of the caller's bias.
-OF_ROWS = ["bias", "m", "rest", "gap", "total", "upstream", "share", "of_labels", "label_z", "as_label"]
+MAX_VEC = tl.constexpr(8)  # classes in the widest vector
+CHUNK_THREADS = 128  # threads of a program that takes a chunk
+ROWS_PER_MERGE = 32  # rows of a program that merges partial states
+# Pointers of any alignment: to values of rows, which may be part of a larger tensor, and to the caller's bias.
+UNALIGNED = ["bias", "m", "rest", "gap", "total", "upstream", "share", "label_grads", "label_z", "z_as_label"]
 
 
 @triton.jit
 def _chunk_of_row(
-    logits_step, target_outer, first_row, first, width, ALIGNED: tl.constexpr, CHUNK: tl.constexpr
+    logits_row_stride, target_outer, first_row, first_class, width, ALIGNED: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip
-    """(rows, tile, number of the row in its tile of logits) of a program."""
+    """(rows, tile, index of the row in its tile of logits) of a program."""
     row = tl.program_id(0).to(tl.int64)
-    at = first_row + row
-    rows = tiles.Rows(at, row >= 0, row * logits_step - first, at * target_outer, row * logits_step - first, first, 0)
+    index = first_row + row
+    rows = tiles.Rows(
+        index, row >= 0, row * logits_row_stride - first_class, index * target_outer,
+        row * logits_row_stride - first_class, first_class, 0,
+    )  # fmt: skip
     if ALIGNED:
-        width = whole_vectors(width, WIDE)
+        width = whole_vectors(width, MAX_VEC)
     start = tl.program_id(1) * CHUNK
     cols = start + tl.arange(0, CHUNK)
-    return rows, Tile(first, start, cols, cols < width, start), row
+    return rows, Tile(first_class, start, cols, cols < width, start), row
 
 
-@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=OF_ROWS)
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=UNALIGNED)
 def _parts_kernel(
     # in
     logits, bias, vectors,
     # out
-    parts,
+    partials,
     # strides
-    logits_step: tl.int64, target_outer: tl.int64, target_class: tl.int64,
+    logits_row_stride: tl.int64, target_outer: tl.int64, target_class: tl.int64,
     # sizes
-    first_row: tl.int64, first: tl.int32, width: tl.int32, n_classes: tl.int32, n_rows: tl.int64,
+    first_row: tl.int64, first_class: tl.int32, width: tl.int32, n_classes: tl.int32, n_rows: tl.int64,
     # scalars
     tau_bits: tl.int64, smoothing_bits: tl.int64,
     # constants
     N_LABELS: tl.constexpr, HAS_SMOOTHING: tl.constexpr, COMPUTE: tl.constexpr,
-    ALIGNED: tl.constexpr,  # rows of the tile are whole vectors, as far apart as they are wide
+    ALIGNED: tl.constexpr,  # rows of the tile are whole vectors, and so is their stride
     VEC: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """The part of each row and chunk of a tile, (4, n_chunks, n)."""
+    """Store the state of each row and chunk of a tile, (4, n_chunks, n_rows)."""
     HAS_MASS: tl.constexpr = HAS_SMOOTHING or N_LABELS == 0
-    call = Arguments(
-        logits, bias, vectors, n_classes, 1, target_class, scalar(tau_bits, COMPUTE),
-        scalar(smoothing_bits, COMPUTE) if HAS_SMOOTHING else None, None, None if N_LABELS == 0 else N_LABELS, None,
+    args = Arguments(
+        logits, bias, vectors, n_classes, 1, target_class, from_bits(tau_bits, COMPUTE),
+        from_bits(smoothing_bits, COMPUTE) if HAS_SMOOTHING else None, None, None if N_LABELS == 0 else N_LABELS, None,
     )  # fmt: skip
-    rows, tile, row = _chunk_of_row(logits_step, target_outer, first_row, first, width, ALIGNED, CHUNK)
-    z = load_z(call, rows, tile, rows.there, VEC if ALIGNED else 1)
-    part = part_of(z, dense_mass(call, rows, tile, 1) if HAS_MASS else None, VEC, HAS_MASS)
-    step = tl.num_programs(1) * n_rows
-    store_part(parts + (tl.program_id(1) * n_rows + row), step, part, rows.there)
+    rows, tile, row = _chunk_of_row(logits_row_stride, target_outer, first_row, first_class, width, ALIGNED, CHUNK)
+    z = load_z(args, rows, tile, rows.in_bounds, VEC if ALIGNED else 1)
+    state = tile_state(z, dense_mass(args, rows, tile, 1) if HAS_MASS else None, VEC, HAS_MASS)
+    stride = tl.num_programs(1) * n_rows
+    store_state(partials + (tl.program_id(1) * n_rows + row), stride, state, rows.in_bounds)
 
 
-@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=OF_ROWS)
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=UNALIGNED)
 def _join_kernel(
     # in
-    parts, logits, bias, vectors,
+    partials, logits, bias, vectors,
     # in and out
     m, rest, gap, total,
     # out
     label_z, z_as_label,
     # strides
-    logits_step: tl.int64,
+    logits_row_stride: tl.int64,
     # sizes
-    first_row: tl.int64, first: tl.int32, width: tl.int32, n_rows: tl.int64, n_chunks: tl.int32,
+    first_row: tl.int64, first_class: tl.int32, width: tl.int32, n_rows: tl.int64, n_chunks: tl.int32,
     # scalars
     tau_bits: tl.int64, ignore_index: tl.int64,
     # constants
     N_LABELS: tl.constexpr, HAS_MASS: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Join a tile's parts to those of the rows, and note what the labels in the tile stand at."""
+    """Merge a tile's partial states into the state of the rows, and store z of the labels in the tile."""
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    there = rows < n_rows
-    at = first_row + rows
-    row = (tl.load(m + at, there), tl.load(rest + at, there), tl.load(gap + at, there), tl.load(total + at, there))
+    in_bounds = rows < n_rows
+    index = first_row + rows
+    state = (
+        tl.load(m + index, in_bounds), tl.load(rest + index, in_bounds), tl.load(gap + index, in_bounds),
+        tl.load(total + index, in_bounds),
+    )  # fmt: skip
     for chunk in range(0, n_chunks):
-        row = merge(row, load_part(parts + (chunk * n_rows + rows), n_chunks * n_rows, there), HAS_MASS)
-    tl.store(m + at, row[0], there)
-    tl.store(rest + at, row[1], there)
-    tl.store(gap + at, row[2], there)
-    tl.store(total + at, row[3], there)
+        partial = load_state(partials + (chunk * n_rows + rows), n_chunks * n_rows, in_bounds)
+        state = merge(state, partial, HAS_MASS)
+    tl.store(m + index, state[0], in_bounds)
+    tl.store(rest + index, state[1], in_bounds)
+    tl.store(gap + index, state[2], in_bounds)
+    tl.store(total + index, state[3], in_bounds)
     if N_LABELS > 0:
-        tau = scalar(tau_bits, COMPUTE)
+        tau = from_bits(tau_bits, COMPUTE)
         for k in range(N_LABELS):
-            label = tl.load(vectors.target + at * N_LABELS + k, there, other=ignore_index)
-            here = there & (label != ignore_index) & (label >= first) & (label < first + width)
-            label = tl.where(here, label, first)
-            value = tl.load(logits + rows.to(tl.int64) * logits_step + (label - first), here, other=0.0).to(COMPUTE)
+            label = tl.load(vectors.target + index * N_LABELS + k, in_bounds, other=ignore_index)
+            in_tile = in_bounds & (label != ignore_index) & (label >= first_class) & (label < first_class + width)
+            label = tl.where(in_tile, label, first_class)
+            pointers = logits + rows.to(tl.int64) * logits_row_stride + (label - first_class)
+            logit = tl.load(pointers, in_tile, other=0.0).to(COMPUTE)
             if bias is not None:
-                value += tl.load(bias + label).to(COMPUTE)
+                logit += tl.load(bias + label).to(COMPUTE)
             prior, scale = None, None
             if vectors.log_prior is not None:
                 prior = tl.load(vectors.log_prior + label)
             if vectors.scale is not None:
                 scale = tl.load(vectors.scale + label)
-            tl.store(label_z + at * N_LABELS + k, adjust(value, prior, scale, True, tau), here)
+            tl.store(label_z + index * N_LABELS + k, adjust(logit, prior, scale, True, tau), in_tile)
             if vectors.target_offset is not None:
-                own = adjust(value, None, scale, True, tau) + tl.load(vectors.target_offset + label).to(COMPUTE)
-                tl.store(z_as_label + at * N_LABELS + k, own, here)
+                value = adjust(logit, None, scale, True, tau) + tl.load(vectors.target_offset + label).to(COMPUTE)
+                tl.store(z_as_label + index * N_LABELS + k, value, in_tile)
 
 
-@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=OF_ROWS)
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=UNALIGNED)
 def _gradient_kernel(
     # in
-    logits, bias, vectors, m, rest, total, upstream, share, of_labels,
+    logits, bias, vectors, m, rest, total, upstream, share, label_grads,
     # out
     grad,
     # strides
-    logits_step: tl.int64, target_outer: tl.int64, target_class: tl.int64,
+    logits_row_stride: tl.int64, target_outer: tl.int64, target_class: tl.int64,
     # sizes
-    first_row: tl.int64, first: tl.int32, width: tl.int32, n_classes: tl.int32,
+    first_row: tl.int64, first_class: tl.int32, width: tl.int32, n_classes: tl.int32,
     # scalars
     tau_bits: tl.int64, smoothing_bits: tl.int64, ignore_index: tl.int64,
     # constants
     N_LABELS: tl.constexpr, HAS_SMOOTHING: tl.constexpr, COMPUTE: tl.constexpr,
     ALIGNED: tl.constexpr, VEC: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of z of each row and chunk of a tile."""
-    call = Arguments(
-        logits, bias, vectors, n_classes, 1, target_class, scalar(tau_bits, COMPUTE),
-        scalar(smoothing_bits, COMPUTE) if HAS_SMOOTHING else None, None, None if N_LABELS == 0 else N_LABELS, None,
+    """Store the gradient of z of each row and chunk of a tile."""
+    args = Arguments(
+        logits, bias, vectors, n_classes, 1, target_class, from_bits(tau_bits, COMPUTE),
+        from_bits(smoothing_bits, COMPUTE) if HAS_SMOOTHING else None, None, None if N_LABELS == 0 else N_LABELS, None,
     )  # fmt: skip
-    rows, tile, _ = _chunk_of_row(logits_step, target_outer, first_row, first, width, ALIGNED, CHUNK)
-    at = rows.rows
-    m_row, rest_row = tl.load(m + at), tl.load(rest + at)
-    share_row, live = tl.full((), 1.0, COMPUTE), rows.there
+    rows, tile, _ = _chunk_of_row(logits_row_stride, target_outer, first_row, first_class, width, ALIGNED, CHUNK)
+    index = rows.index
+    m_row, rest_row = tl.load(m + index), tl.load(rest + index)
+    share_row, live = tl.full((), 1.0, COMPUTE), rows.in_bounds
     if share is not None:
-        share_row = tl.load(share + at)
+        share_row = tl.load(share + index)
         live = share_row == share_row  # NaN marks a row that does not count
-    row = Row(m_row, rest_row, 1.0 / (1.0 + rest_row), tl.load(total + at), share_row, live, tl.load(upstream + at))
-    z = load_z(call, rows, tile, live, VEC if ALIGNED else 1)
-    of_z = tile_gradient(call, rows, row, tile, z, exp(z - m_row), 1)
-    store_gradient(grad, rows, tile, 1, of_z, None, WIDE if ALIGNED else 1)
+    state = RowState(
+        m_row, rest_row, 1.0 / (1.0 + rest_row), tl.load(total + index), share_row, live, tl.load(upstream + index)
+    )
+    z = load_z(args, rows, tile, live, VEC if ALIGNED else 1)
+    grad_z = tile_gradient(args, rows, state, tile, z, exp(z - m_row), 1)
+    store_gradient(grad, rows, tile, 1, grad_z, None, MAX_VEC if ALIGNED else 1)
     if N_LABELS > 0:
-        tl.debug_barrier()  # the labels' columns are written after, and over, what other threads wrote there
+        tl.debug_barrier()  # other threads stored the columns that are overwritten
         for k in range(N_LABELS):
-            label = tl.load(vectors.target + at * N_LABELS + k)
-            col = label - first
-            here = (label != ignore_index) & (col >= tile.start) & (col < tl.minimum(tile.start + CHUNK, width))
-            value = tl.load(of_labels + at * N_LABELS + k)
-            tl.store(grad + (rows.gradient + label), value.to(grad.dtype.element_ty), here)
+            label = tl.load(vectors.target + index * N_LABELS + k)
+            col = label - first_class
+            in_chunk = (label != ignore_index) & (col >= tile.start) & (col < tl.minimum(tile.start + CHUNK, width))
+            label_grad = tl.load(label_grads + index * N_LABELS + k)
+            tl.store(grad + (rows.gradient_start + label), label_grad.to(grad.dtype.element_ty), in_chunk)
 
 
 class Epilogue:
+    """Launches the kernels over the tiles of logits of one head."""
+
     def __init__(self, rows: PreparedRows, n_elements: int, bias: Tensor | None, product_dtype: torch.dtype):
         problem = rows.problem
         self._rows, self._bias, self._product_dtype = rows, bias, product_dtype
         self._n_elements = n_elements
-        self._vectors = vectors_of(problem)
+        self._vectors = aligned_vectors(problem)
         types = tuple([None if vector is None else vector.dtype for vector in self._vectors])
         self._n_labels = 0 if problem.has_probabilities else problem.n_labels
         self._has_smoothing, self._compute = problem.label_smoothing > 0.0, triton_dtype(problem.compute_dtype)
         self._target_strides = problem.target.stride(0), problem.target.stride(-1)
         self._tau, self._smoothing = float_bits(problem.tau), float_bits(problem.label_smoothing)
         self._device = problem.logits.get_device()
-        self._num_warps = THREADS // device_of(self._device).warp_size
+        self._num_warps = CHUNK_THREADS // device_of(self._device).warp_size
         target_is_aligned = problem.target.data_ptr() % VECTOR_BYTES == 0
         self._types = types, None if bias is None else bias.dtype, product_dtype, target_is_aligned
 
@@ -202,35 +215,35 @@ class Epilogue:
                 return self.update(block, chunk, logits, state)
         rows, problem = self._rows, self._rows.problem
         n_rows, width = logits.shape
-        n_chunks, step = cdiv(width, CHUNK), logits.stride(0)
-        parts = logits.new_empty(4 * n_chunks * n_rows)
+        n_chunks, row_stride = cdiv(width, CHUNK), logits.stride(0)
+        partials = logits.new_empty(4 * n_chunks * n_rows)
         vec = VECTOR_BYTES // logits.element_size()
         constants = (
-            self._n_labels, self._has_smoothing, self._compute, _is_aligned(step, width), vec, CHUNK,
+            self._n_labels, self._has_smoothing, self._compute, _is_aligned(row_stride, width), vec, CHUNK,
         )  # fmt: skip
         variant(_parts_kernel, self._device, self._types, constants, self._num_warps).launch(
-            (n_rows, n_chunks, 1), logits, self._bias, self._vectors, parts,
-            step, *self._target_strides,
+            (n_rows, n_chunks, 1), logits, self._bias, self._vectors, partials,
+            row_stride, *self._target_strides,
             block[0].start, chunk.start, width, problem.logits.shape[-1], n_rows,
             self._tau, self._smoothing,
         )  # fmt: skip
         has_mass = self._has_smoothing or self._n_labels == 0
         types = self._types, rows.z_as_label is None
-        constants = self._n_labels, has_mass, self._compute, JOINED_ROWS
+        constants = self._n_labels, has_mass, self._compute, ROWS_PER_MERGE
         variant(_join_kernel, self._device, types, constants).launch(
-            (cdiv(n_rows, JOINED_ROWS), 1, 1), parts, logits, self._bias, self._vectors,
+            (cdiv(n_rows, ROWS_PER_MERGE), 1, 1), partials, logits, self._bias, self._vectors,
             state.m, state.rest, state.gap, state.total, rows.candidates.z, rows.z_as_label,
-            step,
+            row_stride,
             block[0].start, chunk.start, width, n_rows, n_chunks,
             self._tau, problem.ignore_index,
         )  # fmt: skip
 
     def gradient_of(
-        self, state: SoftmaxState, upstream: Tensor, of_candidates: Tensor
+        self, state: SoftmaxState, upstream: Tensor, candidate_grads: Tensor
     ) -> Callable[[Block, slice, Tensor], Tensor]:
         """A function that turns a tile of logits into the gradient of its z, labels included."""
         rows, problem = self._rows, self._rows.problem
-        upstream, of_candidates = upstream.contiguous(), of_candidates.contiguous()
+        upstream, candidate_grads = upstream.contiguous(), candidate_grads.contiguous()
         share = None
         if rows.labels is not None:
             share = rows.labels.share.masked_fill(~rows.labels.live, torch.nan)
@@ -241,16 +254,16 @@ class Epilogue:
                 with torch.cuda.device(logits.device):
                     return gradient(block, chunk, logits)
             n_rows, width = logits.shape
-            step, grad = logits.stride(0), buffer.as_strided(logits.shape, logits.stride())
+            row_stride, grad = logits.stride(0), buffer.as_strided(logits.shape, logits.stride())
             constants = (
-                self._n_labels, self._has_smoothing, self._compute, _is_aligned(step, width),
+                self._n_labels, self._has_smoothing, self._compute, _is_aligned(row_stride, width),
                 VECTOR_BYTES // logits.element_size(), CHUNK,
             )  # fmt: skip
             variant(_gradient_kernel, self._device, self._types, constants, self._num_warps).launch(
                 (n_rows, cdiv(width, CHUNK), 1),
-                logits, self._bias, self._vectors, state.m, state.rest, state.total, upstream, share, of_candidates,
+                logits, self._bias, self._vectors, state.m, state.rest, state.total, upstream, share, candidate_grads,
                 grad,
-                step, *self._target_strides,
+                row_stride, *self._target_strides,
                 block[0].start, chunk.start, width, problem.logits.shape[-1],
                 self._tau, self._smoothing, problem.ignore_index,
             )  # fmt: skip
@@ -259,5 +272,6 @@ class Epilogue:
         return gradient
 
 
-def _is_aligned(step: int, width: int) -> bool:
-    return step % WIDE.value == 0 and width % WIDE.value == 0
+def _is_aligned(row_stride: int, width: int) -> bool:
+    """Whether the rows of a tile start and end on boundaries of the widest vector."""
+    return row_stride % MAX_VEC.value == 0 and width % MAX_VEC.value == 0

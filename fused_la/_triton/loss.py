@@ -1,4 +1,4 @@
-"""The launches of a loss: its forward and its backward pass, each planned once for what it follows from."""
+"""Forward and backward pass of a loss: launch plans, one for each signature and pass, and the launches."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from fused_la._triton.launch_config import (
     may_make_gradient,
 )
 from fused_la._triton.operands import (
-    PLANS,
-    Buffer,
+    MAX_PLANS,
+    GradientLayout,
     Signature,
-    begin_earlier,
-    gradient_buffer,
+    aligned_vectors,
+    gradient_layout,
     signature_of,
-    steps,
-    vectors_of,
+    strides_3d,
+    view_from_boundary,
 )
 from fused_la._triton.prior_gradient import PRIOR_TILE, _grad_log_prior_kernel
 from fused_la._triton.resident import _resident_kernel
@@ -34,165 +34,160 @@ from fused_la._triton.tiles import float_bits
 from fused_la._triton.variants import Variant, variant
 from fused_la._triton.workspace import (
     BLOCK_PREPARE,
-    COPIES,
+    MAX_WEIGHT_PARTIALS,
     PREPARE_THREADS,
-    WEIGHT_PARTS,
+    TABLE_COPIES,
     _prepare_kernel,
-    workspace_of,
+    workspace_layout,
 )
 
-_OF_NO_ROWS = {"mean": math.nan, "sum": 0.0}
+_LOSS_OF_NO_ROWS = {"mean": math.nan, "sum": 0.0}
 
 
-class Plan(NamedTuple):
+class LaunchPlan(NamedTuple):
     """How one pass over every problem of one `Signature` is launched."""
 
-    prepare: Variant | None
+    prepare_kernel: Variant | None
     prepare_grid: tuple[int, int, int]
     prepare_sizes: tuple[int, ...]
-    rows: Variant
-    grid: tuple[int, int, int]
+    row_kernel: Variant
+    row_grid: tuple[int, int, int]
     strides: tuple[int, ...]
     sizes: tuple[int | None, ...]
-    shift: int
+    misalignment: int
     n_rows: int
     workspace_size: int
-    gradient: Buffer | None  # where a pass may make it
-    makes_gradient: bool  # this one does; one of shared rows is handed other memory, where it writes nothing
-    prior: Variant | None
+    gradient_layout: GradientLayout | None  # None if the row kernel is compiled without the gradient
+    writes_gradient: bool  # False if rows are shared: the kernel has a pointer to other memory, and writes nothing
+    prior_kernel: Variant | None
 
 
-@functools.lru_cache(PLANS)
-def plan(signature: Signature, reduction: str, backward: bool, wants_gradient: bool, has_table: bool = True) -> Plan:
-    """`has_table`: of a backward pass, whether its workspace is the whole of the forward pass's."""
-    n_outer, n_inner, n_classes = signature.rows
+@functools.lru_cache(MAX_PLANS)
+def plan_launches(
+    signature: Signature, reduction: str, backward: bool, wants_gradient: bool, has_table: bool = True
+) -> LaunchPlan:
+    """The launch plan of a pass. `has_table`: whether a backward pass has the forward pass's whole workspace."""
+    n_outer, n_inner, n_classes = signature.shape_3d
     n_rows, layout, device = n_outer * n_inner, signature.layout(), device_of(signature.device)
-    launch = choose_launch_config(n_rows, n_classes, signature.dtype, layout, device, signature.class_cost)
-    may_write = wants_gradient and (
-        backward or may_make_gradient(launch, n_classes, signature.dtype, device, reduction)
+    config = choose_launch_config(n_rows, n_classes, signature.dtype, layout, device, signature.class_cost)
+    may_write_gradient = wants_gradient and (
+        backward or may_make_gradient(config, n_classes, signature.dtype, device, reduction)
     )
-    buffer = gradient_buffer(signature) if may_write else None
-    n_groups, n_chunks = launch.n_groups(n_rows), launch.n_chunks(n_classes)
-    shift = signature.shift if launch.vec > 1 and signature.shift is not None else 0
-    row_constants, types = signature.row_constants(), signature.compiled_for(launch.vec)
+    grad_layout = gradient_layout(signature) if may_write_gradient else None
+    n_groups, n_chunks = config.n_groups(n_rows), config.n_chunks(n_classes)
+    misalignment = signature.misalignment if config.vec > 1 and signature.misalignment is not None else 0
+    problem_constants, types = signature.row_constants(), signature.compile_key(config.vec)
 
-    is_prepared = not backward and (reduction != "none" or launch.splits > 1)
-    has_table &= launch.resident and launch.edges and reduction != "none" and signature.types[0] is not None
-    table_step = (launch.full_c + launch.block_c + launch.vec + 3) // 4 * 4 if has_table else 0
-    work = workspace_of(n_rows, n_groups, n_chunks if launch.splits > 1 else 0, table_step)
-    rows_a_part = cdiv(n_rows, WEIGHT_PARTS.value * BLOCK_PREPARE) * BLOCK_PREPARE
-    n_parts = cdiv(n_rows, max(1, rows_a_part)) if reduction == "mean" else 1
-    prepare = None
-    if is_prepared:
-        constants = (signature.n_labels, row_constants[-1], reduction, BLOCK_PREPARE)
-        of_prepare, num_warps = (signature.types, signature.target_is_aligned), PREPARE_THREADS // device.warp_size
-        prepare = variant(_prepare_kernel, signature.device, of_prepare, constants, num_warps)
+    needs_prepare = not backward and (reduction != "none" or config.splits > 1)
+    has_table &= config.resident and config.edges and reduction != "none" and signature.types[0] is not None
+    table_stride = (config.full_c + config.block_c + config.vec + 3) // 4 * 4 if has_table else 0
+    workspace = workspace_layout(n_rows, n_groups, n_chunks if config.splits > 1 else 0, table_stride)
+    rows_per_partial = cdiv(n_rows, MAX_WEIGHT_PARTIALS.value * BLOCK_PREPARE) * BLOCK_PREPARE
+    n_weight_partials = cdiv(n_rows, max(1, rows_per_partial)) if reduction == "mean" else 1
+    prepare_kernel = None
+    if needs_prepare:
+        constants = (signature.n_labels, problem_constants[-1], reduction, BLOCK_PREPARE)
+        prepare_types, num_warps = (signature.types, signature.target_is_aligned), PREPARE_THREADS // device.warp_size
+        prepare_kernel = variant(_prepare_kernel, signature.device, prepare_types, constants, num_warps)
 
-    kernel = _resident_kernel if launch.resident else _streamed_kernel
-    of_rows = *row_constants, reduction, *((has_table,) if launch.resident else ()), *launch.tile_constants()
-    of_types = types, backward, None if buffer is None else launch.vec > 1 or buffer.shift == 0
-    n_labels, has_smoothing, _, adjacent, target_adjacent, compute = row_constants
-    strides, target_strides = steps(signature.strides), steps(signature.target_strides or (0, 0))
-    prior = None
+    kernel = _resident_kernel if config.resident else _streamed_kernel
+    row_constants = *problem_constants, reduction, *((has_table,) if config.resident else ()), *config.tile_constants()
+    row_types = types, backward, None if grad_layout is None else config.vec > 1 or grad_layout.misalignment == 0
+    n_labels, has_smoothing, _, adjacent, target_adjacent, compute = problem_constants
+    strides, target_strides = strides_3d(signature.strides), strides_3d(signature.target_strides or (0, 0))
+    prior_kernel = None
     if backward and signature.types[0] is not None:
         constants = n_labels, has_smoothing, adjacent, target_adjacent, compute, reduction, PRIOR_TILE, PRIOR_TILE
-        of_prior = signature.dtype, signature.types, signature.target_is_aligned, signature.n_inner is None
-        prior = variant(_grad_log_prior_kernel, signature.device, of_prior, constants)
-    return Plan(
-        prepare,
-        (n_parts + cdiv(COPIES.value * table_step, BLOCK_PREPARE), 1, 1),
-        (n_rows, n_classes, n_groups, n_parts, rows_a_part, *work.numbers, launch.splits),
-        variant(kernel, signature.device, of_types, of_rows, launch.num_warps),
-        (n_groups * launch.splits, 1, 1),
-        (*strides, *target_strides, *((0, 0, 1) if buffer is None else steps(buffer.strides))),
+        prior_types = signature.dtype, signature.types, signature.target_is_aligned, signature.n_inner is None
+        prior_kernel = variant(_grad_log_prior_kernel, signature.device, prior_types, constants)
+    return LaunchPlan(
+        prepare_kernel,
+        (n_weight_partials + cdiv(TABLE_COPIES.value * table_stride, BLOCK_PREPARE), 1, 1),
+        (n_rows, n_classes, n_groups, n_weight_partials, rows_per_partial, *workspace.kernel_arguments, config.splits),
+        variant(kernel, signature.device, row_types, row_constants, config.num_warps),
+        (n_groups * config.splits, 1, 1),
+        (*strides, *target_strides, *((0, 0, 1) if grad_layout is None else strides_3d(grad_layout.strides))),
         (
-            n_rows, signature.n_inner, n_classes, n_groups, n_parts, n_chunks, launch.splits, launch.period, shift,
-            *work.numbers,
+            n_rows, signature.n_inner, n_classes, n_groups, n_weight_partials, n_chunks, config.splits, config.period,
+            misalignment, *workspace.kernel_arguments,
         ),
-        shift,
+        misalignment,
         n_rows,
-        work.size,
-        buffer,
-        buffer is not None and (backward or launch.splits == 1),
-        prior,
+        workspace.size,
+        grad_layout,
+        grad_layout is not None and (backward or config.splits == 1),
+        prior_kernel,
     )  # fmt: skip
 
 
 def forward(problem: Problem, reduction: str, wants_gradient: bool) -> tuple[Tensor, Tensor, Tensor | None, Signature]:
-    """The loss, the workspace, of which backward needs the first numbers, the gradient for an upstream of 1, where it
-    is wanted and this pass is the one to make it, and the problem's signature."""
+    """The loss, the workspace (backward needs its first numbers), the gradient for an upstream gradient of 1 if it is
+    wanted and forward computes it, and the problem's signature."""
     logits = problem.logits
     if not is_on_current_device(logits):
         with torch.cuda.device(logits.device):
             return forward(problem, reduction, wants_gradient)
-    signature, vectors = signature_of(problem), vectors_of(problem)
-    to_do = plan(signature, reduction, False, wants_gradient)
+    signature, vectors = signature_of(problem), aligned_vectors(problem)
+    plan = plan_launches(signature, reduction, False, wants_gradient)
     dtype, device = problem.compute_dtype, logits.device
-    # Apart, for the loss is the caller's: an in-place change of it must not look like one of what backward needs.
+    # A separate buffer: the caller may change the loss in place, which must not count as a change of the workspace.
     loss = torch.empty(logits.shape[:-1] if reduction == "none" else (), dtype=dtype, device=device)
-    workspace = torch.empty(to_do.workspace_size, dtype=dtype, device=device)
-    gradient = to_do.gradient.make(logits) if to_do.gradient is not None and to_do.makes_gradient else None
-    if to_do.n_rows == 0:
-        return loss if reduction == "none" else loss.fill_(_OF_NO_ROWS[reduction]), workspace, gradient, signature
-    if to_do.prepare is not None:
-        to_do.prepare.launch(to_do.prepare_grid, vectors, workspace, *to_do.prepare_sizes, problem.ignore_index)
-    logits_start = begin_earlier(logits, to_do.shift)
-    written = logits_start if gradient is None else begin_earlier(gradient, to_do.shift)
-    to_do.rows.launch(
-        to_do.grid, logits_start, vectors, None,
-        loss, workspace, None if to_do.gradient is None else written,
-        *to_do.strides, 0, 0, *to_do.sizes, int(gradient is not None),
+    workspace = torch.empty(plan.workspace_size, dtype=dtype, device=device)
+    grad_layout = plan.gradient_layout
+    gradient = grad_layout.allocate(logits) if grad_layout is not None and plan.writes_gradient else None
+    if plan.n_rows == 0:
+        return loss if reduction == "none" else loss.fill_(_LOSS_OF_NO_ROWS[reduction]), workspace, gradient, signature
+    if plan.prepare_kernel is not None:
+        plan.prepare_kernel.launch(plan.prepare_grid, vectors, workspace, *plan.prepare_sizes, problem.ignore_index)
+    logits_start = view_from_boundary(logits, plan.misalignment)
+    written = logits_start if gradient is None else view_from_boundary(gradient, plan.misalignment)
+    plan.row_kernel.launch(
+        plan.row_grid, logits_start, vectors, None,
+        loss, workspace, None if grad_layout is None else written,
+        *plan.strides, 0, 0, *plan.sizes, int(gradient is not None),
         float_bits(problem.tau), float_bits(problem.label_smoothing), problem.ignore_index,
     )  # fmt: skip
     return loss, workspace, gradient, signature
 
 
 def backward(
-    problem: Problem,
-    reduction: str,
-    workspace: Tensor,
-    upstream: Tensor,
-    needs_logits: bool,
-    needs_log_prior: bool,
-    made_for_one: Tensor | None = None,
-    signature: Signature | None = None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of logits, in their shape, and log_prior (C,), None where not needed.
+    problem: Problem, reduction: str, workspace: Tensor, upstream: Tensor, needs_logits: bool, needs_log_prior: bool,
+    gradient: Tensor | None = None, signature: Signature | None = None,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients of the logits, in their shape, and of log_prior, (C,); None for one that is not needed.
 
-    `upstream` is one number, or with reduction "none" of the shape of the rows. `made_for_one` is what the forward pass
-    made of the logits' gradient: it is put right where it stands. `signature` is the forward pass's, which is not this
-    one's where what autograd saved was elsewhere in between.
+    `upstream` is one number, or with reduction "none" has the shape of the rows. `gradient` is the gradient that
+    forward computed for an upstream gradient of 1: it is corrected in place. `signature` is that of forward. It differs
+    from this call's if the tensors that autograd saved were moved in between.
     """
     logits, log_prior = problem.logits, problem.log_prior
     if not is_on_current_device(logits):
         with torch.cuda.device(logits.device):
-            return backward(
-                problem, reduction, workspace, upstream, needs_logits, needs_log_prior, made_for_one, signature
-            )
-    if signature is not None and not signature.lies_as(problem):
-        # What the forward pass has made, and the state that it has left, are for another layout.
-        _, workspace, made_for_one, signature = forward(problem, reduction, False)
-    is_whole = signature is not None
-    to_do = plan(signature or signature_of(problem), reduction, True, True, is_whole)
+            return backward(problem, reduction, workspace, upstream, needs_logits, needs_log_prior, gradient, signature)
+    if signature is not None and not signature.matches(problem):
+        # The gradient and the workspace of forward are for another memory layout.
+        _, workspace, gradient, signature = forward(problem, reduction, False)
+    has_forward_workspace = signature is not None
+    plan = plan_launches(signature or signature_of(problem), reduction, True, True, has_forward_workspace)
     if upstream.dtype != workspace.dtype:
         upstream = upstream.to(workspace.dtype)
     numbers = float_bits(problem.tau), float_bits(problem.label_smoothing), problem.ignore_index
     upstream_strides = (*upstream.stride(), 0, 0)[:2]  # of one number, of (N,) or of (N, P)
-    vectors, grad_logits, grad_log_prior = vectors_of(problem), None, None
+    vectors, grad_logits, grad_log_prior = aligned_vectors(problem), None, None
     if needs_logits:
-        assert to_do.gradient is not None
-        grad_logits = to_do.gradient.make(logits) if made_for_one is None else made_for_one
-        if to_do.n_rows > 0:
-            to_do.rows.launch(
-                to_do.grid, begin_earlier(logits, to_do.shift), vectors, upstream,
-                None, workspace, begin_earlier(grad_logits, to_do.shift),
-                *to_do.strides, *upstream_strides, *to_do.sizes, int(made_for_one is not None), *numbers,
+        assert plan.gradient_layout is not None
+        grad_logits = plan.gradient_layout.allocate(logits) if gradient is None else gradient
+        if plan.n_rows > 0:
+            plan.row_kernel.launch(
+                plan.row_grid, view_from_boundary(logits, plan.misalignment), vectors, upstream,
+                None, workspace, view_from_boundary(grad_logits, plan.misalignment),
+                *plan.strides, *upstream_strides, *plan.sizes, int(gradient is not None), *numbers,
             )  # fmt: skip
-    if needs_log_prior and log_prior is not None and to_do.prior is not None:
+    if needs_log_prior and log_prior is not None and plan.prior_kernel is not None:
         grad_log_prior = torch.empty_like(log_prior, dtype=workspace.dtype)
-        to_do.prior.launch(
+        plan.prior_kernel.launch(
             (cdiv(log_prior.numel(), PRIOR_TILE), 1, 1), logits, vectors, workspace, upstream, grad_log_prior,
-            *to_do.strides[:6], *upstream_strides, *to_do.sizes[:3], *numbers,
+            *plan.strides[:6], *upstream_strides, *plan.sizes[:3], *numbers,
         )  # fmt: skip
         grad_log_prior = grad_log_prior.to(log_prior.dtype)
     return grad_logits, grad_log_prior

@@ -1,4 +1,4 @@
-"""What of a problem decides how kernels over its rows are launched, and what they are handed of it."""
+"""Kernel operands: the signature of a problem, its tensors as kernels take them, and the layout of the gradient."""
 
 from __future__ import annotations
 
@@ -11,36 +11,36 @@ from fused_la._call.problem import Problem
 from fused_la._triton.launch_config import VECTOR_BYTES, Layout, layout_of
 from fused_la._triton.tiles import Vectors, triton_dtype
 
-PLANS = 1024  # that are kept of each pass
+MAX_PLANS = 1024  # launch plans that are kept
 
 
 class Signature(NamedTuple):
-    """All that plans of a problem's launches follow from. What its kernels are compiled for is a part of it."""
+    """All that a launch plan of a problem depends on. The key of its compiled kernels is a part of it."""
 
     device: int
     dtype: torch.dtype
     shape: tuple[int, ...]  # (N, C) or (N, P, C)
     strides: tuple[int, ...]
-    shift: int | None  # as in `Layout`
+    misalignment: int | None  # as in `Layout`
     types: tuple[torch.dtype | None, ...]  # of the `Vectors`
-    n_labels: int  # 0: class probabilities
+    n_labels: int  # 0 for class probabilities
     target_strides: tuple[int, ...]  # of class probabilities
-    target_is_aligned: bool  # class probabilities begin on a 16-byte boundary
+    target_is_aligned: bool  # class probabilities start on a 16-byte boundary
     has_smoothing: bool
 
     @property
-    def rows(self) -> tuple[int, int, int]:
+    def shape_3d(self) -> tuple[int, int, int]:
         """(N, P, C)."""
         return self.shape if len(self.shape) == 3 else (self.shape[0], 1, self.shape[1])
 
     @property
     def n_inner(self) -> int | None:
-        """P as kernels take it."""
-        return None if self.rows[1] == 1 else self.rows[1]
+        """P as kernels take it: None if it is 1."""
+        return None if self.shape_3d[1] == 1 else self.shape_3d[1]
 
     @property
     def class_cost(self) -> int:
-        """How many times as much of a resident row's registers a class takes as with labels and an offset alone."""
+        """Registers of a class in a resident row, relative to those with labels and an offset alone."""
         if self.n_labels == 0 or self.has_smoothing:  # a target mass
             return 4
         return 1 if self.types[-1] is None else 2  # a scale
@@ -49,10 +49,10 @@ class Signature(NamedTuple):
     def compute_dtype(self) -> torch.dtype:
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
-    def lies_as(self, problem: Problem) -> bool:
-        """Whether a problem of this shape and these dtypes lies in memory as the signature says."""
+    def matches(self, problem: Problem) -> bool:
+        """Whether a problem of this shape and these dtypes has the memory layout of the signature."""
         logits, target = problem.logits, problem.target
-        if logits.stride() != self.strides or shift_of(logits) != self.shift:
+        if logits.stride() != self.strides or misalignment_of(logits) != self.misalignment:
             return False
         if self.n_labels > 0:
             return True
@@ -60,19 +60,20 @@ class Signature(NamedTuple):
         return target.stride() == self.target_strides and is_aligned == self.target_is_aligned
 
     def layout(self) -> Layout:
-        return layout_of(self.rows, steps(self.strides), self.shift)
+        return layout_of(self.shape_3d, strides_3d(self.strides), self.misalignment)
 
     def row_constants(self) -> tuple:
-        """N_LABELS, HAS_SMOOTHING, TARGET_ALIKE, ADJACENT, TARGET_ADJACENT and COMPUTE."""
-        alike = self.shift == 0 and self.target_is_aligned and self.target_strides == self.strides
+        """N_LABELS, HAS_SMOOTHING, SAME_ALIGNMENT, ADJACENT, TARGET_ADJACENT and COMPUTE."""
+        same_alignment = self.misalignment == 0 and self.target_is_aligned and self.target_strides == self.strides
+        same_alignment = self.n_labels == 0 and same_alignment
         adjacent = self.strides[-1] == 1 or self.shape[-1] == 1
         target_adjacent = self.n_labels == 0 and (self.target_strides[-1] == 1 or self.shape[-1] == 1)
         compute = triton_dtype(self.compute_dtype)
-        return self.n_labels, self.has_smoothing, self.n_labels == 0 and alike, adjacent, target_adjacent, compute
+        return self.n_labels, self.has_smoothing, same_alignment, adjacent, target_adjacent, compute
 
-    def compiled_for(self, vec: int) -> tuple:
-        """What Triton makes of the types of logits, vectors and sizes, and where the pointers stand."""
-        aligned = vec > 1 or self.shift == 0  # where vectors are read, the pointer counts from a boundary
+    def compile_key(self, vec: int) -> tuple:
+        """All that Triton specialises for: the types of logits, vectors and sizes, and the alignment of pointers."""
+        aligned = vec > 1 or self.misalignment == 0  # with 16-byte loads the pointer is on a boundary
         return self.dtype, self.types, aligned, self.target_is_aligned, self.n_inner is None
 
 
@@ -84,28 +85,28 @@ def signature_of(problem: Problem) -> Signature:
         n_labels, target_strides = 0, target.stride()
         target_is_aligned = target.data_ptr() % VECTOR_BYTES == 0
     return Signature(
-        logits.get_device(), logits.dtype, logits.shape, logits.stride(), shift_of(logits), types,
+        logits.get_device(), logits.dtype, logits.shape, logits.stride(), misalignment_of(logits), types,
         n_labels, target_strides, target_is_aligned, problem.label_smoothing > 0.0,
     )  # fmt: skip
 
 
-def shift_of(tensor: Tensor) -> int | None:
+def misalignment_of(tensor: Tensor) -> int | None:
     """Elements from a 16-byte boundary to the first one; None if the storage does not reach back to the boundary."""
-    past = tensor.data_ptr() % VECTOR_BYTES
-    if past == 0:
+    n_bytes = tensor.data_ptr() % VECTOR_BYTES
+    if n_bytes == 0:
         return 0
     size = tensor.element_size()
-    return past // size if past % size == 0 and past // size <= tensor.storage_offset() else None
+    return n_bytes // size if n_bytes % size == 0 and n_bytes // size <= tensor.storage_offset() else None
 
 
-def steps(strides: tuple[int, ...]) -> tuple[int, int, int]:
-    """Strides of (N, C) or (N, P, C) as those of (N, P, C); that of P = 1 is 0."""
+def strides_3d(strides: tuple[int, ...]) -> tuple[int, int, int]:
+    """The strides of (N, C) or (N, P, C) as those of (N, P, C), with 0 for the stride of P = 1."""
     return strides if len(strides) == 3 else (strides[0], 0, strides[1])
 
 
-def vectors_of(problem: Problem) -> Vectors:
-    """The tensors beside the logits, each on a 16-byte boundary: kernels are compiled for that. Others are copied, but
-    for class probabilities, whose place is known to the signature."""
+def aligned_vectors(problem: Problem) -> Vectors:
+    """The `Vectors` of a problem, each on a 16-byte boundary, as compiled kernels expect. Misaligned ones are copied,
+    except for class probabilities, whose alignment is part of the signature."""
     vectors, addresses = Vectors._make(problem[1:9]), 0
     for vector in vectors:
         if vector is not None:
@@ -118,44 +119,45 @@ def vectors_of(problem: Problem) -> Vectors:
     )
 
 
-def begin_earlier(tensor: Tensor, shift: int) -> Tensor:
-    """A view whose first element lies `shift` elements earlier in the storage: a place to count from, not to read."""
-    if shift == 0:
+def view_from_boundary(tensor: Tensor, misalignment: int) -> Tensor:
+    """A view that starts `misalignment` elements earlier in the storage. Offsets count from there; it is not read."""
+    if misalignment == 0:
         return tensor
-    return tensor.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset() - shift)
+    return tensor.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset() - misalignment)
 
 
-class Buffer(NamedTuple):
-    """How a gradient lies in memory: its rows towards 16-byte boundaries as those of the logits do."""
+class GradientLayout(NamedTuple):
+    """The memory layout of a gradient, whose rows have the misalignments of the rows of the logits."""
 
     n_elements: int
     strides: tuple[int, ...]
-    shift: int
-    is_plain: bool  # as `torch.empty_like` makes it of contiguous logits
+    misalignment: int
+    is_plain: bool  # contiguous, with misalignment 0
 
-    def make(self, logits: Tensor) -> Tensor:
-        """An empty one. That is dense for dense logits; otherwise rows may be a few elements apart."""
+    def allocate(self, logits: Tensor) -> Tensor:
+        """An uninitialised gradient, dense for dense logits; otherwise with a few elements between rows."""
         if self.is_plain:
             return torch.empty_like(logits, memory_format=torch.contiguous_format)
-        return logits.new_empty(self.n_elements).as_strided(logits.shape, self.strides, self.shift)
+        return logits.new_empty(self.n_elements).as_strided(logits.shape, self.strides, self.misalignment)
 
 
-def gradient_buffer(signature: Signature) -> Buffer:
+def gradient_layout(signature: Signature) -> GradientLayout:
     shape, strides, layout = signature.shape, signature.strides, signature.layout()
-    n_outer, n_inner, n_classes = signature.rows
+    n_outer, n_inner, n_classes = signature.shape_3d
     vec = VECTOR_BYTES // signature.dtype.itemsize
-    if not layout.adjacent or layout.shift is None or layout.row_step is None:
+    if not layout.adjacent or layout.misalignment is None or layout.row_stride is None:
         strides = _dense_strides(shape, strides, layout.adjacent)
-        return Buffer(max(1, n_outer * n_inner * n_classes), strides, 0, False)
-    step = n_classes + (layout.row_step - n_classes) % vec
-    strides = (step, 1) if len(shape) == 2 else (n_inner * step, step, 1)
-    n_elements = layout.shift + n_outer * n_inner * step
-    return Buffer(n_elements, strides, layout.shift, layout.shift == 0 and step == n_classes)
+        return GradientLayout(max(1, n_outer * n_inner * n_classes), strides, 0, False)
+    row_stride = n_classes + (layout.row_stride - n_classes) % vec
+    strides = (row_stride, 1) if len(shape) == 2 else (n_inner * row_stride, row_stride, 1)
+    n_elements = layout.misalignment + n_outer * n_inner * row_stride
+    is_plain = layout.misalignment == 0 and row_stride == n_classes
+    return GradientLayout(n_elements, strides, layout.misalignment, is_plain)
 
 
 def _dense_strides(shape: tuple[int, ...], like: tuple[int, ...], adjacent: bool) -> tuple[int, ...]:
-    """Strides without gaps, in the order in which the dimensions of a tensor of this shape and strides lie; those of
-    `adjacent` classes stay neighbours, whatever else has a stride of 1 or 0."""
+    """Strides without gaps, in the order of the dimensions of a tensor of this shape with strides `like`. `adjacent`
+    classes stay adjacent, even if another dimension has a stride of 1 or 0."""
     strides, n_elements, of_class = [0] * len(shape), 1, len(shape) - 1
     for dim in sorted(range(len(shape)), key=lambda dim: (not (adjacent and dim == of_class), like[dim], shape[dim])):
         strides[dim] = n_elements

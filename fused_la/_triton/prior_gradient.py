@@ -1,16 +1,16 @@
-"""The gradient of log_prior, where it is learned: grad_log_prior_c = tau * sum over the rows of grad_logits_c."""
+"""The gradient of a learned log_prior: grad_log_prior_c = tau * sum over the rows of grad_logits_c."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from fused_la._triton.epilogue import full_form
+from fused_la._triton.epilogue import class_gradient
 from fused_la._triton.softmax import exp
-from fused_la._triton.targets import dense_mass, load_label, shares
-from fused_la._triton.tiles import NUMBERS, Arguments, Rows, Tile, across, load_classes, load_z, row_offsets, scalar
+from fused_la._triton.targets import dense_mass, load_label, share_and_live
+from fused_la._triton.tiles import NUMBERS, Arguments, Rows, Tile, from_bits, load_classes, load_z, per_row, row_offsets
 
-PRIOR_TILE = 32  # rows and classes of a tile of what is summed
+PRIOR_TILE = 32  # rows and classes of a tile
 
 
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=["upstream", "logits"])
@@ -36,44 +36,44 @@ def _grad_log_prior_kernel(
         logits_class = 1
     if TARGET_ADJACENT:
         target_class = 1
-    call = Arguments(
-        logits, None, vectors, n_classes, logits_class, target_class, scalar(tau_bits, COMPUTE),
-        scalar(smoothing_bits, COMPUTE) if HAS_SMOOTHING else None, ignore_index,
+    args = Arguments(
+        logits, None, vectors, n_classes, logits_class, target_class, from_bits(tau_bits, COMPUTE),
+        from_bits(smoothing_bits, COMPUTE) if HAS_SMOOTHING else None, ignore_index,
         None if N_LABELS == 0 else N_LABELS, None,
     )  # fmt: skip
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     tile = Tile(0, 0, cols, cols < n_classes, 0)
-    is_out = load_classes(vectors.log_prior, tile) == float("-inf")
+    excluded = load_classes(vectors.log_prior, tile) == float("-inf")
     grad_sum = tl.zeros((BLOCK_ROWS, BLOCK_C), COMPUTE)
     for start in range(0, n_rows, BLOCK_ROWS):
-        at = start + tl.arange(0, BLOCK_ROWS)
-        there = at < n_rows
-        to_read = tl.where(there, at, 0)
+        index = start + tl.arange(0, BLOCK_ROWS)
+        in_bounds = index < n_rows
+        safe_rows = tl.where(in_bounds, index, 0)
         rows = Rows(
-            to_read, there, row_offsets(to_read, n_inner, (logits_outer, logits_inner)),
-            row_offsets(to_read, n_inner, (target_outer, target_inner)), 0, 0, 0,
+            safe_rows, in_bounds, row_offsets(safe_rows, n_inner, (logits_outer, logits_inner)),
+            row_offsets(safe_rows, n_inner, (target_outer, target_inner)), 0, 0, 0,
         )  # fmt: skip
-        share, live = shares(call, rows, None)
-        z = load_z(call, rows, tile, live, 1)
-        mass = dense_mass(call, rows, tile, 1) * across(share)
+        share, live = share_and_live(args, rows, None)
+        z = load_z(args, rows, tile, live, 1)
+        mass = dense_mass(args, rows, tile, 1) * per_row(share)
         if N_LABELS > 0:
             for k in range(N_LABELS):
-                label = load_label(call, rows, k)
+                label = load_label(args, rows, k)
                 label_mass = label.mass
                 if HAS_SMOOTHING:
-                    label_mass = label_mass * (1.0 - call.smoothing)
-                here = (cols[None, :] == label.label[:, None]) & label.counts[:, None]
-                mass += tl.where(here, label_mass[:, None], 0.0)
-        m = tl.load(workspace + to_read)
-        rest = tl.load(workspace + n_rows + to_read)
-        total = tl.load(workspace + 2 * n_rows + to_read)
-        g = tl.load(upstream + row_offsets(to_read, n_inner, (upstream_outer, upstream_inner)))
+                    label_mass = label_mass * (1.0 - args.smoothing)
+                is_label = (cols[None, :] == label.index[:, None]) & label.counts[:, None]
+                mass += tl.where(is_label, label_mass[:, None], 0.0)
+        m = tl.load(workspace + safe_rows)
+        rest = tl.load(workspace + n_rows + safe_rows)
+        total = tl.load(workspace + 2 * n_rows + safe_rows)
+        g = tl.load(upstream + row_offsets(safe_rows, n_inner, (upstream_outer, upstream_inner)))
         if REDUCTION == "mean":
             g = g * tl.load(workspace + 3 * n_rows)
-        inverse = 1.0 / (1.0 + rest)
-        p = exp(z - across(m)) * across(inverse)
-        not_p = tl.where(z == across(m), across(rest * inverse), 1.0 - p)
-        grad = full_form(p, not_p, across(total), across(g), mass)
-        grad = tl.where(is_out[None, :], across(rest - rest), grad)
-        grad_sum += tl.where(across(tl.where(there, live, False)), grad, 0.0)
-    tl.store(grad_log_prior + cols, tl.sum(grad_sum, 0) * call.tau, tile.mask)
+        inverse_sum = 1.0 / (1.0 + rest)
+        p = exp(z - per_row(m)) * per_row(inverse_sum)
+        not_p = tl.where(z == per_row(m), per_row(rest * inverse_sum), 1.0 - p)
+        grad = class_gradient(p, not_p, per_row(total), per_row(g), mass)
+        grad = tl.where(excluded[None, :], per_row(rest - rest), grad)
+        grad_sum += tl.where(per_row(tl.where(in_bounds, live, False)), grad, 0.0)
+    tl.store(grad_log_prior + cols, tl.sum(grad_sum, 0) * args.tau, tile.mask)

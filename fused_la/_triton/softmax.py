@@ -1,16 +1,16 @@
-"""The maximum and sum of a row's exponentials, of a tile and of parts that are joined.
+"""Online-softmax state of a row: how a tile updates it, and how partial states merge.
 
     m     = max_c z_c
     rest  = sum of exp(z_c - m) over all classes but one that attains m
     total = sum_c t_c,   gap = sum_c t_c * (m - z_c)          (dense target mass only)
 
-The top class never enters a sum that a small rest must be told from. A row that streams is read into many lanes, each
-with an (m, rest) of its own; to take z into a lane, or to join lanes, whatever is not the new top joins the rest:
+The top class is never part of a sum, so that a small rest keeps its digits. A row that streams is read into many
+lanes, each with its own (m, rest). To add z to a lane, or to merge lanes, all but the new top is added to the rest:
 
     m' = max(m, z),   rest' = rest * exp(m - m') + exp(min(m, z) - m')
 
-A lane that has seen no class starts with m the lowest float and rest = -1: the first top then takes the place of one
-that was never there, (rest + 1) * exp(m - z) = 0, and no infinity is subtracted from another.
+An empty lane has m = the lowest float and rest = -1: the first top then replaces one that never existed,
+(rest + 1) * exp(m - z) = 0, and no infinity is subtracted from another.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fused_la._triton.tiles import across, highest, row_max, row_sum
+from fused_la._triton.tiles import max_float, per_row, row_max, row_sum
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
 def exp(x):
-    """exp(x); in float32 by the hardware's 2^x, to a few ulp for the small |x| that carry a sum."""
+    """exp(x); in float32 by the hardware's 2^x, exact to a few ulp for the small |x| that dominate a sum."""
     if x.dtype == tl.float64:
         return tl.exp(x)
     else:
@@ -34,9 +34,9 @@ def exp(x):
 
 @triton.jit
 def log1p(x):
-    """log(1 + x) for x >= 0, right to a few ulp however small x is."""
+    """log(1 + x) for x >= 0, exact to a few ulp however small x is."""
     u = 1.0 + x
-    return tl.log(u) + (x - (u - 1.0)) * (1.0 / u)  # what u rounds away of x, put back
+    return tl.log(u) + (x - (u - 1.0)) * (1.0 / u)  # adds back what rounding u removed of x
 
 
 @triton.jit
@@ -50,13 +50,13 @@ def label_loss(margin, others):
 
 
 @triton.jit
-def smaller(a, b):
-    """The minimum, NaN if either is: maxima pass over a NaN, so what joins the rest has to keep it."""
+def minimum_or_nan(a, b):
+    """The minimum, or NaN if either is NaN: maxima ignore a NaN, so that the rest has to keep it."""
     return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def groups(x, N: tl.constexpr):
+def split_last_dim(x, N: tl.constexpr):
     """(..., K * N) as (..., K, N)."""
     if len(x.shape) == 1:
         return tl.reshape(x, (x.shape[0] // N, N))
@@ -65,15 +65,15 @@ def groups(x, N: tl.constexpr):
 
 
 @triton.jit
-def knock_out(z):
-    """The larger and the smaller of every two neighbours, each half as wide as z."""
-    left, right = tl.split(groups(z, 2))
-    return tl.maximum(left, right), smaller(left, right)
+def pairwise_max_min(z):
+    """The maximum and the minimum of every two adjacent values, each half as wide as z."""
+    left, right = tl.split(split_last_dim(z, 2))
+    return tl.maximum(left, right), minimum_or_nan(left, right)
 
 
 @triton.jit
-def spread(m, z):
-    """Each lane's m beside its classes in z."""
+def broadcast_lanes(m, z):
+    """m of each lane, repeated for each of its classes in z."""
     wide = tl.expand_dims(m, len(m.shape))
     if len(m.shape) == 1:
         return tl.reshape(tl.broadcast_to(wide, (m.shape[0], z.shape[0] // m.shape[0])), z.shape)
@@ -82,59 +82,59 @@ def spread(m, z):
 
 
 @triton.jit
-def empty(like):
-    """What has seen no class: (m, rest, gap, total)."""
+def empty_state(like):
+    """The state of no class: (m, rest, gap, total)."""
     zeros = tl.zeros(like.shape, like.dtype)
-    return zeros - highest(like.dtype), zeros - 1.0, zeros, zeros
+    return zeros - max_float(like.dtype), zeros - 1.0, zeros, zeros
 
 
 @triton.jit
-def mass_of(z, m, mass):
+def gap_and_total(z, m, mass):
     """(gap, total) of a tile's dense target mass."""
-    gap = row_sum(tl.where(mass == 0.0, 0.0, mass * (across(m) - z)))
+    gap = row_sum(tl.where(mass == 0.0, 0.0, mass * (per_row(m) - z)))
     return gap, row_sum(tl.broadcast_to(mass, z.shape))
 
 
 @triton.jit
-def absorb(lanes, z, mass, VEC: tl.constexpr, HAS_MASS: tl.constexpr):
-    """Take a tile of z into the lanes, VEC neighbours into each.
+def update_lanes(lanes, z, mass, VEC: tl.constexpr, HAS_MASS: tl.constexpr):
+    """Add a tile of z to the lanes' states, VEC adjacent classes to each lane.
 
-    The VEC classes play a knock-out tournament: its winner meets the lane's top, and every loser joins the rest, one
-    exponential a class.
+    A tree of pairwise maxima finds the highest of the VEC classes, which is compared with the lane's m. Each minimum
+    is added to the rest, so that a class costs one exponential.
     """
     m, rest, gap, total = lanes
     top = z
     if VEC >= 2:
-        top, losers_1 = knock_out(top)
+        top, minima_1 = pairwise_max_min(top)
     if VEC >= 4:
-        top, losers_2 = knock_out(top)
+        top, minima_2 = pairwise_max_min(top)
     if VEC >= 8:
-        top, losers_3 = knock_out(top)
+        top, minima_3 = pairwise_max_min(top)
     m_new = tl.maximum(m, top)
-    f = exp(smaller(m, top) - m_new)
+    f = exp(minimum_or_nan(m, top) - m_new)
     rest = tl.fma(rest, tl.where(top > m, f, 1.0), f)
     if VEC >= 2:
-        rest += row_sum(groups(exp(losers_1 - spread(m_new, losers_1)), VEC // 2))
+        rest += row_sum(split_last_dim(exp(minima_1 - broadcast_lanes(m_new, minima_1)), VEC // 2))
     if VEC >= 4:
-        rest += row_sum(groups(exp(losers_2 - spread(m_new, losers_2)), VEC // 4))
+        rest += row_sum(split_last_dim(exp(minima_2 - broadcast_lanes(m_new, minima_2)), VEC // 4))
     if VEC >= 8:
-        rest += exp(losers_3 - m_new)
+        rest += exp(minima_3 - m_new)
     if HAS_MASS:
-        # All terms are non-negative, and move up with m.
+        # All terms are non-negative, and grow with m.
         gap += tl.where(total == 0.0, 0.0, total * (m_new - m))
-        gap += row_sum(groups(tl.where(mass == 0.0, 0.0, mass * (spread(m_new, z) - z)), VEC))
-        total += row_sum(groups(tl.broadcast_to(mass, z.shape), VEC))
+        gap += row_sum(split_last_dim(tl.where(mass == 0.0, 0.0, mass * (broadcast_lanes(m_new, z) - z)), VEC))
+        total += row_sum(split_last_dim(tl.broadcast_to(mass, z.shape), VEC))
     return m_new, rest, gap, total
 
 
 @triton.jit
-def across_lanes(lanes, HAS_MASS: tl.constexpr):
-    """The lanes of each row as one part."""
+def reduce_lanes(lanes, HAS_MASS: tl.constexpr):
+    """Merge the lanes of each row to one state."""
     m, rest, gap, total = lanes
     m_row = row_max(m)
-    is_top, below = m == across(m_row), across(m_row) - m
-    parts = tl.where(is_top, rest, (rest + 1.0) * exp(-below))
-    rest_row = row_sum(parts) + (row_sum(is_top.to(m.dtype)) - 1.0)
+    is_top, below = m == per_row(m_row), per_row(m_row) - m
+    sums = tl.where(is_top, rest, (rest + 1.0) * exp(-below))
+    rest_row = row_sum(sums) + (row_sum(is_top.to(m.dtype)) - 1.0)
     gap_row, total_row = tl.zeros(m_row.shape, m.dtype), tl.zeros(m_row.shape, m.dtype)
     if HAS_MASS:
         gap_row = row_sum(gap + tl.where(total == 0.0, 0.0, total * below))
@@ -143,18 +143,18 @@ def across_lanes(lanes, HAS_MASS: tl.constexpr):
 
 
 @triton.jit
-def part_of(z, mass, VEC: tl.constexpr, HAS_MASS: tl.constexpr):
-    """The part that a tile makes of each row: (m, rest, gap, total)."""
-    return across_lanes(absorb(empty(row_max(groups(z, VEC))), z, mass, VEC, HAS_MASS), HAS_MASS)
+def tile_state(z, mass, VEC: tl.constexpr, HAS_MASS: tl.constexpr):
+    """The state of each row over the classes of a tile: (m, rest, gap, total)."""
+    return reduce_lanes(update_lanes(empty_state(row_max(split_last_dim(z, VEC))), z, mass, VEC, HAS_MASS), HAS_MASS)
 
 
 @triton.jit
-def merge(part_1, part_2, HAS_MASS: tl.constexpr):
-    """Two parts of each row as one; joining an empty part changes no bit."""
-    m_1, rest_1, gap_1, total_1 = part_1
-    m_2, rest_2, gap_2, total_2 = part_2
+def merge(state_1, state_2, HAS_MASS: tl.constexpr):
+    """Merge two states of each row; merging an empty state changes no bit."""
+    m_1, rest_1, gap_1, total_1 = state_1
+    m_2, rest_2, gap_2, total_2 = state_2
     m = tl.maximum(m_1, m_2)
-    f = exp(smaller(m_1, m_2) - m)
+    f = exp(minimum_or_nan(m_1, m_2) - m)
     rest = tl.where(m_1 >= m_2, rest_1 + (rest_2 + 1.0) * f, rest_2 + (rest_1 + 1.0) * f)
     if HAS_MASS:
         gap_1 += tl.where(total_1 == 0.0, 0.0, total_1 * (m - m_1))
@@ -163,23 +163,23 @@ def merge(part_1, part_2, HAS_MASS: tl.constexpr):
 
 
 @triton.jit
-def store_part(at, step, part, there):
+def store_state(pointers, stride, state, in_bounds):
     for i in tl.static_range(4):
-        tl.store(at + i * step, part[i], there)
+        tl.store(pointers + i * stride, state[i], in_bounds)
 
 
 @triton.jit
-def load_part(at, step, there):
-    """What `store_part` left, from L2 (.cg), where the stores of other programs are."""
+def load_state(pointers, stride, in_bounds):
+    """Load what `store_state` stored, from L2 (.cg), where the stores of other programs are."""
     return (
-        tl.load(at, there, other=0.0, cache_modifier=".cg"),
-        tl.load(at + step, there, other=0.0, cache_modifier=".cg"),
-        tl.load(at + 2 * step, there, other=0.0, cache_modifier=".cg"),
-        tl.load(at + 3 * step, there, other=0.0, cache_modifier=".cg"),
+        tl.load(pointers, in_bounds, other=0.0, cache_modifier=".cg"),
+        tl.load(pointers + stride, in_bounds, other=0.0, cache_modifier=".cg"),
+        tl.load(pointers + 2 * stride, in_bounds, other=0.0, cache_modifier=".cg"),
+        tl.load(pointers + 3 * stride, in_bounds, other=0.0, cache_modifier=".cg"),
     )
 
 
 @triton.jit
 def sum_others(z, m, rest):
-    """The sum of exp(z_k - m) over all classes but one that stands at z: rest for a top class, at least 1 besides."""
+    """The sum of exp(z_k - m) over all classes but one with this z: rest for a top class, otherwise at least 1."""
     return tl.where(z == m, rest, 1.0 + rest - exp(z - m))

@@ -1,13 +1,13 @@
-"""Where the rows and classes of a program lie in memory, and z: device functions that the kernels share.
+"""Device functions that the kernels share: rows, tiles of classes, their offsets in memory, and the adjusted logits z.
 
-A program has one row, whose numbers are scalars, or BLOCK_ROWS rows, whose numbers are (BLOCK_ROWS,). A tile is some
-classes of them: (N,) of one row, (BLOCK_ROWS, N) of several. Arithmetic is in the dtype of `Arguments.tau`: float32, or
-float64 for float64 logits.
+A program computes one row, whose values are scalars, or BLOCK_ROWS rows, whose values are (BLOCK_ROWS,). A tile is some
+classes of these rows: (N,) for one row, (BLOCK_ROWS, N) for several. Arithmetic is in the dtype of `Arguments.tau`:
+float32, or float64 for float64 logits.
 
-A row of classes that are neighbours in memory is cut at 16-byte boundaries, whatever its length and the step to the
-next row: `head` classes before the first boundary, a body of whole vectors of VEC classes, and a tail. The body is read
-and written 16 bytes a thread; head and tail together are one tile of 2 * VEC classes, the edges. The rows of a program
-lie alike towards the boundaries, so that they share one head.
+If the classes of a row are adjacent in memory, the row is cut at 16-byte boundaries, whatever its length and stride:
+`head` classes before the first boundary, a body of whole vectors of VEC classes, and a tail. The body is read and
+written 16 bytes a thread; head and tail together are one tile of 2 * VEC classes, the edges. All rows of a program have
+the same misalignment, so that they share one head.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import triton.language as tl
 
 
 class Vectors(NamedTuple):
-    """The tensors beside the logits, as kernels take them: None where there is none."""
+    """The tensor arguments of a kernel other than the logits; None for those that a problem does not have."""
 
     log_prior: Any  # (C,)
     target: Any  # (N, P, K) labels or (N, P, C) probabilities
@@ -34,58 +34,59 @@ class Vectors(NamedTuple):
     scale: Any  # (C,)
 
 
-# Arguments of kernels that are numbers. None is specialised, and all but n_inner say their type: one compiled kernel
-# then serves every value. (Triton would make a constant of each 1, and mark multiples of 16.)
+# Kernel parameters that are numbers. None is specialised, and all but n_inner state their type, so that one compiled
+# kernel serves every value. (Triton would make a constant of each 1, and mark multiples of 16.)
 NUMBERS = [
     "logits_outer", "logits_inner", "logits_class", "target_outer", "target_inner", "target_class",
-    "grad_outer", "grad_inner", "grad_class", "upstream_outer", "upstream_inner", "logits_step",
-    "n_rows", "n_inner", "n_classes", "n_groups", "n_chunks", "n_parts", "rows_a_part", "n_taus",
-    "period", "splits", "shift", "scratch", "table_step", "loss_parts", "for_one", "first_row", "first", "width",
-    "tau_bits", "smoothing_bits", "ignore_index",
+    "grad_outer", "grad_inner", "grad_class", "upstream_outer", "upstream_inner", "logits_row_stride",
+    "n_rows", "n_inner", "n_classes", "n_groups", "n_chunks", "n_weight_partials",
+    "rows_per_partial", "n_taus", "period", "splits", "misalignment", "scratch_start", "table_stride",
+    "losses_start", "unit_gradient", "first_row", "first_class", "width", "tau_bits", "smoothing_bits",
+    "ignore_index",
 ]  # fmt: skip
 
 
 class Arguments(NamedTuple):
-    """What a launch is asked for, handed from one device function to the next."""
+    """The arguments of a loss that device functions pass on to one another."""
 
     logits: Any
-    bias: Any  # (C,) to add to the logits, of a head
+    bias: Any  # (C,) bias of a head, added to the logits
     vectors: Any
     n_classes: Any
     logits_class: Any  # strides
     target_class: Any
     tau: Any
-    smoothing: Any  # None where there is none
+    smoothing: Any  # None without label smoothing
     ignore_index: Any
-    n_labels: Any  # None: class probabilities
-    target_alike: Any  # None unless probabilities lie towards 16-byte boundaries as the logits do
+    n_labels: Any  # None for class probabilities
+    same_alignment: Any  # None unless class probabilities have the misalignment of the logits in every row
 
 
 class Rows(NamedTuple):
-    """Which rows a program has, where they begin, and where they are cut."""
+    """The rows of a program: their numbers, the offsets where they start, and the sizes of head and body."""
 
-    rows: Any
-    there: Any  # one that is not there is read as the first, and never stored
-    logits: Any
-    target: Any
-    gradient: Any
-    head: Any
-    body: Any
+    index: Any
+    in_bounds: Any  # a row out of bounds is read as the first one, and never stored
+    logits_start: Any
+    target_start: Any
+    gradient_start: Any
+    head: Any  # classes before the first 16-byte boundary
+    body: Any  # classes in whole vectors
 
 
 class Tile(NamedTuple):
-    """Classes first + cols of the rows of a program."""
+    """The classes first_class + cols of the rows of a program."""
 
-    first: Any
+    first_class: Any
     start: Any  # the lowest of cols
     cols: Any  # (N,)
-    mask: Any  # (N,), those that there are
-    taken: Any  # cols below it are in the tile before as well
+    mask: Any  # (N,) in bounds
+    first_new: Any  # cols below it are in the previous tile too
 
 
 @functools.lru_cache(maxsize=1024)
 def float_bits(value: float) -> int:
-    """A Python float as an int64, for `scalar` to undo on the device, whose float arguments are float32."""
+    """The bits of a Python float as an int64, for `from_bits`: a kernel's float arguments would be float32."""
     return struct.unpack("<q", struct.pack("<d", value))[0]
 
 
@@ -94,7 +95,7 @@ def triton_dtype(dtype: torch.dtype) -> tl.dtype:
 
 
 @triton.jit
-def scalar(bits, COMPUTE: tl.constexpr):
+def from_bits(bits, COMPUTE: tl.constexpr):
     return bits.to(tl.int64).to(tl.float64, bitcast=True).to(COMPUTE)
 
 
@@ -102,21 +103,21 @@ def scalar(bits, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def across(of_rows):
-    """Numbers of rows, to meet those of a tile."""
-    if len(of_rows.shape) == 0:
-        return of_rows
+def per_row(values):
+    """Values of rows, in a shape that broadcasts to a tile."""
+    if len(values.shape) == 0:
+        return values
     else:
-        return of_rows[:, None]
+        return values[:, None]
 
 
 @triton.jit
-def along(of_classes, rows):
-    """Numbers of classes, to meet those of a tile of these rows."""
-    if len(rows.rows.shape) == 0:
-        return of_classes
+def per_class(values, rows):
+    """Values of classes, in a shape that broadcasts to a tile of these rows."""
+    if len(rows.index.shape) == 0:
+        return values
     else:
-        return of_classes[None, :]
+        return values[None, :]
 
 
 @triton.jit
@@ -126,16 +127,16 @@ def row_sum(tile):
 
 @triton.jit
 def row_max(tile):
-    """It passes over a NaN."""
+    """The maximum of each row; NaN is ignored."""
     return tl.max(tile, len(tile.shape) - 1)
 
 
-# Where rows lie -------------------------------------------------------------------------------------------------------
+# Rows and tiles -------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
 def row_offsets(rows, n_inner, strides):
-    """Where each of the (N, P) rows begins, in 64 bits: N * C may pass 2^31. n_inner is P, None where that is 1."""
+    """The offset of each of the (N, P) rows, in 64 bits: N * C may exceed 2^31. n_inner is P, None if P is 1."""
     rows = rows.to(tl.int64)
     if n_inner is None:
         return rows * strides[0]
@@ -146,7 +147,7 @@ def row_offsets(rows, n_inner, strides):
 
 @triton.jit
 def whole_vectors(n, VEC: tl.constexpr):
-    """n >= 0 rounded down to a multiple of VEC, so that the compiler knows it for one."""
+    """n >= 0 rounded down to a multiple of VEC, in a form in which the compiler sees that it is a multiple."""
     if n.dtype == tl.int64:
         return (n.to(tl.uint64) // VEC * VEC).to(tl.int64)
     else:
@@ -154,91 +155,92 @@ def whole_vectors(n, VEC: tl.constexpr):
 
 
 @triton.jit
-def rows_of(
-    group, period, n_rows, n_inner, n_classes, shift, logits_strides, target_strides, grad_strides,
+def rows_of_group(
+    group, period, n_rows, n_inner, n_classes, misalignment, logits_strides, target_strides, grad_strides,
     VEC: tl.constexpr, EDGES: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The rows of a group, `period` apart, so that they lie alike."""
+    """The rows of a group. They are `period` apart, so that all have the same misalignment."""
     if BLOCK_ROWS == 1:
         rows = group.to(tl.int64)
-        there = rows >= 0  # each group has a row
-        to_read = rows
+        in_bounds = rows >= 0  # each group has a row
+        safe_rows = rows
     else:
         first_row = (group // period).to(tl.int64) * (BLOCK_ROWS * period) + group % period
         rows = first_row + period * tl.arange(0, BLOCK_ROWS)
-        there = rows < n_rows
-        to_read = tl.where(there, rows, first_row)
-    logits = shift + row_offsets(to_read, n_inner, logits_strides)
+        in_bounds = rows < n_rows
+        safe_rows = tl.where(in_bounds, rows, first_row)
+    logits_start = misalignment + row_offsets(safe_rows, n_inner, logits_strides)
     head = 0
     if EDGES:
-        start = logits
+        start = logits_start
         if BLOCK_ROWS > 1:
-            start = shift + row_offsets(first_row, n_inner, logits_strides)
+            start = misalignment + row_offsets(first_row, n_inner, logits_strides)
         head = tl.minimum((-start).to(tl.int32) & (VEC - 1), n_classes)
     return Rows(
-        rows, there, logits, row_offsets(to_read, n_inner, target_strides),
-        shift + row_offsets(to_read, n_inner, grad_strides), head, whole_vectors(n_classes - head, VEC),
+        rows, in_bounds, logits_start, row_offsets(safe_rows, n_inner, target_strides),
+        misalignment + row_offsets(safe_rows, n_inner, grad_strides), head, whole_vectors(n_classes - head, VEC),
     )  # fmt: skip
 
 
 @triton.jit
 def masked_tile(rows, start, BLOCK_C: tl.constexpr):
-    """BLOCK_C classes of the body from its class `start` on."""
+    """BLOCK_C classes of the body, from column `start` on."""
     cols = start + tl.arange(0, BLOCK_C)
     return Tile(rows.head, start, cols, cols < rows.body, start)
 
 
 @triton.jit
-def whole_tile(rows, start, VEC: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The same where the body has BLOCK_C classes at least. A tile that would pass its end begins earlier, and takes
-    classes of the one before once more: no such tile needs a mask."""
+def unmasked_tile(rows, start, VEC: tl.constexpr, BLOCK_C: tl.constexpr):
+    """`masked_tile` without a mask, for a body of at least BLOCK_C classes. A tile that would end beyond the body
+    starts earlier and repeats classes of the previous tile."""
     cols = whole_vectors(tl.minimum(start, rows.body - BLOCK_C), VEC)
     return Tile(rows.head, cols, cols + tl.arange(0, BLOCK_C), tl.full((BLOCK_C,), True, tl.int1), start)
 
 
 @triton.jit
 def edge_tile(rows, n_classes, VEC: tl.constexpr):
-    """The classes before and behind the body."""
+    """The classes before and after the body."""
     lanes = tl.arange(0, 2 * VEC)
     classes = tl.where(lanes < VEC, lanes, rows.head + rows.body + lanes - VEC)
     return Tile(0, 0, classes, tl.where(lanes < VEC, lanes < rows.head, classes < n_classes), 0)
 
 
 @triton.jit
-def places(starts, tile, stride_class, VEC: tl.constexpr):
-    """Where the classes of a tile stand in rows that begin at `starts`; VEC of them begin on a 16-byte boundary."""
-    bases = starts + tile.first * stride_class
+def tile_offsets(starts, tile, stride_class, VEC: tl.constexpr):
+    """Offsets of a tile's classes in rows that start at `starts`; every VEC of them start on a 16-byte boundary."""
+    bases = starts + tile.first_class * stride_class
     if VEC > 1:
         bases = whole_vectors(bases, VEC)
-    return across(bases) + tile.cols.to(tl.int64) * stride_class
+    return per_row(bases) + tile.cols.to(tl.int64) * stride_class
 
 
 @triton.jit
-def load_tile(pointer, at, tile, rows, other: tl.constexpr):
-    # Added to the pointer in one step: the compiler keeps what it knows of `at` only so.
-    return tl.load(pointer + at, along(tile.mask, rows), other=other)
+def load_tile(pointer, offsets, tile, rows, other: tl.constexpr):
+    # Added to the pointer in one step: otherwise the compiler forgets the alignment of `offsets`.
+    return tl.load(pointer + offsets, per_class(tile.mask, rows), other=other)
 
 
 @triton.jit
 def load_classes(vector, tile):
-    """(N,) of a (C,) vector, 0 outside."""
-    return tl.load(vector + tile.first + tile.cols, tile.mask, other=0.0)
+    """The values of a (C,) vector at the classes of a tile, (N,); 0 out of bounds."""
+    return tl.load(vector + tile.first_class + tile.cols, tile.mask, other=0.0)
 
 
 # z --------------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def highest(COMPUTE: tl.constexpr):
+def max_float(COMPUTE: tl.constexpr):
     return 1.7976931348623157e308 if COMPUTE == tl.float64 else 3.4028234663852886e38
 
 
 @triton.jit
 def adjust(logits, log_prior, scale, live, tau):
-    """z = scale * logits + tau * log_prior, by the same operations in every kernel, so that all find the same bits.
+    """z = scale * logits + tau * log_prior, by the same operations in every kernel, so that all compute the same bits.
 
-    A class at -inf stays out, whatever its logit, and so does every class of a row that is not live. Of half precision
-    a logit of inf or NaN counts as the highest float, which no other reaches: -inf and that is -inf.
+    A class at log_prior = -inf is excluded, whatever its logit, and so is every class of a row that is not live. In
+    half precision a logit of inf or NaN becomes the highest float, which no other logit reaches: added to -inf it
+    gives -inf.
     """
     if logits.dtype == tl.bfloat16:
         z = (logits.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
@@ -247,39 +249,40 @@ def adjust(logits, log_prior, scale, live, tau):
     if scale is not None:
         z = z * scale.to(tau.dtype)
     if logits.dtype.primitive_bitwidth == 16:
-        z = tl.minimum(z, tl.where(live, highest(tau.dtype), float("-inf")))
+        z = tl.minimum(z, tl.where(live, max_float(tau.dtype), float("-inf")))
         return z if log_prior is None else tl.fma(log_prior.to(tau.dtype), tau, z)
     elif log_prior is None:
         return tl.where(live, z, float("-inf"))
     else:
         log_prior = log_prior.to(tau.dtype)
-        is_out = log_prior <= tl.where(live, float("-inf"), float("inf"))
-        return tl.where(is_out, float("-inf"), tl.fma(log_prior, tau, z))
+        excluded = log_prior <= tl.where(live, float("-inf"), float("inf"))
+        return tl.where(excluded, float("-inf"), tl.fma(log_prior, tau, z))
 
 
 @triton.jit
-def load_logits(call, rows, tile, VEC: tl.constexpr):
-    return load_tile(call.logits, places(rows.logits, tile, call.logits_class, VEC), tile, rows, float("-inf"))
+def load_logits(args, rows, tile, VEC: tl.constexpr):
+    offsets = tile_offsets(rows.logits_start, tile, args.logits_class, VEC)
+    return load_tile(args.logits, offsets, tile, rows, float("-inf"))
 
 
 @triton.jit
-def z_of(call, rows, tile, logits, log_prior, live):
-    """z of a tile, -inf outside; `log_prior` is its own, None where it is to be loaded."""
-    if call.bias is not None:
-        logits = logits.to(call.tau.dtype) + along(load_classes(call.bias, tile).to(call.tau.dtype), rows)
-    if log_prior is None and call.vectors.log_prior is not None:
-        log_prior = load_classes(call.vectors.log_prior, tile)
+def compute_z(args, rows, tile, logits, log_prior, live):
+    """z of a tile, -inf out of bounds; `log_prior` is that of its classes, or None if it is to be loaded."""
+    if args.bias is not None:
+        logits = logits.to(args.tau.dtype) + per_class(load_classes(args.bias, tile).to(args.tau.dtype), rows)
+    if log_prior is None and args.vectors.log_prior is not None:
+        log_prior = load_classes(args.vectors.log_prior, tile)
     if log_prior is not None:
-        log_prior = along(log_prior, rows)
+        log_prior = per_class(log_prior, rows)
     scale = None
-    if call.vectors.scale is not None:
-        scale = along(load_classes(call.vectors.scale, tile), rows)
-    z = adjust(logits, log_prior, scale, across(live), call.tau)
-    if call.vectors.scale is not None:
-        z = tl.where(along(tile.mask, rows), z, float("-inf"))  # -inf * 0
+    if args.vectors.scale is not None:
+        scale = per_class(load_classes(args.vectors.scale, tile), rows)
+    z = adjust(logits, log_prior, scale, per_row(live), args.tau)
+    if args.vectors.scale is not None:
+        z = tl.where(per_class(tile.mask, rows), z, float("-inf"))  # -inf * 0
     return z
 
 
 @triton.jit
-def load_z(call, rows, tile, live, VEC: tl.constexpr):
-    return z_of(call, rows, tile, load_logits(call, rows, tile, VEC), None, live)
+def load_z(args, rows, tile, live, VEC: tl.constexpr):
+    return compute_z(args, rows, tile, load_logits(args, rows, tile, VEC), None, live)

@@ -1,10 +1,10 @@
-r"""The family of losses of which the logit-adjusted one is a member, each as four vectors over the classes.
+r"""Pairwise-margin losses, the family of the logit-adjusted loss; each is four vectors over the classes.
 
 .. math:: \ell(y, f) = \alpha_y \log\Big[1 + \sum_{c \ne y} e^{\Delta_{yc} + f_c - f_y}\Big]
 
-Every preset here has :math:`\Delta_{yc} = u_c - v_y` and may scale the logits, so that with
+Every preset has :math:`\Delta_{yc} = u_c - v_y` and may scale the logits. With
 
-    z_c = scale_c * f_c + negative_offset_c        for the classes that are not the label
+    z_c = scale_c * f_c + negative_offset_c        for the other classes
     z_y = scale_y * f_y + target_offset_y          for the label
 
 the loss is `alpha_y * log1p(sum of exp(z_c - z_y) over the other classes)`. `margin_cross_entropy` computes it.

@@ -1,4 +1,4 @@
-"""The presets of the family: each makes a `PairwiseMargin` from a log prior."""
+"""Preset losses of the pairwise-margin family: each function makes a `PairwiseMargin` from a log prior."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_la._call import checks
-from fused_la._call.pairwise_margin import PairwiseMargin, normalized_prior, rounded
+from fused_la._call.pairwise_margin import PairwiseMargin, normalized_log_prior, to_prior_dtype
 from fused_la._call.values import holds_or_unknown
 
 
@@ -30,7 +30,7 @@ def erm() -> PairwiseMargin:
 
 
 def balanced(log_prior: Tensor) -> PairwiseMargin:
-    r"""Cross entropy with each row weighted by its class: alpha_y = 1 / pi_y, Delta = 0. Consistent.
+    r"""Cross entropy with each row weighted by its label: alpha_y = 1 / pi_y, Delta = 0. Consistent.
 
     .. math:: \ell(y, f) = \frac{1}{\pi_y} \log\Big[1 + \sum_{c \ne y} e^{f_c - f_y}\Big]
 
@@ -47,15 +47,15 @@ def balanced(log_prior: Tensor) -> PairwiseMargin:
 
     Source: Menon et al., ICLR 2021, equation 4.
     """
-    return PairwiseMargin(alpha=rounded((-normalized_prior(log_prior)).exp(), log_prior))
+    return PairwiseMargin(alpha=to_prior_dtype((-normalized_log_prior(log_prior)).exp(), log_prior))
 
 
 def adaptive(log_prior: Tensor) -> PairwiseMargin:
-    r"""The paper's form of LDAM, a margin that grows as a class gets rare: alpha = 1, Delta_yc = pi_y^(-1/4).
+    r"""The paper's form of LDAM, with larger margins for rarer classes: alpha = 1, Delta_yc = pi_y^(-1/4).
 
     .. math:: \ell(y, f) = \log\Big[1 + \sum_{c \ne y} e^{\pi_y^{-1/4} + f_c - f_y}\Big]
 
-    Not consistent. For LDAM as its authors train it, on cosines, see `ldam`.
+    Not consistent. `ldam` is LDAM as its authors train it, on cosines.
 
     Args:
         log_prior: (C,) log class frequencies, up to a constant; the constant is restored here.
@@ -70,7 +70,7 @@ def adaptive(log_prior: Tensor) -> PairwiseMargin:
 
     Source: Menon et al., ICLR 2021, equation 5, after Cao et al., NeurIPS 2019.
     """
-    return PairwiseMargin(target_offset=rounded(-(-0.25 * normalized_prior(log_prior)).exp(), log_prior))
+    return PairwiseMargin(target_offset=to_prior_dtype(-(-0.25 * normalized_log_prior(log_prior)).exp(), log_prior))
 
 
 def ldam(log_prior: Tensor, max_margin: float = 0.5, scale: float = 30.0) -> PairwiseMargin:
@@ -98,14 +98,14 @@ def ldam(log_prior: Tensor, max_margin: float = 0.5, scale: float = 30.0) -> Pai
     """
     max_margin = checks.check_number("max_margin", max_margin, 0.0, 1e30, "finite and not negative")
     scale = checks.check_number("scale", scale, 1e-30, 1e30, "finite and positive")
-    prior = normalized_prior(log_prior)
-    rarest = prior.masked_fill(prior == -math.inf, math.inf).amin()
-    of_class = max_margin * ((rarest - prior) / 4.0).exp() if max_margin > 0.0 else torch.zeros_like(prior)
-    return PairwiseMargin(target_offset=rounded(-scale * of_class, log_prior), scale=scale)
+    log_pi = normalized_log_prior(log_prior)
+    rarest = log_pi.masked_fill(log_pi == -math.inf, math.inf).amin()
+    class_margin = max_margin * ((rarest - log_pi) / 4.0).exp() if max_margin > 0.0 else torch.zeros_like(log_pi)
+    return PairwiseMargin(target_offset=to_prior_dtype(-scale * class_margin, log_prior), scale=scale)
 
 
 def equalised(log_prior: Tensor, transform: Callable[[Tensor], Tensor] | None = None) -> PairwiseMargin:
-    r"""Rare classes are spared the pressure of others' examples: alpha = 1, Delta_yc = log F(pi_c).
+    r"""Equalised loss, where examples of other classes suppress rare classes less: alpha = 1, Delta_yc = log F(pi_c).
 
     .. math:: \ell(y, f) = \log\Big[1 + \sum_{c \ne y} F(\pi_c) \, e^{f_c - f_y}\Big]
 
@@ -126,14 +126,14 @@ def equalised(log_prior: Tensor, transform: Callable[[Tensor], Tensor] | None = 
 
     Source: Menon et al., ICLR 2021, equation 6, after Tan et al., "Equalization loss", CVPR 2020.
     """
-    prior = normalized_prior(log_prior)
+    log_pi = normalized_log_prior(log_prior)
     if transform is None:
-        return PairwiseMargin(negative_offset=rounded(prior, log_prior))
-    values = transform(prior.exp())
+        return PairwiseMargin(negative_offset=to_prior_dtype(log_pi, log_prior))
+    values = transform(log_pi.exp())
     checks.check_tensor("transform(pi)", values)
-    if values.shape != prior.shape or not holds_or_unknown(((values >= 0.0) & (values <= 1.0)).all()):
-        raise ValueError(f"transform must give {len(prior)} numbers between 0 and 1, got {values}")
-    return PairwiseMargin(negative_offset=rounded(values.double().log(), log_prior))
+    if values.shape != log_pi.shape or not holds_or_unknown(((values >= 0.0) & (values <= 1.0)).all()):
+        raise ValueError(f"transform must give {len(log_pi)} numbers between 0 and 1, got {values}")
+    return PairwiseMargin(negative_offset=to_prior_dtype(values.double().log(), log_prior))
 
 
 def logit_adjusted(log_prior: Tensor, tau: float = 1.0, consistent: bool = False) -> PairwiseMargin:
@@ -146,7 +146,7 @@ def logit_adjusted(log_prior: Tensor, tau: float = 1.0, consistent: bool = False
     Args:
         log_prior: (C,) log class frequencies, up to a constant.
         tau: strength of the adjustment, >= 0.
-        consistent: take the weights alpha that Theorem 1 asks for.
+        consistent: use the alpha that Theorem 1 requires for consistency at this tau.
 
     Raises:
         TypeError, ValueError: log_prior is no floating vector, or not finite or -inf; tau is negative.
@@ -159,14 +159,14 @@ def logit_adjusted(log_prior: Tensor, tau: float = 1.0, consistent: bool = False
 
     Source: Menon et al., ICLR 2021, equations 10 and 11, Theorem 1.
     """
-    tau, prior = checks.check_tau(tau), normalized_prior(log_prior)
-    offset = rounded(tau * prior, log_prior) if tau > 0.0 else None
-    alpha = rounded(((tau - 1.0) * prior).exp(), log_prior) if consistent and tau != 1.0 else None
+    tau, log_pi = checks.check_tau(tau), normalized_log_prior(log_prior)
+    offset = to_prior_dtype(tau * log_pi, log_prior) if tau > 0.0 else None
+    alpha = to_prior_dtype(((tau - 1.0) * log_pi).exp(), log_prior) if consistent and tau != 1.0 else None
     return PairwiseMargin(alpha=alpha, negative_offset=offset, target_offset=offset)
 
 
 def logit_adjusted_adaptive(log_prior: Tensor) -> PairwiseMargin:
-    r"""`logit_adjusted` and `adaptive` together: alpha = 1, Delta_yc = log(pi_c / pi_y) + pi_y^(-1/4).
+    r"""The sum of the margins `logit_adjusted` and `adaptive`: alpha = 1, Delta_yc = log(pi_c / pi_y) + pi_y^(-1/4).
 
     .. math:: \ell(y, f) = \log\Big[1 + \sum_{c \ne y} \frac{\pi_c}{\pi_y} e^{\pi_y^{-1/4} + f_c - f_y}\Big]
 
@@ -183,15 +183,15 @@ def logit_adjusted_adaptive(log_prior: Tensor) -> PairwiseMargin:
 
     Source: Menon et al., ICLR 2021, section 5.2.
     """
-    prior = normalized_prior(log_prior)
+    log_pi = normalized_log_prior(log_prior)
     return PairwiseMargin(
-        negative_offset=rounded(prior, log_prior),
-        target_offset=rounded(prior - (-0.25 * prior).exp(), log_prior),
+        negative_offset=to_prior_dtype(log_pi, log_prior),
+        target_offset=to_prior_dtype(log_pi - (-0.25 * log_pi).exp(), log_prior),
     )
 
 
 def balanced_softmax(log_prior: Tensor) -> PairwiseMargin:
-    r"""Balanced softmax, the logit-adjusted loss at tau = 1: log n_c differs from log pi_c by a constant.
+    r"""Balanced softmax. It is the logit-adjusted loss at tau = 1: log n_c differs from log pi_c by a constant.
 
     .. math:: \ell(y, f) = -\log \frac{n_y e^{f_y}}{\sum_c n_c e^{f_c}}
 
@@ -212,15 +212,15 @@ def balanced_softmax(log_prior: Tensor) -> PairwiseMargin:
 
 
 def _relative_frequency(log_prior: Tensor, gamma: float) -> Tensor:
-    """(n_c / n_max)^gamma, 1 for a class without examples at gamma = 0."""
+    """(n_c / n_max)^gamma; at gamma = 0 it is 1 also for a class without examples."""
     gamma = checks.check_number("gamma", gamma, 0.0, 1e30, "finite and not negative")
-    prior = normalized_prior(log_prior)
-    ratio = ((prior - prior.amax()) * gamma).exp() if gamma > 0.0 else torch.ones_like(prior)
-    return rounded(ratio, log_prior)
+    log_pi = normalized_log_prior(log_prior)
+    ratio = ((log_pi - log_pi.amax()) * gamma).exp() if gamma > 0.0 else torch.ones_like(log_pi)
+    return to_prior_dtype(ratio, log_prior)
 
 
 def vector_scaling(log_prior: Tensor, gamma: float, tau: float) -> PairwiseMargin:
-    r"""The vector-scaling loss: logits scaled by (n_c / n_max)^gamma, and adjusted by tau * log pi_c.
+    r"""Vector-scaling loss: logits scaled by (n_c / n_max)^gamma and adjusted by tau * log pi_c.
 
     .. math:: \ell(y, f) = \log\Big[1 + \sum_{c \ne y}
               e^{(s_c f_c + \tau \log \pi_c) - (s_y f_y + \tau \log \pi_y)}\Big], \qquad s_c = (n_c / n_{\max})^{\gamma}
@@ -244,7 +244,7 @@ def vector_scaling(log_prior: Tensor, gamma: float, tau: float) -> PairwiseMargi
 
 
 def cdt(log_prior: Tensor, gamma: float) -> PairwiseMargin:
-    r"""Class-dependent temperatures: logits scaled by (n_c / n_max)^gamma, alpha = 1, no offsets. Not consistent.
+    r"""Class-dependent temperatures (CDT): logits scaled by (n_c / n_max)^gamma, alpha = 1, no offsets. Not consistent.
 
     .. math:: \ell(y, f) = \log\Big[1 + \sum_{c \ne y} e^{s_c f_c - s_y f_y}\Big],
               \qquad s_c = (n_c / n_{\max})^{\gamma}
@@ -267,7 +267,7 @@ def cdt(log_prior: Tensor, gamma: float) -> PairwiseMargin:
 
 
 def fisher_consistent(log_prior: Tensor, log_delta: Tensor) -> PairwiseMargin:
-    r"""Any member that Theorem 1 proves consistent: alpha_y = delta_y / pi_y, Delta_yc = log(delta_c / delta_y).
+    r"""Any loss that Theorem 1 proves consistent: alpha_y = delta_y / pi_y, Delta_yc = log(delta_c / delta_y).
 
     .. math:: \ell(y, f) = \frac{\delta_y}{\pi_y}
               \log\Big[1 + \sum_{c \ne y} \frac{\delta_c}{\delta_y} e^{f_c - f_y}\Big]
@@ -279,8 +279,8 @@ def fisher_consistent(log_prior: Tensor, log_delta: Tensor) -> PairwiseMargin:
         log_delta: (C,) floating and finite, the logarithm of any delta > 0.
 
     Raises:
-        TypeError, ValueError: log_prior is no floating vector, or not finite or -inf; log_delta is not finite or is
-            not of the shape of log_prior.
+        TypeError, ValueError: log_prior is no floating vector, or not finite or -inf; log_delta is not finite or does
+            not have the shape of log_prior.
 
     Example:
         >>> from fused_la import log_prior_from_counts, margins
@@ -290,10 +290,10 @@ def fisher_consistent(log_prior: Tensor, log_delta: Tensor) -> PairwiseMargin:
 
     Source: Menon et al., ICLR 2021, Theorem 1.
     """
-    prior = normalized_prior(log_prior)
-    checks.check_class_vector("log_delta", log_delta, len(prior))
+    log_pi = normalized_log_prior(log_prior)
+    checks.check_class_vector("log_delta", log_delta, len(log_pi))
     if not holds_or_unknown(log_delta.isfinite().all()):
         raise ValueError(f"log_delta must be finite, got {log_delta}")
-    offset = rounded(log_delta.double(), log_prior)
-    alpha = rounded((log_delta.double() - prior).exp(), log_prior)
+    offset = to_prior_dtype(log_delta.double(), log_prior)
+    alpha = to_prior_dtype((log_delta.double() - log_pi).exp(), log_prior)
     return PairwiseMargin(alpha=alpha, negative_offset=offset, target_offset=offset)

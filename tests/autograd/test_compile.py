@@ -10,6 +10,7 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import one_in
 from oracle import truth
 from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraphs
 from torch.autograd import forward_ad
@@ -326,8 +327,7 @@ OPERANDS = {
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's
-@pytest.mark.parametrize("operands", OPERANDS)
-@pytest.mark.parametrize("impl", ["blocked", "triton"])
+@pytest.mark.parametrize(("impl", "operands"), one_in(2, ["blocked", "triton"], list(OPERANDS)))
 def test_operators_are_what_they_declare(device, log_prior, impl, operands):
     """Schema, fake tensors, autograd registration and AOTAutograd, by PyTorch's own checks."""
     if impl == "blocked" and device != "cpu":

@@ -1,6 +1,6 @@
-"""The benchmark command at tiny sizes on a CPU: what it writes, and that nothing wrong is timed or silently missing.
+"""`python -m benchmarks` at tiny sizes on a CPU: the files it writes; nothing wrong is timed or silently missing.
 
-No timing is asserted. `python -m benchmarks` runs from a checkout, so the checkout comes first on the path.
+No time is asserted. The command runs from a checkout, so the checkout comes first on the path.
 """
 
 import importlib
@@ -42,7 +42,7 @@ def job(benchmarks):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """What the command prints, and the paths that it writes."""
+    """The output of the command, and {suffix: path} of the files it writes."""
     out = tmp_path_factory.mktemp("benchmarks")
     providers = ["fused_la blocked", "fused_la triton", "Liger-Kernel", "eager head, folded", "four bare products"]
     tiny = ["--device", "cpu", "--rows", "8", "--classes", "37", "--dtypes", "float32", "--seconds", "0.001"]
@@ -190,7 +190,7 @@ def test_the_list_has_every_selection_and_provider(benchmarks, capsys):
 
 
 def replaced(benchmarks, loss, **changes):
-    """The provider eager with another loss, of logits and batch."""
+    """The provider eager with another loss(logits, batch)."""
     return replace(
         benchmarks.providers.PROVIDERS["eager"], load=lambda *_: lambda leaves, batch: loss(leaves[0], batch), **changes
     )
@@ -253,8 +253,10 @@ def test_a_wrong_provider_is_listed_with_its_error_and_not_timed(benchmarks, job
 
 
 def test_one_wrong_row_of_many_is_found(benchmarks, job):
-    """Of 30,000 it is 0.6 % of the gradient, less than bfloat16 rounds away: as a kernel leaves it whose last program
-    is wrong."""
+    """One of 30,000 rows is 0.6 % of the gradient's norm, less than bfloat16 rounds away.
+
+    A kernel whose last program is wrong leaves such a row.
+    """
     case = benchmarks.cases.Case(30_000, 37, "bfloat16")
     (record,) = benchmarks.measure.measure(replace(job, case=case), replaced(benchmarks, no_gradient_in_the_last_row))
     assert record["status"] == "wrong"
@@ -263,7 +265,7 @@ def test_one_wrong_row_of_many_is_found(benchmarks, job):
 
 
 def test_float16_gradients_of_many_rows_are_scaled_as_they_are_in_training(benchmarks, job):
-    """1 / 30,000 of a probability of 1/2,000 is nothing in float16: without a scale every loss would be wrong."""
+    """1 / 30,000 of a probability of 1/2,000 is 0 in float16: without a loss scale every gradient would be wrong."""
     case = benchmarks.cases.Case(30_000, 17, "float16")
     for name in ("eager", "fused_la blocked"):
         records = list(benchmarks.measure.measure(replace(job, case=case, provider=name, time=False)))
@@ -304,7 +306,7 @@ def test_a_bias_as_the_weight_of_a_feature_gives_the_same_loss_and_gradients(ben
 def test_a_loss_that_overwrites_its_logits_gets_a_fresh_copy_every_time(benchmarks, job):
     def loss(logits, batch):
         value = torch.nn.functional.cross_entropy(logits + batch.log_prior, batch.target)
-        logits.detach().zero_()  # what is saved for backward is a sum of its own
+        logits.detach().zero_()  # backward needs the sum logits + log_prior, not logits
         return value
 
     records = list(benchmarks.measure.measure(job, replaced(benchmarks, loss, overwrites=True)))
@@ -314,7 +316,7 @@ def test_a_loss_that_overwrites_its_logits_gets_a_fresh_copy_every_time(benchmar
 
 
 def test_a_loss_that_is_not_a_number_does_not_end_the_run(benchmarks, job, tmp_path, monkeypatch):
-    """Its errors are no numbers either, and JSON has none of that kind."""
+    """Its errors are NaN too, which JSON does not have."""
     records = [*benchmarks.measure.measure(job, replaced(benchmarks, not_a_number)), job.record("skipped", "next")]
     monkeypatch.setattr(benchmarks.main, "in_one_process", lambda *_: (record for record in records))
     monkeypatch.setattr(benchmarks.main.machine, "device_facts", lambda _: DEVICE_FACTS)
@@ -374,7 +376,7 @@ def test_what_does_not_fit_is_skipped_before_anything_is_allocated(benchmarks, j
 
 
 def test_a_crash_costs_one_job_and_the_next_has_a_process_of_its_own(benchmarks, job):
-    """Unpickling the job ends the process that gets it."""
+    """Unpickling this job ends the worker process."""
 
     class Crash(benchmarks.measure.Job):
         def __reduce__(self):
@@ -390,7 +392,7 @@ def test_a_crash_costs_one_job_and_the_next_has_a_process_of_its_own(benchmarks,
 
 def test_a_job_that_hangs_is_stopped(benchmarks, job):
     start = time.monotonic()
-    (record,) = benchmarks.run.in_one_process([job], timeout=0.01, minutes=100)  # it cannot have begun
+    (record,) = benchmarks.run.in_one_process([job], timeout=0.01, minutes=100)  # too short for the process to start
     assert (record["status"], record["reason"]) == ("failed", "no result within 0.01 s: stopped")
     assert time.monotonic() - start < 60
 
@@ -406,7 +408,7 @@ def test_fresh_processes_are_reported_by_the_median_and_how_far_they_go(benchmar
         job.record("timed", mode="both", ms=ms, eager_ms=12.0, ms_low=0.0, ms_high=9.0, rounds=3)
         for ms in (2.0, 4.0, 3.0)
     ]
-    together = benchmarks.run.combined(records, {"loss_error": 1e-7})
+    together = benchmarks.run.combine_records(records, {"loss_error": 1e-7})
     assert (together["ms_low"], together["ms"], together["ms_high"]) == (2.0, 3.0, 4.0)
     assert (together["ratio_low"], together["times_faster_than_eager"], together["ratio_high"]) == (3.0, 4.0, 6.0)
     assert together["loss_error"] == 1e-7
@@ -414,7 +416,7 @@ def test_fresh_processes_are_reported_by_the_median_and_how_far_they_go(benchmar
     assert together["processes"] == 3
 
 
-# What a GPU takes, without one ----------------------------------------------------------------------------------------
+# What a GPU needs, tested without one ---------------------------------------------------------------------------------
 
 
 def test_device_times_are_of_the_run_alone(benchmarks, monkeypatch):
@@ -446,7 +448,7 @@ def test_device_times_are_of_the_run_alone(benchmarks, monkeypatch):
 
 @pytest.fixture
 def gpu_job(benchmarks, job, monkeypatch):
-    """A job for a GPU whose tensors and events are a CPU's."""
+    """A job for a GPU, with tensors and events of a CPU."""
 
     class Event:
         def __init__(self, enable_timing):

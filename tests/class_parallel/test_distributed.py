@@ -1006,6 +1006,7 @@ def lose(case: Case, widths: list[int], lost: int, how: str) -> Any:
     return "no error", 0.0
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_ends_the_others_with_an_error(tmp_path):
     """At once: gloo sees that the connection is closed. Never later than the timeout of the group."""
     pool = Pool(3, str(tmp_path / "store"))

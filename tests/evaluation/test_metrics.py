@@ -308,6 +308,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_counts_are_summed_over_ranks(tmp_path):
     ranks = [
         subprocess.Popen(

@@ -1,8 +1,9 @@
-"""The examples run as a user runs them, in a process of their own, and show what they are there to show.
+"""Tests of examples/digits_lt.py and figure2.py: each runs in its own process and shows what it should.
 
-Few seeds, trials and steps are enough: they are deterministic, and logit adjustment wins by several points.
+Few seeds, trials and steps are enough: the runs are deterministic, and logit adjustment wins by several points.
 """
 
+import contextlib
 import io
 import json
 import math
@@ -18,6 +19,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from conftest import slow
 from sklearn.datasets import load_digits
 from torch import nn
 
@@ -58,6 +60,16 @@ def run_example(script, folder, *options):
     return process.stdout, folder / "out"
 
 
+def run_in_this_process(script, folder, *options):
+    """The same without another process, which takes seconds to import what this one has imported."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as stdout:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", [script.name, *options, "--out", "out"])
+        runpy.run_path(str(script))["main"]()
+    assert [path.name for path in folder.iterdir()] == ["out"]
+    return stdout.getvalue(), folder / "out"
+
+
 def read_json(path):
     def refuse(constant):
         raise ValueError(f"{constant} is not JSON")
@@ -72,7 +84,7 @@ def is_drawn(path, *colors):
     assert width >= 850
     for color in colors:
         drawn = np.isclose(pixels, matplotlib.colors.to_rgb(color), atol=0.02).all(axis=-1)
-        # in both halves, and more than a legend has: a line with its markers
+        # in both halves, and more pixels than a legend has
         assert drawn[:, : width // 2].sum() > 100
         assert drawn[:, width // 2 :].sum() > 100
 
@@ -82,7 +94,7 @@ def is_drawn(path, *colors):
 
 @pytest.fixture(scope="module")
 def digits_lt(tmp_path_factory):
-    return run_example(DIGITS_LT, tmp_path_factory.mktemp("digits_lt"), "--seeds", "2", "--steps", "60")
+    return run_in_this_process(DIGITS_LT, tmp_path_factory.mktemp("digits_lt"), "--seeds", "2", "--steps", "60")
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +181,7 @@ def test_digits_lt_never_trains_on_or_chooses_by_a_test_image(digits_lt_script):
     model = nn.Sequential(nn.Linear(64, 10))
     with torch.no_grad():
         chosen = digits_lt_script["choose_taus"](model, images, target, split)
-        images[split.test] = math.nan  # would be seen in any choice
+        images[split.test] = math.nan  # any use of a test image would change the choice
         target[split.test] = -1
         assert digits_lt_script["choose_taus"](model, images, target, split) == chosen
 
@@ -246,13 +258,13 @@ def figure2_script():
 
 
 def excess(report, name):
-    """Mean balanced error over that of the Bayes rule on the same test examples, in points."""
+    """Mean balanced error minus that of the Bayes rule on the same test examples, in points."""
     error = report["balanced_error"]
     return 100 * (np.mean(error[name]) - np.mean(error["Bayes rule"]))
 
 
 def check_consistent_losses(report, tolerance):
-    # What 10,000 training examples leave: a boundary that is off by its standard error costs its square.
+    # 10,000 training examples leave an excess: a boundary that is off by its standard error costs the square of it.
     for name in ("balanced", "logit-adjusted", "consistent, delta = pi^0.5", "post hoc, tau = 1"):
         assert abs(excess(report, name)) < tolerance, name
 
@@ -305,7 +317,7 @@ def test_figure2_is_drawn(figure2):
     ("options", "bayes"), [(["--prior", "0.3"], 0.0786496), (["--classes", "3", "--prior", "0.1"], 0.1342328)]
 )
 def test_figure2_consistent_methods_reach_bayes_at_other_priors_and_with_three_classes(tmp_path, options, bayes):
-    _, out = run_example(FIGURE2, tmp_path, "--trials", "2", *options)
+    _, out = run_in_this_process(FIGURE2, tmp_path, "--trials", "2", *options)
     report = read_json(out / "figure2.json")
     assert report["bayes_balanced_error"] == pytest.approx(bayes, abs=1e-6)
     check_consistent_losses(report, 0.3)
@@ -329,7 +341,7 @@ def test_figure2_counts_at_inaturalists_scale_are_its_own(figure2_script):
 
 
 def test_figure2_at_inaturalists_scale_runs_with_fewer_classes(tmp_path):
-    _, out = run_example(FIGURE2, tmp_path, "--inaturalist", "--classes", "200", "--epochs", "4")
+    _, out = run_in_this_process(FIGURE2, tmp_path, "--inaturalist", "--classes", "200", "--epochs", "4")
     report = read_json(out / "figure2_inaturalist.json")
     error = {name: result["balanced_error"] for name, result in report["results"].items()}
     assert error["Bayes rule"] == min(error.values())
@@ -379,7 +391,7 @@ def test_examples_refuse_options_before_they_train(
     ],
 )
 def test_examples_print_in_ascii_and_write_to_a_folder_of_any_name(script, options, tmp_path, monkeypatch):
-    """Where stdout is ASCII, and a name is Latin-1. Nothing is lost for a character that cannot be shown."""
+    """stdout is ASCII and a name is Latin-1. A character that cannot be shown must not end the run."""
     out = tmp_path / os.fsdecode(b"caf\xe9")
     stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "argv", [script, *options.split(), "--out", str(out)])
@@ -406,9 +418,9 @@ assert group() is None
 """
 
 
-@pytest.mark.parametrize(("folder", "module"), [(EXAMPLES, "extreme_classes"), (EXAMPLES / "resnet50", "world")])
+@pytest.mark.parametrize(("folder", "module"), [slow(EXAMPLES, "extreme_classes"), (EXAMPLES / "resnet50", "world")])
 def test_nothing_of_a_process_group_is_left_when_python_ends(folder, module):
-    """A thread of it that waits for the interpreter then aborts the process, now and then."""
+    """A remaining thread that waits for the interpreter aborts the process now and then."""
     command = [sys.executable, "-c", GROUP_ENDS, str(folder), module]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

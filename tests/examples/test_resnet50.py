@@ -1,4 +1,4 @@
-"""The training example: a run from options to report, stopped and resumed anywhere, alone and in two processes."""
+"""Tests of the training example: options, training, report, stopping and resuming, one process and two."""
 
 import csv
 import errno
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import slow
 from torch.nn import functional as F
 
 import fused_la
@@ -37,7 +38,7 @@ import table  # noqa: E402
 import train  # noqa: E402
 import world  # noqa: E402
 from PIL import Image  # noqa: E402
-from world import World, start  # noqa: E402
+from world import World, init_world  # noqa: E402
 
 ALONE = World(0, 1, torch.device("cpu"))
 ENVIRONMENT = {
@@ -49,7 +50,7 @@ COUNTS = {"train": (24, 12, 5), "val": (4, 4, 3), "test": (6, 6, 5)}
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread():
-    """As the processes that tests start have: what one computes, bit for bit, is what the other does."""
+    """One thread, as in the processes that tests start, so that results are equal bit for bit."""
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -58,7 +59,7 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def listed(tmp_path_factory) -> Path:
-    """Three colours in the format of ImageNet-LT, learnt in a few steps, though not without errors."""
+    """Images of three colours in the format of ImageNet-LT. A few steps learn them, but not without errors."""
     root = tmp_path_factory.mktemp("listed")
     generator = torch.Generator().manual_seed(0)
     for split, counts in COUNTS.items():
@@ -76,7 +77,7 @@ def listed(tmp_path_factory) -> Path:
 
 
 def command(listed: Path, *more: object) -> list[str]:
-    """Options of a run of three epochs of five steps; those given later count."""
+    """Options of a run of three epochs of five steps. `more` overrides them."""
     small = {
         "--dataset": "imagenet-lt", "--data": listed, "--model": "resnet32", "--image-size": 8, "--augment": "none",
         "--epochs": 3, "--batch-size": 8, "--warmup-epochs": 1, "--lr": 0.02, "--device": "cpu",
@@ -99,7 +100,7 @@ def losses(out: Path) -> list[float]:
 
 
 def stopped(capsys, argv: list[str]) -> str:
-    """What a run that ends with an error says."""
+    """The message of a run that ends with an error."""
     with pytest.raises(SystemExit) as raised:
         train.main(argv)
     assert raised.value.code != 0
@@ -107,7 +108,7 @@ def stopped(capsys, argv: list[str]) -> str:
 
 
 def in_ascii(monkeypatch) -> io.TextIOWrapper:
-    """stdout from now on, as LC_ALL=C or PYTHONIOENCODING=ascii make it."""
+    """Make stdout ASCII, as LC_ALL=C or PYTHONIOENCODING=ascii do."""
     stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", stdout)
     return stdout
@@ -311,7 +312,7 @@ def test_every_preset_is_the_packages(loss):
 @pytest.mark.parametrize(("device", "rank", "index"), [(None, None, 0), ("cuda", None, 0), ("cuda:2", None, 2),
                                                        (None, "1", 1), ("cuda", "1", 1)])  # fmt: skip
 def test_a_gpu_is_chosen_by_its_index(monkeypatch, device, rank, index):
-    """PyTorch is played: a device without an index is none that a process can be set to."""
+    """PyTorch's GPU calls are replaced. `set_device` refuses a device without an index, so each needs one."""
     from torch.cuda._utils import _get_device_index
 
     chosen = []
@@ -325,15 +326,15 @@ def test_a_gpu_is_chosen_by_its_index(monkeypatch, device, rank, index):
         monkeypatch.setenv("LOCAL_RANK", rank)
         monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend: None)
         monkeypatch.setattr(torch.distributed, "get_rank", lambda: int(rank))
-    world = start(device, 0, fast_convolutions=False)
+    world = init_world(device, 0, cudnn_benchmark=False)
     assert chosen == [index]
     assert torch.backends.cudnn.benchmark is False
-    start(device, 0, fast_convolutions=True)
+    init_world(device, 0, cudnn_benchmark=True)
     assert torch.backends.cudnn.benchmark is True
     assert world.device == torch.device("cuda", index)
     if rank is not None:
         with pytest.raises(options.OptionError, match="--device cuda:0 is of one process"):
-            start("cuda:0", 0, fast_convolutions=False)
+            init_world("cuda:0", 0, cudnn_benchmark=False)
 
 
 # ---- A run
@@ -357,7 +358,7 @@ def test_a_run_leaves_what_it_promises(listed, erm):
 
 
 def test_the_report_is_json_by_the_standard(erm):
-    """Which has no NaN: no class of three has more than 100 images."""
+    """Standard JSON has no NaN. many_error has no value here: none of the classes has more than 100 images."""
 
     def refuse(constant):
         raise AssertionError(constant)
@@ -399,14 +400,14 @@ def logits_of(erm: Path, listed: Path, split: str, state: dict) -> tuple[torch.T
 
 
 def test_the_report_is_what_the_logits_say(listed, erm):
-    """Every rate of an ERM run, from its checkpoint, by other means; tau* from the validation split."""
+    """Recompute every rate of an ERM run from its checkpoint, and tau* from the validation split."""
     report = json.loads((erm / "report.json").read_text())
     saved = torch.load(erm / "checkpoint.pt", weights_only=True)
     log_prior = torch.tensor([24 / 41, 12 / 41, 5 / 41], dtype=torch.float64).log()
     assert saved["best"]["epoch"] == max(
         range(1, 4), key=lambda epoch: (-float(log(erm)[epoch - 1]["val_balanced_error"]), epoch)
     )
-    assert [float(row["lr"]) for row in log(erm)] == pytest.approx([0.02 / 5, 0.02, 0.01])  # as an epoch begins
+    assert [float(row["lr"]) for row in log(erm)] == pytest.approx([0.02 / 5, 0.02, 0.01])  # at the start of each epoch
     states = {"last epoch": saved["model"]}
     if saved["best"]["epoch"] != 3:
         states["best epoch"] = saved["best"]["model"]
@@ -456,16 +457,16 @@ def test_the_report_is_what_the_logits_say(listed, erm):
 
 
 def test_shots_are_of_the_whole_training_split_and_the_prior_of_what_is_left():
-    """Where validation images were carved from it."""
+    """They differ if validation images were carved from the training split."""
     images = data_sets.ArrayImages(torch.zeros(3, 3, 8, 8, dtype=torch.uint8), torch.arange(3))
     split = data_sets.Split("x", images)
     data = data_sets.Data(split, None, split, 3, list("abc"), torch.tensor([101, 20, 19]), torch.tensor([1, 1, 98]), [])
-    rated = evaluation.Rated(data, torch.Tensor.float, ALONE.device)
+    rated = evaluation.CorrectionMetrics(data, torch.Tensor.float, ALONE.device)
     rated.update(torch.eye(3)[[0, 0, 0]], torch.arange(3))
     result = rated.compute()
     assert [result[f"{group}_error"] for group in ("many", "medium", "few")] == [0, 1, 1]
     head = models.Head(torch.eye(3), None)
-    logits, target = torch.tensor([[0.0, -9.0, 1.0]]), torch.tensor([0])  # class 0 if class 2 is frequent
+    logits, target = torch.tensor([[0.0, -9.0, 1.0]]), torch.tensor([0])  # class 0 wins by a prior for class 2
     for sweep in (evaluation.make_sweeps(head, data, "x")[evaluation.POST_HOC],):
         sweep.update(logits, target)
         assert sweep.compute()["balanced_error"].tolist()[evaluation.TAUS.index(1.0)] == 0
@@ -484,7 +485,7 @@ def test_statistics_of_processes_are_averaged(monkeypatch):
 
 
 def test_figures_begin_with_the_most_frequent_class():
-    assert reports.ranks_of({"class_counts": [3, 9, 5, 9]}).tolist() == [1, 3, 2, 0]
+    assert reports.classes_by_frequency({"class_counts": [3, 9, 5, 9]}).tolist() == [1, 3, 2, 0]
 
 
 def test_inverse_weights_are_one_for_a_class_of_average_size():
@@ -507,7 +508,7 @@ def test_the_optimizer_has_what_the_options_say():
 
 
 def test_of_epochs_that_are_equally_good_the_last_is_chosen(listed, tmp_path):
-    """Of a model that does not change."""
+    """The model does not change here, so all epochs are equally good."""
     report = run(listed, tmp_path / "run", "--norm", "group", "--lr", 1e-30, "--weight-decay", 0)
     assert len({row["val_balanced_error"] for row in log(tmp_path / "run")}) == 1
     assert list(report["models"]) == ["last epoch"]
@@ -524,7 +525,7 @@ def test_an_adjusted_run_is_not_corrected_again(listed, tmp_path):
 
 
 def test_without_a_validation_split_nothing_is_chosen(listed, tmp_path):
-    """The three images a class of val, as a folder's test split: what could be carved is said not to be."""
+    """A folder with train and test: --val-fraction 0 leaves no validation split, the default carves one."""
     root = tmp_path / "folder"
     for split, source in (("train", "train"), ("test", "test")):
         for path in sorted((listed / source).iterdir()):
@@ -555,7 +556,7 @@ def test_a_dry_run_writes_nothing(listed, tmp_path, capsys):
 
 
 def test_profile_step_says_which_limits(listed, tmp_path, capsys):
-    for more in ((), ("--fused-head", "--batch-size", 41)):  # also with one batch an epoch
+    for more in ((), ("--fused-head", "--batch-size", 41)):  # the second has one batch an epoch
         train.main(command(listed, "--out", tmp_path / "run", "--profile-step", *more))
         printed = capsys.readouterr().out
         assert "loader alone" in printed
@@ -571,18 +572,34 @@ def test_profile_step_says_which_limits(listed, tmp_path, capsys):
 # ---- What must not change a result
 
 
-def test_loss_curves_do_not_depend_on_the_implementation(listed, tmp_path, device):
-    """GroupNorm, since BatchNorm of eight images multiplies the last bits at every step."""
-    common = ("--norm", "group", "--epochs", 2, "--no-posthoc")
-    variants = {"plain": (), "fused": ("--fused-head",), "reference": ("--loss-impl", "reference"),
-                "blocked": ("--loss-impl", "blocked"), "triton": ("--loss-impl", "triton"),
-                "accumulated": ("--grad-accum-steps", 3), "channels last": ("--channels-last",)}  # fmt: skip
-    if device != "cpu":
-        del variants["triton"]  # its interpreter is for machines without a GPU
-    for name, more in variants.items():
-        run(listed, tmp_path / name, *common, *more)
-    for name in variants:
-        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "plain"), rel=2e-5), name
+# GroupNorm, because BatchNorm of eight images amplifies rounding at every step.
+PLAIN = ("--norm", "group", "--epochs", 2, "--no-posthoc")
+
+
+@pytest.fixture(scope="module")
+def plain(listed, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("plain") / "run"
+    run(listed, out, *PLAIN)
+    return out
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--fused-head",),
+        slow(("--loss-impl", "reference")),
+        slow(("--loss-impl", "blocked")),
+        ("--loss-impl", "triton"),
+        ("--grad-accum-steps", 3),
+        slow(("--channels-last",)),
+    ],
+    ids=str,
+)
+def test_loss_curves_do_not_depend_on_the_implementation(listed, plain, tmp_path, device, more):
+    if "triton" in more and device != "cpu":
+        pytest.skip("the test means its interpreter, which is for machines without a GPU")
+    run(listed, tmp_path / "run", *PLAIN, *more)
+    assert losses(tmp_path / "run") == pytest.approx(losses(plain), rel=2e-5)
 
 
 def test_batches_do_not_depend_on_workers_and_processes(listed):
@@ -609,7 +626,7 @@ def test_batches_do_not_depend_on_workers_and_processes(listed):
 @pytest.mark.parametrize(("dataset", "size", "side"), [("imagenet-lt", 112, 128), ("inaturalist2018", 224, 256),
                                                        ("digits-lt", 32, 32), ("cifar10-lt", 32, 32)])  # fmt: skip
 def test_what_is_evaluated_is_the_middle_of_an_image_with_the_data_sets_mean_and_deviation(dataset, size, side):
-    """Of an image whose shorter side is 8/7 of the crop, which needs no resizing; a small one is whole."""
+    """An image whose shorter side is 8/7 of the crop needs no resizing. A small image is not cropped."""
     mean_and_std = {
         "imagenet-lt": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
         "inaturalist2018": ((0.466, 0.471, 0.380), (0.195, 0.194, 0.192)),
@@ -627,7 +644,7 @@ def test_what_is_evaluated_is_the_middle_of_an_image_with_the_data_sets_mean_and
 
 @pytest.mark.parametrize("augment", ["shift", "pad-crop-flip", "resized-crop-flip"])
 def test_augmentation_does_what_it_is_called(augment):
-    """Of an image that is bright on the left alone: which side is bright says whether it was flipped."""
+    """The image is bright only on the left, so the bright side of the result says whether it was flipped."""
     args = options.parse(None, ["--augment", augment, "--image-size", "32"])
     image = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
     image[..., :16] = 255
@@ -646,7 +663,7 @@ def test_augmentation_does_what_it_is_called(augment):
 def test_every_epoch_has_its_own_order_and_its_own_mixing(listed, tmp_path, monkeypatch):
     args = options.parse(None, command(listed))
     loader = loading.TrainLoader(args, data_sets.load("imagenet-lt", listed).train.images, ALONE)
-    orders = [torch.cat([images for images, _ in loader.epoch(epoch)]) for epoch in (0, 1, 0)]  # nothing augments
+    orders = [torch.cat([images for images, _ in loader.epoch(epoch)]) for epoch in (0, 1, 0)]  # without augmentation
     assert torch.equal(orders[0], orders[2])
     assert not torch.equal(orders[0], orders[1])
     seeds, genuine = [], train.backward
@@ -697,22 +714,21 @@ def test_mixing_keeps_both_labels_as_torchvisions_dense_targets_would(argv):
     assert len(seen) == len(mix.alphas)
 
 
-def test_options_of_training_run_together(listed, tmp_path):
-    for more in (
+@pytest.mark.parametrize(
+    "more",
+    [
         ("--amp", "--channels-last", "--mixup", 0.2, "--cutmix", 1, "--model-ema", "--smoothing", 0.1, "--workers", 1),
-        ("--amp", "fp16", "--opt", "adamw", "--lr", 1e-3, "--fused-head", "--grad-accum-steps", 2),
+        slow(("--amp", "fp16", "--opt", "adamw", "--lr", 1e-3, "--fused-head", "--grad-accum-steps", 2)),
         ("--loss", "ldam", "--schedule", "constant", "--class-weights", "inverse"),
-        ("--loss", "erm", "--sampler", "class-balanced", "--nesterov", "--warmup-epochs", 0),
-    ):
-        out = tmp_path / str(len(list(tmp_path.iterdir())))
-        report = run(listed, out, "--epochs", 2, *more)
-        assert all(torch.isfinite(torch.tensor(losses(out))))
-        assert report["models"]["last epoch"]["results"]["raw"]["n_images"] == 17
-        rerun = run(listed, tmp_path / "again", "--epochs", 2, *more)
-        assert rerun == report
-        for path in sorted((tmp_path / "again").rglob("*"), reverse=True):
-            path.unlink() if path.is_file() else path.rmdir()
-        (tmp_path / "again").rmdir()
+        slow(("--loss", "erm", "--sampler", "class-balanced", "--nesterov", "--warmup-epochs", 0)),
+    ],
+    ids=["mixed images", "fp16", "ldam", "class-balanced"],
+)
+def test_options_of_training_run_together(listed, tmp_path, more):
+    report = run(listed, tmp_path / "run", "--epochs", 2, *more)
+    assert all(torch.isfinite(torch.tensor(losses(tmp_path / "run"))))
+    assert report["models"]["last epoch"]["results"]["raw"]["n_images"] == 17
+    assert run(listed, tmp_path / "again", "--epochs", 2, *more) == report
 
 
 def test_the_running_mean_of_weights_is_what_is_evaluated(listed, tmp_path):
@@ -789,7 +805,7 @@ def test_every_classifier_of_torchvision_is_split_or_refused():
 
     for name in zoo.list_models(module=zoo):
         if name.startswith("regnet") and not name.endswith("400mf"):
-            continue  # RegNets read their widths from tensors: not without memory, and they are all alike
+            continue  # RegNets read their widths from tensors, so the meta device does not do; one of them is enough
         with torch.device("cpu" if name.startswith("regnet") else "meta"):
             network = models.make_network(options.parse(None, ["--model", name]))
         if name.startswith("squeezenet"):
@@ -803,11 +819,11 @@ def test_every_classifier_of_torchvision_is_split_or_refused():
 
 
 class Killed(BaseException):
-    """Nothing of the example catches it: files are as they are when a process is killed."""
+    """Nothing in the example catches it, so the files stay as if the process had been killed."""
 
 
 def killed_at(monkeypatch, n: int) -> None:
-    """Before the n-th call of a function that changes files."""
+    """Raise Killed before the n-th call of a function that changes files."""
     calls = [0]
     for name in ("replace", "fsync"):
         genuine = getattr(os, name)
@@ -831,7 +847,7 @@ def content(out: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def whole(listed, tmp_path_factory) -> Path:
-    """A run that nothing stops, with all state there is."""
+    """An uninterrupted run with every kind of state."""
     out = tmp_path_factory.mktemp("whole") / "run"
     run(listed, out, *STATEFUL)
     return out
@@ -840,9 +856,11 @@ def whole(listed, tmp_path_factory) -> Path:
 STATEFUL = ("--epochs", 2, "--model-ema", "--mixup", 0.2, "--augment", "resized-crop-flip", "--loss", "erm")
 
 
-def test_a_run_killed_between_any_two_changes_of_files_resumes_to_the_same_report(listed, whole, tmp_path, monkeypatch):
-    n = 1
-    while True:
+@pytest.fixture
+def kill_and_resume(listed, whole, tmp_path, monkeypatch):
+    """Function of n: whether a run was killed before its n-th change of a file. It is then resumed and checked."""
+
+    def run_twice(n: int) -> bool:
         out = tmp_path / f"killed-{n}"
         argv = command(listed, "--out", out, *STATEFUL)
         with monkeypatch.context() as patch:
@@ -852,16 +870,32 @@ def test_a_run_killed_between_any_two_changes_of_files_resumes_to_the_same_repor
             except Killed:
                 pass
             else:
-                break
+                return False
         train.main([*argv, "--resume"])
         assert content(out) == content(whole), n
         assert [row["train_loss"] for row in log(out)] == [row["train_loss"] for row in log(whole)]
-        n += 1 if n < 3 else 3  # which is every kind of change in some epoch, and most before or after the other
+        return True
+
+    return run_twice
+
+
+@pytest.mark.parametrize("n", [2, 10])
+def test_a_run_killed_between_two_changes_of_files_resumes_to_the_same_report(kill_and_resume, n):
+    """Early in the first epoch, and after a checkpoint."""
+    assert kill_and_resume(n)
+
+
+@pytest.mark.slow
+def test_a_run_killed_between_any_two_changes_of_files_resumes_to_the_same_report(kill_and_resume):
+    n = 1
+    while kill_and_resume(n):
+        n += 1 if n < 3 else 3  # covers every kind of change in some epoch, and most in both orders
     assert n > 10
 
 
+@pytest.mark.slow
 def test_sigkill_and_resume_give_the_same_report(listed, whole, tmp_path):
-    """As a user meets it: another process, killed while it trains, and told to go on with nothing but --out."""
+    """As for a user: a process is killed while it trains, and resumed with nothing but --out."""
     out = tmp_path / "run"
     argv = [sys.executable, str(FOLDER / "train.py"), *command(listed, "--out", out, *STATEFUL)]
     process = subprocess.Popen(argv, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -888,13 +922,13 @@ def damage(path: Path, how: str) -> None:
     elif how == "a bit":
         with zipfile.ZipFile(path) as archive:
             largest = max(archive.infolist(), key=lambda record: record.file_size)
-        content[largest.header_offset + largest.file_size] ^= 1  # between records there is padding, which means nothing
+        content[largest.header_offset + largest.file_size] ^= 1  # in a record, not in the padding between records
     elif how == "something else":
         content = bytearray(b"not a checkpoint")
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("how", ["cut", "empty", "a bit", "something else"])
+@pytest.mark.parametrize("how", [slow("cut"), slow("empty"), "a bit", slow("something else")])
 def test_a_damaged_checkpoint_is_told_and_the_previous_one_used(listed, whole, tmp_path, capsys, how):
     out = tmp_path / "run"
     shutil.copytree(whole, out)
@@ -913,7 +947,7 @@ def test_a_damaged_checkpoint_is_told_and_the_previous_one_used(listed, whole, t
 
 
 def test_what_takes_a_files_place_is_on_the_disk_before(tmp_path, monkeypatch):
-    """A power cut is not at hand: the order of the calls that matter for one."""
+    """A power cut cannot be tested, so the test checks the order of fsync and replace."""
     calls = []
     for name in ("fsync", "replace"):
         genuine = getattr(os, name)
@@ -940,7 +974,7 @@ def test_a_resumed_run_keeps_its_options(listed, whole, tmp_path, capsys):
 
 
 def test_the_scale_of_the_loss_and_the_events_are_resumed(listed, tmp_path):
-    """It changes after thousands of steps: here in the checkpoint."""
+    """The scale changes only after thousands of steps, so the test changes it in the checkpoint."""
     out = tmp_path / "run"
     run(listed, out, "--amp", "fp16", "--epochs", 2)
     state = checkpoint.read(out / "checkpoint.previous.pt")
@@ -950,7 +984,7 @@ def test_the_scale_of_the_loss_and_the_events_are_resumed(listed, tmp_path):
     train.main(["--resume", "--out", str(out)])
     state = checkpoint.read(out / "checkpoint.pt")
     assert (state["epoch"], state["scaler"]["scale"]) == (2, 8.0)
-    assert steps_of_events(out) == [1, 2]  # the second epoch, which there was twice, is there once
+    assert steps_of_events(out) == [1, 2]  # the second epoch was trained twice, but is there once
 
 
 def test_a_run_has_names_that_cannot_be_encoded(listed, tmp_path, monkeypatch, capsys):
@@ -992,17 +1026,17 @@ def test_a_run_is_not_overwritten(listed, whole, capsys):
 
 
 def test_nothing_to_resume_is_told(listed, tmp_path, capsys):
-    """Rather than that the default run is begun there, as after a mistyped --out."""
+    """A mistyped --out must not begin a default run there."""
     assert "there is no run to continue" in stopped(capsys, ["--resume", "--out", str(tmp_path / "run")])
     (tmp_path / "file").touch()
     assert "args.json cannot be read" in stopped(capsys, ["--resume", "--out", str(tmp_path / "file")])
     message = stopped(capsys, command(listed, "--out", tmp_path / "file"))
     assert message.strip() == f"error: {tmp_path / 'file'}: File exists"
-    run(listed, tmp_path / "run", "--resume", "--epochs", 1, "--warmup-epochs", 0)  # as a job that is always resumed
+    run(listed, tmp_path / "run", "--resume", "--epochs", 1, "--warmup-epochs", 0)  # as in a job that always resumes
 
 
 def test_a_run_goes_on_with_its_own_options_and_images(listed, whole, tmp_path, capsys):
-    """Else its best epoch could have been chosen on what is reported now."""
+    """Otherwise its best epoch could have been chosen on the split that is reported now."""
     out = tmp_path / "run"
     shutil.copytree(whole, out)
     (tmp_path / "val.txt").write_text((listed / "ImageNet_LT_test.txt").read_text())
@@ -1106,7 +1140,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_state(listed, tmp
 
 
 def test_weights_that_only_the_last_step_destroyed_are_not_kept(listed, tmp_path, capsys):
-    """A step an epoch: the loss was taken before it."""
+    """With one step an epoch, the loss is computed before the step that destroys the weights."""
     out = tmp_path / "run"
     argv = command(listed, "--out", out, "--batch-size", 41, "--lr", 1e10, "--warmup-epochs", 0)
     assert "weights are not finite after epoch 2" in stopped(capsys, argv)
@@ -1144,7 +1178,7 @@ def test_an_image_that_cannot_be_read_is_named_with_its_line(listed, tmp_path, c
         message = stopped(capsys, argv)
         assert "1_3.png" in message
         assert "ImageNet_LT_train.txt:28" in message
-        assert message.count("\n") == 0  # nothing of where the program was
+        assert message.count("\n") == 0  # no traceback
     (root / "train" / "0_2.png").unlink()
     assert "ImageNet_LT_train.txt:3" in stopped(capsys, command(root, "--out", tmp_path / "run"))
 
@@ -1162,7 +1196,7 @@ def in_two(argv: list[str]) -> None:
 
 
 def same_evaluation(out: Path, one: dict) -> None:
-    """What two processes reported and one finds for the same weights: of 17 and 11 images, which are no equal parts."""
+    """Two processes report what one process finds for the same weights; 17 and 11 images do not split equally."""
     assert one["splits"]["reported"]["n_images"] == 17
     two = json.loads((out / "report.of.two.json").read_text())
     for name, found in one["models"].items():
@@ -1174,26 +1208,52 @@ def same_evaluation(out: Path, one: dict) -> None:
         assert two["models"][name]["tau_curves"] == found["tau_curves"]
 
 
-def test_two_processes_train_as_one(listed, tmp_path):
-    """Also with the head's classes spread over them. GroupNorm: each process has BatchNorm of its own images."""
-    common = ("--norm", "group", "--augment", "resized-crop-flip", "--epochs", 2, "--loss", "erm", "--lr", 0.005)
-    run(listed, tmp_path / "one", *common)
-    two, spread_argv = (
-        command(listed, "--out", tmp_path / name, *common, *more)
-        for name, more in {"two": (), "spread": ("--class-parallel", "--grad-accum-steps", 2)}.items()
+# GroupNorm, because each process has BatchNorm of its own images.
+COMMON = ("--norm", "group", "--augment", "resized-crop-flip", "--epochs", 2, "--loss", "erm", "--lr", 0.005)
+
+
+@pytest.fixture(scope="module")
+def one_process(listed, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("one") / "run"
+    run(listed, out, *COMMON)
+    return out
+
+
+@pytest.fixture(scope="module")
+def sharded(listed, tmp_path_factory) -> tuple[list[str], Path]:
+    """Options and folder of a run of two processes that share the classes."""
+    out = tmp_path_factory.mktemp("sharded") / "run"
+    argv = command(listed, "--out", out, *COMMON, "--class-parallel", "--grad-accum-steps", 2)
+    in_two(argv)
+    return argv, out
+
+
+def test_two_processes_with_sharded_classes_train_as_one(one_process, sharded):
+    _, out = sharded
+    assert losses(out) == pytest.approx(losses(one_process), rel=2e-5)
+    found, expected = (
+        torch.load(folder / "checkpoint.pt", weights_only=True)["model"] for folder in (out, one_process)
     )
-    in_two(two)
-    in_two(spread_argv)
-    for name in ("two", "spread"):
-        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), rel=2e-5), name
-    (tmp_path / "two" / "report.of.two.json").write_bytes((tmp_path / "two" / "report.json").read_bytes())
-    same_evaluation(tmp_path / "two", run(listed, tmp_path / "two", *common, "--resume"))
-    one, spread = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("one", "spread"))
-    assert set(spread["model"]) == set(one["model"])
-    for name, value in one["model"].items():
-        torch.testing.assert_close(spread["model"][name], value, rtol=1e-3, atol=1e-4)
-    in_two([*spread_argv, "--resume"])
-    resumed = json.loads((tmp_path / "spread" / "report.json").read_text())
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(listed, one_process, tmp_path):
+    out = tmp_path / "run"
+    in_two(command(listed, "--out", out, *COMMON))
+    assert losses(out) == pytest.approx(losses(one_process), rel=2e-5)
+    (out / "report.of.two.json").write_bytes((out / "report.json").read_bytes())
+    same_evaluation(out, run(listed, out, *COMMON, "--resume"))
+
+
+@pytest.mark.slow
+def test_two_processes_with_sharded_classes_resume(sharded):
+    argv, out = sharded
+    (out / "report.json").unlink()
+    in_two([*argv, "--resume"])
+    resumed = json.loads((out / "report.json").read_text())
     assert resumed["models"]["last epoch"]["results"]["raw"]["n_images"] == 17
 
 

@@ -1,6 +1,6 @@
-"""The data sets of examples/resnet50: each format on disk, made here in small, is read right, and its faults are named.
+"""Tests of the data sets of examples/resnet50: small files of each format are read right, and faults are named.
 
-Every message names the file and the line, or the option; the tables below pair a fault with what must be said of it.
+Every message names the file and the line, or the option; the tables below pair each fault with its message.
 """
 
 import errno
@@ -63,9 +63,9 @@ def test_carved_part_of_each_class():
     train, val = carve(target, counts, 0.1)
     assert torch.equal(torch.cat([train, val]).sort().values, torch.arange(149))
     assert target[val].bincount(minlength=7).tolist() == [10, 0, 2, 1, 1, 0, 0]
-    assert torch.equal(val, carve(target, counts, 0.1)[1])  # the same ones each time
+    assert torch.equal(val, carve(target, counts, 0.1)[1])  # the same images each time
     first = (target == 0).nonzero().flatten()
-    assert not torch.equal(val[target[val] == 0], first[:10])  # from all over the class
+    assert not torch.equal(val[target[val] == 0], first[:10])  # not simply the first of the class
     assert len(carve(target, counts, 0.0)[1]) == 0
 
 
@@ -125,14 +125,14 @@ def test_root_is_a_folder(dataset, tmp_path):
     refuse(f"--data {tmp_path}/nowhere does not exist", dataset, tmp_path / "nowhere")
     (tmp_path / "file").touch()
     refuse(f"--data {tmp_path}/file is a file", dataset, tmp_path / "file")
-    refuse(str(tmp_path), dataset, tmp_path)  # empty: says what is expected
+    refuse(str(tmp_path), dataset, tmp_path)  # an empty folder: the message names it
 
 
 # CIFAR ----------------------------------------------------------------------------------------------------------------
 
 
 def python2_pickle(data, labels):
-    """As the files were made: byte strings, and dtype("u1", 0, 1)."""
+    """A pickle as Python 2 wrote the original files: byte strings, and dtype("u1", 0, 1)."""
 
     def text(value):
         return b"U" + bytes([len(value)]) + value
@@ -316,7 +316,7 @@ def test_cifar_download(tmp_path, monkeypatch):
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", download)
     for _ in range(2):
         load("cifar10-lt", root, imb_factor=0.1, download=True)
-    assert calls == [str(root)]  # what is there is not fetched again
+    assert calls == [str(root)]  # existing files are not fetched again
 
     def fail(root, download):
         raise OSError("no network")
@@ -404,7 +404,7 @@ def test_other_lists(tmp_path, monkeypatch):
     assert f"{tmp_path}/ImageNet_LT_val.txt does not exist" in data.notes[0]
     (tmp_path / "ImageNet_LT_test.txt").rename(tmp_path / "ImageNet_LT_val.txt")
     refuse("ImageNet_LT_test.txt does not exist; --test-list names", "imagenet-lt", tmp_path)
-    data = load("imagenet-lt", tmp_path, test_list="ImageNet_LT_val.txt")  # then val is not chosen on
+    data = load("imagenet-lt", tmp_path, test_list="ImageNet_LT_val.txt")  # so val is not chosen on
     assert (data.val.name, data.test.name) == ("val (10 % of train)", "test")
     (tmp_path / "ImageNet_LT_train.txt").unlink()
     refuse("ImageNet_LT_train.txt does not exist; --train-list names", "imagenet-lt", tmp_path)
@@ -423,7 +423,7 @@ def test_images_in_two_lists(tmp_path):
     refuse(r"1 image \(ImageNet_LT_test.txt:2 .*\), in val and in test", "imagenet-lt", tmp_path)
 
 
-TWO_LABELS = {  # lines, the list that they are added to, and what is said
+TWO_LABELS = {  # lines, the list that they are added to, and the message
     "same path": (
         "train/my image 3.jpg 2",
         "train",
@@ -455,7 +455,7 @@ def test_an_image_with_two_labels_is_refused(case, tmp_path):
 
 
 def test_repeated_lines_are_told(tmp_path):
-    """They count as often as they are trained on."""
+    """They count as often as they are listed, because they are trained on as often."""
     write_lists(tmp_path)
     with open(tmp_path / "ImageNet_LT_train.txt", "a") as file:
         file.write("train/my image 13.jpg 1\n./train/my image 13.jpg 1\n")
@@ -641,7 +641,7 @@ def test_bad_json(tmp_path):
     path = tmp_path / "train2018.json"
     text = path.read_text()
     path.write_text(text.replace('"image_id": 107,', '"image_id": 107', 1))
-    line = text[: text.index('"image_id": 107')].count("\n") + 2  # where the comma is missed
+    line = text[: text.index('"image_id": 107')].count("\n") + 2  # the parser misses the comma here
     refuse(rf"train2018.json:{line}: Expecting ',' delimiter", "inaturalist2018", tmp_path)
     path.write_bytes(b'{\n"a":\n"\xff"}')
     refuse(r"train2018.json:3: not UTF-8", "inaturalist2018", tmp_path)
@@ -685,7 +685,7 @@ def test_folder(tmp_path):
 
 
 def test_images_of_a_folder_come_in_the_order_of_torchvision(tmp_path):
-    """By which the validation images are drawn."""
+    """The validation images are drawn by this order."""
     write_folder(tmp_path)
     for seed, name in enumerate(("b/1", "b/a/1", "b.c/1", "B/1", "10", "9", "é", "z")):
         write_image(tmp_path / "train" / "ant" / f"{name}.png", seed)
@@ -707,7 +707,7 @@ def test_images_of_every_usual_extension_count(extension, tmp_path):
 
 HIDDEN, NOT_IMAGE = "hidden and system files and folders", "files without an image's extension"
 COPY, NO_CLASS = "copies of an image beside them", "files and folders of no class"
-LEFTOVERS = {  # where it lies, and how it is told
+LEFTOVERS = {  # path, and the reason and text of the note
     ".ipynb_checkpoints/0-checkpoint.png": (HIDDEN, "train/.ipynb_checkpoints"),
     "ant/.ipynb_checkpoints/0-checkpoint.png": (HIDDEN, "train/ant/.ipynb_checkpoints"),
     "ant/._0.PNG": (HIDDEN, "train/ant/._0.PNG"),
@@ -754,7 +754,7 @@ LEFTOVERS = {  # where it lies, and how it is told
 
 @pytest.mark.parametrize("name", LEFTOVERS, ids=ascii)
 def test_leftovers_are_skipped_and_named(name, tmp_path):
-    """Of file managers, systems, archives, browsers and notebooks. The counts are the prior, and stay what they are."""
+    """Files of file managers, systems, archives, browsers and notebooks leave the counts, the prior, as they are."""
     write_folder(tmp_path)
     path = tmp_path / "train" / name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -779,7 +779,7 @@ def test_lists_of_what_is_skipped_are_short(tmp_path):
 
 
 def test_images_that_are_only_named_like_copies_count(tmp_path):
-    """As a browser names the second image.jpg that it saves, and Windows all that it renames at once."""
+    """A browser names the second image.jpg that it saves so, and Windows all images that it renames at once."""
     write_folder(tmp_path)
     for name in ("ant/0 (1)", "ant/my 0", "ant/photo (1)", "ant/photo (2)", "ant sub/00", "ant sub/1"):
         write_image(tmp_path / "train" / f"{name}.PNG", 7)
@@ -881,7 +881,7 @@ def test_what_would_count_twice_is_refused(case, tmp_path):
 
 
 def test_images_of_two_splits_of_the_same_bytes_are_shared(tmp_path):
-    """As if one were a link to the other."""
+    """They are treated as if one were a link to the other."""
     write_folder(tmp_path)
     shutil.copy(tmp_path / "train/ant/0.PNG", tmp_path / "test/ant/0.PNG")
     assert load("folder", tmp_path).notes == [f"1 image ({tmp_path}/test/ant/0.PNG) in train and in test"]
@@ -890,7 +890,7 @@ def test_images_of_two_splits_of_the_same_bytes_are_shared(tmp_path):
 
 
 def test_images_of_one_name_and_size_count_where_their_bytes_differ(tmp_path):
-    """At their middle, at their end, or at their begin; numbered names begin and end with each other."""
+    """The bytes differ in the middle, at the end or at the beginning; numbered names begin or end with each other."""
     write_folder(tmp_path)
     whole = bytes(20_000)
     for i, name in enumerate(("ant/x", "bee/x", "ant/sub/x", "ant/x1", "ant/x12", "ant/2", "../val/bee/x")):
@@ -903,7 +903,7 @@ def test_images_of_one_name_and_size_count_where_their_bytes_differ(tmp_path):
 
 
 def test_names_and_sizes_choose_the_files_that_are_read(tmp_path, monkeypatch):
-    """None, if names or sizes differ; else 4 KB, and the rest only where these agree."""
+    """No byte is read if names or sizes differ. Otherwise 4 KB are, and the whole files only if these agree."""
     write_folder(tmp_path)
 
     def write(name, seed, size=20_000):
@@ -937,7 +937,7 @@ def test_names_and_sizes_choose_the_files_that_are_read(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("suffix", [".PNG", ""], ids=["files", "files and folders"])
 def test_images_with_one_inode_by_mistake_are_two(suffix, tmp_path, monkeypatch):
-    """As on some file systems; sizes and times may be the same too, as of an archive's uncompressed images."""
+    """Some file systems repeat inodes. Sizes and times may be equal too, as for uncompressed images of an archive."""
     write_folder(tmp_path)
     for path in tmp_path.glob("*/*/*.PNG"):
         path.write_bytes(path.read_bytes().ljust(500, b"\0"))
@@ -965,7 +965,7 @@ UNREACHABLE = {
 
 @pytest.mark.parametrize("case", UNREACHABLE)
 def test_links_that_lead_nowhere_are_refused(case, tmp_path):
-    """They may have been a class. A hidden one, as editors lock files by, is none."""
+    """The target may have been a class. A hidden link, such as an editor's lock file, is skipped."""
     write_folder(tmp_path)
     (tmp_path / "train" / ".#lock").symlink_to("user@host.1234")
     load("folder", tmp_path)
@@ -975,7 +975,7 @@ def test_links_that_lead_nowhere_are_refused(case, tmp_path):
 
 
 def test_a_folder_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
-    """Its images would not be counted, and nothing would say so."""
+    """Otherwise its images would be left out of the counts silently."""
     write_folder(tmp_path)
     write_image(tmp_path / "train" / "ant" / "sub" / "0.png")
     scandir = os.scandir
@@ -999,7 +999,7 @@ def test_accents_that_macos_takes_apart_are_the_same_class(tmp_path):
 
 
 def test_names_that_cannot_be_encoded_can_be_printed_and_written(tmp_path):
-    """Class names, notes and messages: bytes of Latin-1, a line break. Paths stay what they are."""
+    """Latin-1 bytes and a line break in class names, notes and messages are escaped. Paths stay as they are."""
     name = os.fsdecode(b"caf\xe9\n")
     for i, split in enumerate(("train", "val", "test")):
         for j, label in enumerate((name, "bee")):
@@ -1047,7 +1047,7 @@ def test_bad_folder(tmp_path):
 
 
 def test_what_chooses_is_not_what_is_reported(tmp_path):
-    """By whatever name it is reached: a list of training images reported on, a link to another folder."""
+    """Checked for a list of training images as the reported split, and for a link to another split's folder."""
     write_lists(tmp_path, "iNaturalist18", ("train", "val"))
     match = r"2 images .*, in val \(10 % of train\) and in val \(no test split\): what is chosen on one"
     refuse(match, "inaturalist2018", tmp_path, val_list="iNaturalist18_train.txt")
@@ -1104,7 +1104,7 @@ def test_every_image_is_decoded_when_asked(tmp_path):
     whole = (tmp_path / "val/my image 1.jpg").read_bytes()
     (tmp_path / "val/my image 1.jpg").write_bytes(whole[: len(whole) * 2 // 3])
     (tmp_path / "test/my image 2.jpg").write_bytes(b"no image")
-    load("imagenet-lt", tmp_path)  # cannot know
+    load("imagenet-lt", tmp_path)  # without decoding nothing is found
     refuse(
         r"^ImageNet_LT_val.txt:2: image .*/val/my image 1.jpg cannot be read \(.*[Tt]runcated.*\), and 1 more$",
         "imagenet-lt",

@@ -442,7 +442,7 @@ def test_replicas_of_data_parallel_do_not_move_what_others_hold(module):
     replica = module._replicate_for_data_parallel()
     if isinstance(module, LogitAdjustedLinear):
         replica.weight, replica.bias = module.weight.to("meta"), module.bias.to("meta")
-    replica._per_class = replica._moved(torch.device("meta"))
+    replica._per_class = replica._per_class_on(torch.device("meta"))
     assert_intact(module)
     assert torch.equal(loss_of(DataParallel(module)), loss_of(module))
 
@@ -753,7 +753,7 @@ def test_what_a_default_device_makes_is_there(monkeypatch):
     moved = []
     monkeypatch.setattr(torch, "get_default_device", functools.partial(torch.device, "cuda"))
     monkeypatch.setattr(
-        fused_la.loss.LossOptions, "_moved", lambda self, device: moved.append(device.type) or self._per_class
+        fused_la.loss.LossOptions, "_per_class_on", lambda self, device: moved.append(device.type) or self._per_class
     )
     LogitAdjustedCrossEntropyLoss(COUNTS)
     assert moved == ["cuda"]

@@ -6,17 +6,19 @@ under `benchmarks.static.compile_only`, Triton with a driver that launches nothi
 TRITON_INTERPRET.
 
 The calls are those of every entry point over its axes: rows, classes, labels and features from 1 on, in and out of
-multiples of 16; dtypes; layouts; reductions; options; with and without gradient. Any two values meet in some call.
-These go through Triton's front end for sm_90; fewer, in which each value occurs, go through the whole compiler.
+multiples of 16; dtypes; layouts; reductions; options; with and without gradient. Each value occurs in some call, and in
+the slow tests any two meet in one. These go through Triton's front end for sm_90. The slow tests also send calls in
+which each value occurs through the whole compiler.
 
-Left out: three values that meet (`-m slow` has them); AMD GPUs, for which this driver has no target (`python -m
-benchmarks.disassemble --all` compiles every variant for one); graphs of torch.compile, which launch what a call without
-them does; more than one rank; and strides beyond 2**31, which are 64-bit arguments.
+Left out: three values that meet, of losses and of heads (`-m large` has them); AMD GPUs, for which this driver has no
+target (`python -m benchmarks.disassemble --all` compiles every variant for one); graphs of torch.compile, which launch
+what a call without them does; more than one rank; and strides beyond 2**31, which are 64-bit arguments.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import json
 import os
 import subprocess
@@ -24,12 +26,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import slow
 
 pytest.importorskip("triton")
 import every_call
 
 ROOT = Path(__file__).parents[2]
-OTHERS = tuple(name for name in every_call.ENTRY_POINTS if name not in ("losses", "heads"))
+FLEXIBLE = ("losses", "heads")  # entry points with so many values that any three take minutes
 N_PARTS = 2  # processes that share the calls of a test
 
 
@@ -57,7 +60,7 @@ def run_parts(environment: dict[str, str], *arguments: str) -> tuple[list[dict],
     return [line for lines in parts for line in lines[:-1]], [lines[-1] for lines in parts]
 
 
-def assert_compiles(environment: dict[str, str], *names: str, strength: int = 2, options: tuple[str, ...] = ()) -> None:
+def assert_compiles(environment: dict[str, str], *names: str, strength: int, options: tuple[str, ...] = ()) -> None:
     arguments = ("compile", "--strength", str(strength), *options, "--only", *names)
     failed, summaries = run_parts(environment, *arguments)
     shown = "\n".join(f"{line['call']}\n    {line['cause']}" for line in failed[:10])
@@ -69,24 +72,30 @@ def assert_compiles(environment: dict[str, str], *names: str, strength: int = 2,
 # Every call -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("names", [("losses",), ("heads",), OTHERS], ids=" ".join)
-def test_any_two_arguments_compile_together(environment, names):
-    assert_compiles(environment, *names)
-
-
-def test_every_argument_passes_the_whole_compiler(environment):
-    assert_compiles(environment, "losses", "heads", "tau sweep", strength=1, options=("--whole-compiler",))
+def test_every_argument_compiles(environment):
+    assert_compiles(environment, *every_call.ENTRY_POINTS, strength=1)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["sm_80", "sm_100"])
-def test_every_argument_passes_the_whole_compiler_for_other_gpus(environment, target):
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_every_argument_passes_the_whole_compiler(environment, target):
     options = ("--whole-compiler", "--target", target)
     assert_compiles(environment, *every_call.ENTRY_POINTS, strength=1, options=options)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(every_call.ENTRY_POINTS))
+@pytest.mark.parametrize("name", FLEXIBLE)
+def test_any_two_arguments_compile_together(environment, name):
+    assert_compiles(environment, name, strength=2)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.large if name in FLEXIBLE else pytest.mark.slow)
+        for name in every_call.ENTRY_POINTS
+    ],
+)
 def test_any_three_arguments_compile_together(environment, name):
     assert_compiles(environment, name, strength=3)
 
@@ -111,17 +120,35 @@ def test_any_two_values_of_any_two_axes_meet_in_some_call():
 # Calls that share compiled kernels ------------------------------------------------------------------------------------
 
 
+SHARED = tuple(every_call.shared_calls())
+QUICK = (
+    "rows of 8142 classes in bfloat16, step",
+    "rows of 50257 classes in bfloat16, step",
+    "images",
+    "rows of a head, step",
+    "rows of a tau sweep",
+    "tau",
+    "upstream gradient of rows",
+    "base pointers on 16 bytes",
+)
+
+
 @pytest.fixture(scope="module")
-def counted(environment) -> dict[str, dict]:
-    """For each group of calls its variants of each kernel."""
-    counts, _ = run_parts(environment, "count")
-    return {line["calls of"]: line for line in counts}
+def counted(environment):
+    """For each group of calls its variants of each kernel; quick groups are counted apart from slow ones."""
+
+    @functools.cache
+    def count(quick: bool) -> dict[str, dict]:
+        counts, _ = run_parts(environment, "count", "--only", *(name for name in SHARED if (name in QUICK) == quick))
+        return {line["calls of"]: line for line in counts}
+
+    return lambda name: count(name in QUICK)[name]
 
 
-@pytest.mark.parametrize("name", list(every_call.shared_calls()))
+@pytest.mark.parametrize("name", [name if name in QUICK else slow(name) for name in SHARED])
 def test_few_variants_of_a_kernel_serve_all_calls(counted, name):
     """Two for all numbers of rows together; one where anything else changes that changes from batch to batch."""
-    found = counted[name]
+    found = counted(name)
     most, variants = found["most"], found["variants"]
     assert variants, f"calls over {name} launched nothing: {'; '.join(found['causes'])}"
     too_many = {kernel: n for kernel, n in variants.items() if n > most}

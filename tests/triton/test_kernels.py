@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DEVICE
+from conftest import DEVICE, one_in, slow
 from oracle import truth
 from test_accuracy import assert_as_accurate, eager, long_tail, measure, randn
 from torch import Tensor
@@ -36,18 +36,18 @@ VEC = {torch.float16: 8, torch.bfloat16: 8, torch.float32: 4, torch.float64: 2}
 
 def on(monkeypatch, device, chunk=1, streams=True):
     """Launch as on this device, with sums closed after `chunk` classes, or after every tile."""
-    monkeypatch.setattr(choosing, "CHUNK", chunk)
+    monkeypatch.setattr(choosing, "CHUNK_CLASSES", chunk)
     if streams:
-        monkeypatch.setattr(choosing, "ROW_BYTES", 0)
+        monkeypatch.setattr(choosing, "RESIDENT_ROW_BYTES", 0)
         monkeypatch.setattr(choosing, "STREAM_THREADS", 128)
     monkeypatch.setattr(passes, "device_of", lambda _: device)
-    passes.plan.cache_clear()
+    passes.plan_launches.cache_clear()
 
 
 @pytest.fixture(autouse=True)
 def _plans_of_one_test():
     yield
-    passes.plan.cache_clear()
+    passes.plan_launches.cache_clear()
 
 
 def share(monkeypatch, rows, programs):
@@ -56,11 +56,11 @@ def share(monkeypatch, rows, programs):
 
     def launch_of(n_rows, n_classes, dtype, layout, *rest, **options):
         launch = choosing.choose_launch_config(n_rows, n_classes, dtype, layout, *rest, **options)
-        period = launch.vec // math.gcd(layout.row_step, launch.vec) if rows > 1 else 1
+        period = launch.vec // math.gcd(layout.row_stride, launch.vec) if rows > 1 else 1
         splits = min(programs, launch.n_chunks(n_classes))  # a row of one chunk is never split
         return launch._replace(block_rows=rows, period=period, splits=splits)
 
-    monkeypatch.setattr(passes, "choose_launch", launch_of)
+    monkeypatch.setattr(passes, "choose_launch_config", launch_of)
 
 
 def made_by_forward(loss):
@@ -161,12 +161,12 @@ def launched(run=True):
     ("kind", "dtype", "n_rows", "n_classes", "place"),
     [
         ("label", torch.float32, 2, 1100, "aligned"),
-        ("label", torch.float32, 6, 1100, "odd"),  # every fourth row lies alike
+        slow("label", torch.float32, 6, 1100, "odd"),  # every fourth row lies alike
         ("label", torch.bfloat16, 2, 2050, "cut"),
-        ("label", torch.float16, 3, 2050, "aligned"),
+        slow("label", torch.float16, 3, 2050, "aligned"),
         ("weighted labels", torch.float64, 3, 601, "odd"),
-        ("smoothing and weights", torch.float32, 3, 1100, "cut"),
-        ("probabilities", torch.bfloat16, 3, 1031, "cut"),
+        slow("smoothing and weights", torch.float32, 3, 1100, "cut"),
+        slow("probabilities", torch.bfloat16, 3, 1031, "cut"),
         ("probabilities", torch.float32, 3, 1032, "aligned"),
     ],
 )
@@ -194,8 +194,8 @@ def test_bits_of_a_row_depend_on_neither_who_computes_it_nor_when(monkeypatch, k
 @pytest.mark.parametrize(
     ("kind", "dtype", "n_rows", "n_classes"),
     [
-        ("label", torch.bfloat16, 9, 2051),
-        ("weighted labels", torch.float32, 5, 1029),
+        slow("label", torch.bfloat16, 9, 2051),
+        slow("weighted labels", torch.float32, 5, 1029),
         ("smoothing and weights", torch.float32, 5, 1029),
         ("probabilities", torch.float64, 4, 517),
     ],
@@ -238,8 +238,7 @@ ORDERS = {
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="a GPU runs programs in the order of its own")
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize(("order", "reduction"), one_in(2, list(ORDERS), ["none", "mean"]))
 def test_whichever_program_comes_last_joins_the_parts(monkeypatch, reduction, order):
     rows = make("weighted labels", 3, 1600)
     share(monkeypatch, 1, 3)  # 4 chunks over 3 programs: the last has none
@@ -337,10 +336,16 @@ def gradient_made(rows, reduction="mean", log_prior=None):
     return made_by_forward(loss)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("place", ["aligned", "odd", "cut"])
-@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize(
+    ("streams", "place", "dtype", "reduction"),
+    one_in(
+        3,
+        [False, True],
+        ["aligned", "odd", "cut"],
+        [torch.bfloat16, torch.float32, torch.float64],
+        ["mean", "sum"],
+    ),
+)
 def test_the_forward_pass_makes_the_gradient(monkeypatch, streams, place, dtype, reduction):
     on(monkeypatch, H100, chunk=1 << 14, streams=streams)
     rows = make("label", 3, 300, dtype, place)
@@ -490,7 +495,7 @@ def test_logits_changed_after_the_forward_pass_are_an_error_where_their_gradient
 # The edges of a row ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, slow(torch.bfloat16)], ids=str)
 @pytest.mark.parametrize("streams", [False, True])
 def test_every_head_and_tail_with_the_label_in_every_part(monkeypatch, streams, dtype):
     """VEC row lengths and VEC starts are all VEC * VEC pairs of head and tail."""
@@ -534,7 +539,9 @@ BORDERS = [
 ]
 
 
-@pytest.mark.parametrize(("dtype", "kind", "n_classes"), BORDERS)
+@pytest.mark.parametrize(
+    ("dtype", "kind", "n_classes"), [slow(*case) if i % 3 else case for i, case in enumerate(BORDERS)]
+)
 def test_both_sides_of_every_limit_of_a_launch(dtype, kind, n_classes):
     rows = make(kind, 3, n_classes, dtype)
     if kind == "label":
@@ -648,9 +655,9 @@ def test_in_half_precision_too_classes_that_are_out_stay_out_and_others_make_the
     torch.testing.assert_close(loss[right].cpu().double(), exact.loss, rtol=3e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("programs", ["resident", 1, 3])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "programs", "reduction"), one_in(3, KINDS, ["resident", 1, 3], ["mean", "sum", "none"])
+)
 def test_nothing_is_read_that_was_not_written(monkeypatch, kind, programs, reduction):
     """Fresh memory is NaN here: workspace, gradients, and what the last program adds up to a whole vector."""
     rows = make(kind, 3, 1100)
@@ -747,7 +754,7 @@ def test_a_confident_row_keeps_its_digits_where_its_top_class_is_no_label(monkey
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("n_classes", [300, 4096])
+@pytest.mark.parametrize("n_classes", [300, slow(4096)])
 def test_what_autograd_saved_may_come_back_transposed(n_classes, reduction):
     """Rows that one kernel took in the forward pass are another's in the backward pass."""
     rows = make("label", 3, n_classes)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import slow
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
@@ -64,8 +65,9 @@ def command(benchmarks):
     return benchmarks("disassemble")
 
 
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
+@pytest.fixture(scope="module")
+def disassembly(benchmarks):
+    return benchmarks("static.disassembly")
 
 
 def bodies(rows, *kinds):
@@ -88,8 +90,8 @@ def kernels_of(variant, dtype):
     ("target", "dtype", "variants"),
     [
         ("sm_90", "bfloat16", FEW),
-        *((target, "bfloat16", VARIANTS[:1]) for target in ("sm_80", "gfx942")),
-        ("sm_100", "bfloat16", ("margin",)),
+        *(slow(target, "bfloat16", VARIANTS[:1]) for target in ("sm_80", "gfx942")),
+        slow("sm_100", "bfloat16", ("margin",)),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -130,10 +132,10 @@ def made_worse(row, name, figure):
     return worse
 
 
-@pytest.mark.parametrize("n_classes", [8142, 50257])
+@pytest.mark.parametrize("n_classes", [8142, slow(50257)])
 def test_whatever_a_kernel_takes_too_much_of_is_over_a_budget(disassembled, budgets, n_classes):
     variants = FEW if n_classes == 8142 else ("label",)
-    rows = [row for row in disassembled("sm_90", "bfloat16", n_classes, variants) if budgets.on_rows(row)]
+    rows = [row for row in disassembled("sm_90", "bfloat16", n_classes, variants) if budgets.processes_rows(row)]
     names_of = {name for row in rows for name in WORSE if made_worse(row, name, WORSE[name]) != row}
     assert names_of == set(WORSE) - (
         {"narrow_row_loads", "narrow_stores", "narrow_loads"} if n_classes == 8142 else set()
@@ -146,11 +148,12 @@ def test_whatever_a_kernel_takes_too_much_of_is_over_a_budget(disassembled, budg
             assert budgets.violations({**row, "bodies": []})
 
 
+@pytest.mark.slow
 def test_whatever_a_kernel_for_amd_takes_too_much_of_is_over_a_budget(disassembled, budgets):
     for row in disassembled("gfx942", "bfloat16", 8142, VARIANTS[:1]):
         assert budgets.violations({**row, "local": 4})
         assert budgets.violations({**row, "regs": 257})
-        if budgets.on_rows(row):
+        if budgets.processes_rows(row):
             assert budgets.violations({**row, "wide_loads": 0})
 
 
@@ -205,7 +208,7 @@ RESIDENT = [("bfloat16", 8142), ("bfloat16", 8192), ("float16", 32767), ("float3
 
 @pytest.mark.parametrize(
     ("dtype", "n_classes"),
-    [case if case[0] != "float16" else slow(*case) for case in RESIDENT],
+    [case if case == ("bfloat16", 8142) else slow(*case) for case in RESIDENT],
 )
 def test_a_whole_row_is_loaded_16_bytes_a_thread_before_anything_is_made_of_it(disassembled, dtype, n_classes):
     rows = label_step(disassembled, dtype, n_classes)
@@ -265,7 +268,8 @@ def test_two_labels_cost_a_whole_row_no_second_exponential_and_no_memory(disasse
             assert whole["instructions_per_element"] <= one["instructions_per_element"] + 4.5
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", slow("float32")])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_shared_row_is_read_by_the_kernel_of_whole_rows(disassembled, budgets, dtype):
     """64 rows of 50,257 classes: several programs a row."""
     few = disassembled("sm_90", dtype, 50257, ("label",), "--rows", "64")
@@ -282,7 +286,7 @@ def test_a_shared_row_is_read_by_the_kernel_of_whole_rows(disassembled, budgets,
 # The table ------------------------------------------------------------------------------------------------------------
 
 
-def test_loads_are_counted_up_to_the_first_use_of_what_one_of_them_loads(command):
+def test_loads_are_counted_up_to_the_first_use_of_what_one_of_them_loads(disassembly):
     lines = [
         "0 IMAD.WIDE R2, R4, 0x2, R6",
         "10 LDG.E.128 R8, desc[UR4][R2.64]",
@@ -293,18 +297,18 @@ def test_loads_are_counted_up_to_the_first_use_of_what_one_of_them_loads(command
         "60 LDG.E.128 R16, desc[UR4][R2.64+0x1000]",
     ]
     for register, n_loads in (("R8", 2), ("R15", 2), ("R16", 3), ("R22", 3)):
-        assert command.wide_loads_before_use([line.format(register) for line in lines]) == n_loads
+        assert disassembly.wide_loads_before_use([line.format(register) for line in lines]) == n_loads
     stored = [*lines[:3], "40 STG.E.128 desc[UR4][R2.64], R12", lines[-1]]
-    assert command.wide_loads_before_use(stored) == 2
-    assert command.wide_loads_before_use([*lines[:2], "20 BAR.SYNC.DEFER_BLOCKING 0x0", *lines[2:4]]) == 1
+    assert disassembly.wide_loads_before_use(stored) == 2
+    assert disassembly.wide_loads_before_use([*lines[:2], "20 BAR.SYNC.DEFER_BLOCKING 0x0", *lines[2:4]]) == 1
 
 
 @pytest.mark.parametrize(
     ("regs", "num_warps", "warps"), [(96, 4, 20), (97, 4, 16), (128, 16, 16), (129, 4, 12), (32, 4, 64), (255, 8, 8)]
 )
-def test_warps_that_a_multiprocessor_holds(command, regs, num_warps, warps):
+def test_warps_that_a_multiprocessor_holds(disassembly, regs, num_warps, warps):
     """65,536 registers, given out by 8 a thread, to whole programs."""
-    assert command.resident_warps(regs, num_warps) == warps
+    assert disassembly.resident_warps(regs, num_warps) == warps
 
 
 def test_a_peer_that_does_not_compile_is_in_the_table_with_its_reason(benchmarks, command, monkeypatch):
@@ -315,9 +319,10 @@ def test_a_peer_that_does_not_compile_is_in_the_table_with_its_reason(benchmarks
 
     monkeypatch.setitem(peers.COMPILERS, "QuACK", missing)
     row = peers.figures_of_peer("QuACK", "sm_90", "bfloat16", 64, 8142)
-    assert "not compiled: ImportError: no such library" in command.show(row)
+    assert "not compiled: ImportError: no such library" in command.format_row(row)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("library", ["liger_kernel", "quack"])
 def test_a_peer_is_measured_as_a_whole(disassembled, library):
     pytest.importorskip(library)

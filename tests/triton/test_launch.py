@@ -169,9 +169,9 @@ def test_rows_of_a_program_share_their_head_and_bodies_are_aligned():
             vec = launch.vec
             if vec == 1:
                 continue
-            assert layout.row_step * launch.period % vec == 0 or launch.block_rows == 1, (layout, launch)
+            assert layout.row_stride * launch.period % vec == 0 or launch.block_rows == 1, (layout, launch)
             for row in range(2 * vec):
-                start = layout.shift + row * layout.row_step
+                start = layout.misalignment + row * layout.row_stride
                 head = min(-start % vec, n_classes) if launch.edges else 0
                 body = (n_classes - head) // vec * vec
                 assert (start + head) % vec == 0 or body == 0, (n_classes, layout, launch)
@@ -231,7 +231,7 @@ def test_the_forward_pass_may_make_the_gradient_of_every_resident_row_and_of_str
                 assert makes == (dtype != torch.float16), "whatever the number of rows and L2"
             elif makes:
                 resident = device.n_multiprocessors * max(
-                    1, choosing.RESIDENT_THREADS // (device.warp_size * launch.num_warps)
+                    1, choosing.STREAM_THREADS_PER_SM // (device.warp_size * launch.num_warps)
                 )
                 assert resident * launch.block_rows * n_classes * dtype.itemsize < 0.75 * device.l2_bytes
                 made.add((n_classes, dtype, device.n_multiprocessors))
@@ -263,7 +263,7 @@ def signature_of(logits):
 
 
 def gradient_of(logits):
-    return operands.gradient_buffer(signature_of(logits)).make(logits)
+    return operands.gradient_layout(signature_of(logits)).allocate(logits)
 
 
 def flat(n_elements, dtype=torch.float32):
@@ -298,7 +298,7 @@ def test_memory_that_begins_between_boundaries_has_no_shift():
     outside = torch.frombuffer(memoryview(foreign.numpy())[at:], dtype=torch.float32)[:12].view(3, 1, 4)
     assert outside.storage_offset() == 0
     assert outside.data_ptr() % 16 == 4
-    assert signature_of(outside).layout().shift is None
+    assert signature_of(outside).layout().misalignment is None
 
 
 def row_pointers(tensor):

@@ -48,12 +48,17 @@ def command(folder, *options):
     )  # fmt: skip
 
 
-def test_a_recorded_launch_that_does_not_compile_ends_the_command_with_1(tmp_path):
+@pytest.mark.slow
+def test_recorded_launches_that_compile_end_the_command_with_0(tmp_path):
     (tmp_path / "kernels_of_a_test.py").write_text(KERNEL)
     write(tmp_path, launch_of(16), launch_of(17))
     done = command(tmp_path)
     assert done.returncode == 0, done.stderr
     assert "2 launches recorded, 2 variants of kernels" in done.stdout
+
+
+def test_a_recorded_launch_that_does_not_compile_ends_the_command_with_1(tmp_path):
+    (tmp_path / "kernels_of_a_test.py").write_text(KERNEL)
     write(tmp_path, launch_of(16), launch_of(1), launch_of(17))
     done = command(tmp_path)
     assert done.returncode == 1, done.stderr
@@ -111,7 +116,7 @@ def test_the_first_variants_hold_every_combination_that_any_holds():
         tuple((f"argument {i}", value) for i, value in enumerate(values))
         for values in itertools.product("ab", "cde", "fg", "h")
     ]
-    order, n_needed = recorded_launches.in_order_of_need(variants)
+    order, n_needed = recorded_launches.covering_order(variants)
     assert sorted(order) == list(range(len(variants)))
     assert 6 <= n_needed < len(variants)
 
