@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fused_la._autograd.dispatch import choose_implementation
 from fused_la._autograd.head import fused_head_loss, head_formula
 from fused_la._call import checks, head_arguments
-from fused_la._call.arguments import Options, ScaledPrior, read_call
+from fused_la._call.arguments import Adjustment, Options, ScaledPrior, read_call
 from fused_la._call.pairwise_margin import PairwiseMargin
 from fused_la._call.problem import reduce_rows
 from fused_la._modules.options import CountedLossOptions, argument_or_input, per_class_option
@@ -302,9 +302,7 @@ class LogitAdjustedLinear(CountedLossOptions, nn.Linear):
         return head + (f"cosine=True, scale={self.scale}, " if self.cosine else "") + super().extra_repr()
 
 
-def _loss(
-    features: Any, weight: Any, bias: Any, target: Any, prior: ScaledPrior | Any, options: Options, impl: Any
-) -> Tensor:
+def _loss(features: Any, weight: Any, bias: Any, target: Any, prior: Adjustment, options: Options, impl: Any) -> Tensor:
     """The loss for a log prior with its tau, or for a margin."""
     if checks.is_dtensor(weight):
         from fused_la._class_parallel.dtensor import loss_of_head  # here: some PyTorch builds lack DTensor
@@ -317,7 +315,7 @@ def _loss(
     call = read_call(logits, prior, target, options, weight_name="class_weight")
     differentiable = (features, weight, bias, call.problem.log_prior)
     impl = choose_implementation(impl, call, differentiable, of_head=True)
-    rows, problem = head_arguments.feature_rows(features), call.problem.with_inner()
+    rows, problem = head_arguments.feature_rows(features), call.problem.as_3d()
     if impl == "reference":
         loss, row_weight = head_formula(rows, weight, bias, problem)
         loss = reduce_rows(loss, row_weight.sum(), call.reduction)

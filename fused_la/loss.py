@@ -12,7 +12,7 @@ from fused_la._autograd.dispatch import choose_implementation
 from fused_la._autograd.loss import fused_loss, under_transform
 from fused_la._autograd.transforms import folded_loss
 from fused_la._call import checks
-from fused_la._call.arguments import Options, ScaledPrior, read_call
+from fused_la._call.arguments import Adjustment, Options, ScaledPrior, read_call
 from fused_la._call.pairwise_margin import PairwiseMargin, checked_margin
 from fused_la._call.problem import reduce_rows
 from fused_la._modules.options import CountedLossOptions, LossOptions, argument_or_input, per_class_option
@@ -151,7 +151,7 @@ def margin_cross_entropy(
     return _loss(logits, target, margin, options, impl)
 
 
-def _loss(logits: Any, target: Any, prior: ScaledPrior | Any, options: Options, impl: Any) -> Tensor:
+def _loss(logits: Any, target: Any, prior: Adjustment, options: Options, impl: Any) -> Tensor:
     """The loss for a log prior with its tau, or for a margin."""
     if checks.is_dtensor(logits):
         from fused_la._class_parallel.dtensor import loss_of_logits  # here: some PyTorch builds lack DTensor
@@ -161,7 +161,7 @@ def _loss(logits: Any, target: Any, prior: ScaledPrior | Any, options: Options, 
     call = read_call(logits, prior, target, options)
     impl = choose_implementation(impl, call, (logits, call.problem.log_prior))
     if impl == "reference":
-        loss, row_weight = reference.loss_rows(call.problem.with_inner())
+        loss, row_weight = reference.loss_rows(call.problem.as_3d())
         loss = reduce_rows(loss, row_weight.sum(), call.reduction)
     else:
         loss = (folded_loss if under_transform() else fused_loss)(call.problem, call.reduction, impl)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fused_la._call import checks
 from fused_la._call.values import read_value
-from fused_la._evaluation.per_class import class_error, count_predictions, mean_rates, read_counts, shot_groups
+from fused_la._evaluation.error_rates import class_error, count_predictions, mean_rates, read_counts, shot_groups
 
 try:
     from torchmetrics import Metric

@@ -1,13 +1,14 @@
-"""Shared by all tests: where kernels run, the three implementations, and which parameters are slow."""
+"""Pytest configuration: the device of the tests, a fixture of the three implementations, helpers for slow cases."""
 
 import contextlib
+import gc
 import itertools
 import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin take the core of another test process
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # a spinning thread would take the core of another test process
 
 import torch
 
@@ -19,8 +20,8 @@ import pytest  # noqa: E402
 import recorded_launches  # noqa: E402
 
 
-def _patch_once_a_launch() -> None:
-    """Halve the interpreter's time: it patches triton.language at every call of a device function, to no effect."""
+def _patch_once_per_launch() -> None:
+    """Halve the interpreter's time: it patches triton.language anew, needlessly, at each call of a device function."""
     from triton.runtime import interpreter
 
     patch, call, patched = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
@@ -37,8 +38,8 @@ def _patch_once_a_launch() -> None:
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch
 
 
-def _pass_over_nan() -> None:
-    """Let tl.minimum and tl.maximum pass over a NaN, as a GPU's do; Triton 3.6's interpreter returns it."""
+def _ignore_nan_in_min_and_max() -> None:
+    """Make tl.minimum and tl.maximum ignore a NaN, as on a GPU; Triton 3.6's interpreter returns the NaN."""
     import numpy as np
     from triton.runtime.interpreter import InterpreterBuilder
 
@@ -47,44 +48,49 @@ def _pass_over_nan() -> None:
 
 
 if DEVICE == "cpu":
-    with contextlib.suppress(ImportError, AttributeError):  # no Triton, or one that has other names
-        _patch_once_a_launch()
-        _pass_over_nan()
+    with contextlib.suppress(ImportError, AttributeError):  # no Triton, or a version with other names
+        _patch_once_per_launch()
+        _ignore_nan_in_min_and_max()
     if folder := os.environ.get(recorded_launches.FOLDER):
         recorded_launches.record(pathlib.Path(folder))
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """Run the whole suite in a process a core, a file in one of them; a GPU is one process's.
+    """On a CPU, run the whole suite in one process per core, each test file in one process; on a GPU, in one process.
 
-    The interpreter of kernels keeps a core busy. Without pytest-xdist nothing reads these options.
+    The kernels' interpreter keeps a core busy. Without pytest-xdist nothing reads these options.
     """
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not hasattr(config, "workerinput")
     if DEVICE == "cpu" and whole and config.getoption("numprocesses", None) is None and not config.option.usepdb:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        config.option.numprocesses = min(cores or 1, 8)  # of about a gigabyte each
+        config.option.numprocesses = min(cores or 1, 8)  # each takes about a gigabyte
         config.option.dist = "loadfile"
 
 
 def slow(*values: Any) -> Any:
-    """Parameters of a test with the marker slow."""
+    """One parameter set of a test, with the marker slow."""
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-def one_in(n: int, *axes: Sequence[Any]) -> list[Any]:
-    """Every combination of the values of some axes: one in `n` is quick, the others are slow.
+def large(*values: Any) -> Any:
+    """Parameters of a test with the marker large."""
+    return pytest.param(*values, marks=pytest.mark.large)
 
-    Each value of each axis is in a quick one.
+
+def one_in(n: int, *axes: Sequence[Any]) -> list[Any]:
+    """Every combination of the axes' values: one in `n` is quick, the others have the marker slow.
+
+    Each value of each axis is in some quick combination.
     """
-    cases, missing = [], {(axis, place) for axis, values in enumerate(axes) for place in range(len(values))}
-    for places in itertools.product(*(range(len(values)) for values in axes)):
-        values = [axis[place] for axis, place in zip(axes, places, strict=True)]
-        if sum(places) % n:
+    cases, missing = [], {(axis, index) for axis, values in enumerate(axes) for index in range(len(values))}
+    for indices in itertools.product(*(range(len(values)) for values in axes)):
+        values = [axis[index] for axis, index in zip(axes, indices, strict=True)]
+        if sum(indices) % n:
             cases.append(slow(*values))
         else:
             cases.append(pytest.param(*values))
-            missing -= set(enumerate(places))
+            missing -= set(enumerate(indices))
     assert not missing, f"{n} is too many: no quick combination has some of the values"
     return cases
 
@@ -101,10 +107,15 @@ def device() -> str:
 
 @pytest.fixture(params=["reference", "blocked", "triton"])
 def impl(request: pytest.FixtureRequest) -> str:
-    """Each implementation that runs on this machine's device; blocked is a CPU's."""
+    """Each implementation that runs on this machine's device; "blocked" runs on a CPU only."""
     if request.param == "blocked" and DEVICE != "cpu":
         pytest.skip("impl='blocked' runs on a CPU")
     return request.param
+
+
+def pytest_collection_finish() -> None:
+    """Let no garbage collection look at what was imported: that takes a fifth of the time of small tests."""
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

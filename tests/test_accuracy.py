@@ -1,12 +1,12 @@
-"""Loss and gradients of every implementation against the oracle, regime by regime.
+"""Accuracy of the loss and gradients of every implementation against the oracle, in every numerical regime.
 
 Each test varies one thing from a common case: a full product of shapes, layouts, dtypes, priors and targets would be
 thousands of cases that fail together. The regimes are those in which kernels of this kind have gone wrong: class counts
 at the edges of a tile (1, 3, one below, at and above), padded and misaligned rows, offsets as large as real log priors
-(-5 to -12), classes at -inf, rows whose probability is nearly 1 or whose logits are huge or all far below 0.
+(-5 to -12), classes at -inf, rows whose label has a probability near 1, rows whose logits are huge or all far below 0.
 
-A tolerance is twice the error of eager float32 cross entropy on the same input, plus two ulps; where eager loses all
-digits (confident rows) it follows from the rounding of z itself.
+A tolerance is twice the error of eager float32 cross entropy on the same input, plus two ulps. In confident rows eager
+loses all digits, so there the tolerance follows from the rounding of z itself.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from torch import Tensor
 from fused_la import log_prior_from_counts, logit_adjusted_cross_entropy
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-# Class counts at which the kernels read a row in another way, by the number of classes in 16 bytes: one vector, the
-# shortest rows of whole vectors, and one tile.
+# Class counts at which the kernels read a row in a different way: one vector of 16 bytes (`vec` classes), the shortest
+# rows that are read in whole vectors, and one tile.
 EDGES = {
     dtype: sorted({1, 2, 3, 8142, *(n + k for n in (vec, 32 * vec, 128 * vec) for k in (-1, 0, 1))})
     for dtype, vec in ((torch.float32, 4), (torch.bfloat16, 8))
@@ -38,10 +38,10 @@ def long_tail(n_classes: int) -> Tensor:
 
 
 def measure(impl: str, logits: Tensor, target: Tensor, log_prior: Tensor, tau: float = 1.0, **options) -> Truth:
-    """Loss and both gradients of one call, as the oracle gives them; without `learned` the prior is a constant.
+    """Loss and both gradients of one call, in the form of the oracle; with learned=False the prior is a constant.
 
-    Then, and only then, the kernels may make the gradient of the logits in the forward pass. In the interpreter the
-    gradient of a wide prior takes longer than all else.
+    Only with a constant prior may the kernels compute the gradient of the logits in the forward pass. A wide prior is
+    always constant in the interpreter, because its gradient would take longer than everything else there.
     """
     grad_loss = options.pop("grad_loss", None)
     learned = options.pop("learned", True) and not (impl == "triton" and DEVICE == "cpu" and len(log_prior) > 600)
@@ -53,12 +53,12 @@ def measure(impl: str, logits: Tensor, target: Tensor, log_prior: Tensor, tau: f
     grads = torch.autograd.grad(loss, (x, prior) if learned else x, upstream)
     assert grads[0].dtype == logits.dtype
     assert grads[0].shape == logits.shape
-    parts = [part.detach().cpu().double() for part in (loss, *grads)]
-    return Truth(*parts, *([] if learned else [torch.empty(0)]))
+    values = [value.detach().cpu().double() for value in (loss, *grads)]
+    return Truth(*values, *([] if learned else [torch.empty(0)]))
 
 
 def eager(logits: Tensor, target: Tensor, log_prior: Tensor, tau: float = 1.0, **options) -> Truth:
-    """What a user writes without this package, in float32 (float64): the baseline of every tolerance."""
+    """The loss in plain PyTorch, in float32 (float64 for float64 logits): the baseline of every tolerance."""
     grad_loss = options.pop("grad_loss", 1.0)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     x = logits.detach().requires_grad_()
@@ -72,7 +72,7 @@ def eager(logits: Tensor, target: Tensor, log_prior: Tensor, tau: float = 1.0, *
 
 
 def assert_as_accurate(actual: Truth, exact: Truth, baseline: Truth, dtype: torch.dtype) -> None:
-    """No part is further from the oracle than twice the baseline and two ulps of its largest element."""
+    """The loss and each gradient are within twice the baseline's error plus two ulps of their largest element."""
     eps_loss = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
     for name, eps in (
         ("loss", eps_loss),
@@ -94,16 +94,16 @@ def assert_as_accurate(actual: Truth, exact: Truth, baseline: Truth, dtype: torc
 
 
 def check(impl: str, logits: Tensor, target: Tensor, log_prior: Tensor, tau: float = 1.0, **options) -> None:
-    """Against the oracle, with eager as the yardstick wherever eager takes the same arguments.
+    """Compare with the oracle; the baseline is eager if eager takes the same arguments.
 
-    A learned prior with "none"; a constant one with an upstream gradient of 1 and with another.
+    The prior is learned with reduction "none", and constant with upstream gradients of 1 and of another value.
     """
     for reduction, grad_loss in (("none", torch.randn(_rows_of(logits))), ("mean", 1.0), ("sum", torch.randn(()))):
         given = {"reduction": reduction, "grad_loss": grad_loss, **options}
         exact = truth(logits, target, log_prior, tau, **given)
         actual = measure(impl, logits, target, log_prior, tau, learned=reduction == "none", **given)
         if options.keys() & {"target_weight", "smoothing_distribution"}:
-            # No eager form: the reference formula stands in, itself held to eager in every other case.
+            # Eager lacks these options. The reference replaces it; all other cases compare the reference with eager.
             baseline = measure("reference", logits, target, log_prior, tau, **given)
         else:
             baseline = eager(logits, target, log_prior, tau, **given)
@@ -116,7 +116,7 @@ def _rows_of(logits: Tensor) -> tuple[int, ...]:
 
 
 def labels_for(logits: Tensor) -> Tensor:
-    """Random labels of a logits' rows, the first and the last class among them."""
+    """Random labels of the rows of some logits, including the first and the last class."""
     dim = 0 if logits.dim() == 1 else 1
     target = torch.randint(logits.shape[dim], _rows_of(logits))
     flat = target.view(-1)
@@ -141,13 +141,13 @@ def test_class_counts_at_the_edges_of_a_tile(impl, n_classes, dtype):
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("n_classes", [3, 33, 100])
 def test_a_learned_prior_in_a_mean_and_a_sum(impl, n_classes, reduction):
-    """More than one tile of the kernel that sums over rows: 32 rows by 32 classes."""
+    """The kernel that sums over rows has tiles of 32 rows by 32 classes, so these shapes need more than one."""
     logits = randn(37, n_classes)
     given = {"reduction": reduction, "grad_loss": -0.7, "weight": torch.rand(n_classes, device=DEVICE)}
-    everything = logits, labels_for(logits), long_tail(n_classes)
-    actual = measure(impl, *everything, **given)
+    arguments = logits, labels_for(logits), long_tail(n_classes)
+    actual = measure(impl, *arguments, **given)
     assert actual.grad_log_prior.shape == (n_classes,)
-    assert_as_accurate(actual, truth(*everything, **given), eager(*everything, **given), torch.float32)
+    assert_as_accurate(actual, truth(*arguments, **given), eager(*arguments, **given), torch.float32)
 
 
 @pytest.mark.parametrize(("tau", "dtype"), one_in(3, [1.0, 0.3, 3.0], DTYPES), ids=str)
@@ -197,10 +197,10 @@ def test_layouts(impl, layout):
 
 
 def test_a_row_wider_than_a_block_of_classes(monkeypatch):
-    """Blocked passes chunks of classes; the top class, the label and -inf classes may lie in any of them."""
+    """Such a row is processed in chunks of classes; the top class, the label and -inf classes may lie in any chunk."""
     monkeypatch.setattr("fused_la._tiled.blocks.BLOCK_ELEMENTS", 16)
     logits = randn(6, 100)
-    logits[0, :40] = -math.inf  # whole chunks without a class
+    logits[0, :40] = -math.inf  # whole chunks whose classes are all excluded
     logits[1, 99] = 50.0
     logits[2, 0] = 50.0
     target = labels_for(logits)
@@ -281,11 +281,11 @@ def test_smoothing_toward_the_prior(impl, weighted):
     check(impl, logits, torch.softmax(randn(5, 41), 1), prior, **options)
 
 
-# Classes that are out -------------------------------------------------------------------------------------------------
+# Excluded classes ----------------------------------------------------------------------------------------------------
 
 
 def check_dense_with_holes(impl: str, logits: Tensor, probabilities: Tensor, prior: Tensor) -> None:
-    """Probabilities that are 0 on impossible classes: eager multiplies 0 by inf there, so the reference stands in."""
+    """Check probabilities that are 0 on excluded classes. The baseline is the reference: eager multiplies 0 by inf."""
     for reduction in ("none", "mean", "sum"):
         exact = truth(logits, probabilities, prior, reduction=reduction)
         actual = measure(impl, logits, probabilities, prior, reduction=reduction)
@@ -341,7 +341,7 @@ def test_probabilities_that_avoid_empty_classes_are_finite(impl):
 
 @pytest.mark.parametrize("first", [0, 512, 1024])
 def test_a_whole_tile_of_minus_infinity(impl, first):
-    """Masked logits: a running maximum that meets -inf first, or only, must not make NaN."""
+    """Masked logits: a running maximum that sees -inf first, or nothing else, must not make NaN."""
     logits = randn(2, 1540)
     logits[0, first : first + 512] = -math.inf
     target = torch.tensor([1539, 3], device=DEVICE)
@@ -374,7 +374,7 @@ def test_an_infinite_or_nan_logit_makes_its_row_nan(impl, value, column):
 
 
 @pytest.mark.parametrize("content", [math.nan, math.inf, -math.inf])
-def test_an_ignored_row_is_zero_whatever_stands_in_it(impl, content):
+def test_an_ignored_row_is_zero_whatever_its_logits(impl, content):
     logits = randn(4, 12)
     logits[1] = content
     target = torch.tensor([3, -100, 0, 11], device=DEVICE)
@@ -400,7 +400,7 @@ def test_all_rows_ignored(impl):
 
 
 def z_bound(logits: Tensor, prior: Tensor) -> Tensor:
-    """(N, 1): the relative error that rounding z (and the exponent) to float32 leaves in exp(z_c - z_y), in eps."""
+    """The relative error of exp(z_c - z_y), in eps, from rounding z and the exponent to float32; (N, 1)."""
     z = (logits.double() + prior.double()).masked_fill(prior == -math.inf, 0.0)
     return 16 + 4 * z.abs().amax(1, keepdim=True).cpu()
 
@@ -409,7 +409,7 @@ def z_bound(logits: Tensor, prior: Tensor) -> Tensor:
     ("n_classes", "dtype"), one_in(2, [3, 500], [torch.float32, torch.float64, torch.bfloat16]), ids=str
 )
 def test_labels_far_below_other_classes_among_rows_that_are_not(impl, n_classes, dtype):
-    """Where exp(z_c - z_y) still fits float32, where it does not, and where it would not even fit float64."""
+    """exp(z_c - z_y) fits float32 in some rows, overflows it in others, and overflows even float64 in one."""
     behind = torch.tensor([0.0, 20.0, 43.0, 46.0, 60.0, 87.0, 90.0, 800.0, 3.0], dtype=torch.float64)
     logits, target, prior = randn(9, n_classes, dtype=torch.float64), torch.arange(9) % n_classes, long_tail(n_classes)
     target = target.to(DEVICE)
@@ -426,7 +426,10 @@ def test_labels_far_below_other_classes_among_rows_that_are_not(impl, n_classes,
 
 @pytest.mark.parametrize(("n_classes", "lead"), one_in(3, [3, 500, 8142], [5.0, 12.0, 20.0, 40.0, 80.0]))
 def test_a_confident_row_keeps_its_digits(impl, n_classes, lead):
-    """p_y -> 1: loss log1p(sum of the others), gradient -(sum)/d; eager float32 gives 0 for both at a lead of 17."""
+    """p_y -> 1: loss log1p(others), gradient -others / d, d = 1 + others, others the sum over the other classes.
+
+    Eager float32 gives 0 for both at a lead of 17.
+    """
     logits = randn(4, n_classes, scale=1.0)
     target = torch.tensor([0, n_classes - 1, n_classes // 2, 1], device=DEVICE)
     prior = long_tail(n_classes)
@@ -436,7 +439,7 @@ def test_a_confident_row_keeps_its_digits(impl, n_classes, lead):
     eps = torch.finfo(torch.float32).eps * z_bound(logits, prior)
     assert exact.loss.max() < 2 * math.exp(-lead + 4)
     assert ((actual.loss - exact.loss).abs() <= eps[:, 0] * exact.loss).all()
-    normal = exact.grad_logits.abs() > 1e-37  # below, float32 has no full set of digits
+    normal = exact.grad_logits.abs() > 1e-37  # below this, float32 is subnormal and has fewer digits
     assert ((actual.grad_logits - exact.grad_logits).abs() <= eps * exact.grad_logits.abs())[normal].all()
     assert normal[torch.arange(4), target.cpu()].all() or lead > 60
 
@@ -479,7 +482,7 @@ def test_a_confident_row_keeps_its_digits_for_every_kind_of_target(impl, form):
 
 @pytest.mark.parametrize("shift", [-3e4, -1e4, 1e4, 3e4])
 def test_rows_far_from_zero(impl, shift):
-    """A running maximum that starts at 0 underflows far below it; a rounded logsumexp loses the log far above it."""
+    """Far below 0, a running maximum that starts at 0 underflows. Far above, a rounded logsumexp loses the log."""
     logits = randn(4, 200) + shift
     check(impl, logits, labels_for(logits), long_tail(200))
 
@@ -487,7 +490,7 @@ def test_rows_far_from_zero(impl, shift):
 def test_logits_masked_with_the_lowest_float(impl):
     logits = randn(3, 60)
     logits[0, 10:] = torch.finfo(torch.float32).min
-    logits[1] = torch.finfo(torch.float32).min  # all alike: uniform
+    logits[1] = torch.finfo(torch.float32).min  # all equal: uniform probabilities
     target = torch.tensor([3, 8, 59], device=DEVICE)
     prior = torch.zeros(60, device=DEVICE)
     exact = truth(logits, target, prior, reduction="none")

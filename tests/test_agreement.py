@@ -1,4 +1,4 @@
-"""With a zero log prior the loss is `F.cross_entropy`: over PyTorch's own sample inputs and over all options."""
+"""Agreement with `F.cross_entropy`: on PyTorch's own sample inputs and over all combinations of options."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fused_la import LogitAdjustedCrossEntropyLoss, log_prior_from_counts, logit
 def pytorch_samples() -> list[tuple[Tensor, tuple, dict]]:
     """(logits, args, kwargs) of every float64 sample that PyTorch tests its own cross entropy on."""
     try:
-        with mock.patch("torch.backends.disable_global_flags"):  # later tests of this process may set some
+        with mock.patch("torch.backends.disable_global_flags"):  # later tests of this process may have to set flags
             from torch.testing._internal.common_methods_invocations import op_db
     except ImportError as error:
         pytest.skip(f"this PyTorch does not ship its operator samples: {error}")
@@ -55,7 +55,7 @@ def test_every_sample_input_of_pytorch(impl):
 
 @pytest.mark.parametrize("shape", [(7,), (5, 7), (3, 7, 2, 4)], ids=str)
 def test_every_combination_of_options(impl, shape):
-    """Against eager with the prior added: reduction x weight x ignored labels x smoothing x kind of target."""
+    """Compare with eager and the prior added, for reduction x weight x ignored labels x smoothing x kind of target."""
     dim = 0 if len(shape) == 1 else 1
     n_classes = shape[dim]
     prior = log_prior_from_counts([500, 200, 100, 40, 20, 6, 1]).double().to(DEVICE)
@@ -82,7 +82,7 @@ def test_every_combination_of_options(impl, shape):
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("bad", [-1.0, float("nan")])
-def test_negative_weights_and_probabilities_are_taken_and_nan_spreads_as_in_pytorch(impl, bad, smoothing, reduction):
+def test_negative_weights_and_probabilities_are_valid_and_nan_spreads_as_in_pytorch(impl, bad, smoothing, reduction):
     logits = torch.randn(4, 5, dtype=torch.float64, device=DEVICE)
     prior = torch.zeros(5, dtype=torch.float64, device=DEVICE)
     index = torch.tensor([0, 2, 2, 4], device=DEVICE)
@@ -99,8 +99,8 @@ def test_negative_weights_and_probabilities_are_taken_and_nan_spreads_as_in_pyto
 
 
 @pytest.mark.parametrize("bad", [-1.0, float("nan")])
-def test_a_negative_label_weight_is_taken_and_nan_spreads_over_its_row(impl, bad):
-    """As in class probabilities that hold the same."""
+def test_a_negative_label_weight_is_valid_and_nan_spreads_over_its_row(impl, bad):
+    """The same as for class probabilities with the same values."""
     logits = torch.randn(4, 5, dtype=torch.float64, device=DEVICE)
     prior = torch.zeros(5, dtype=torch.float64, device=DEVICE)
     target, share = torch.tensor([[0, 1], [2, 3], [2, 4], [4, 0]], device=DEVICE), torch.rand(4, 2).double().to(DEVICE)
@@ -117,7 +117,7 @@ def test_a_negative_label_weight_is_taken_and_nan_spreads_over_its_row(impl, bad
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_weighted_labels_are_the_weighted_sum_of_single_labels(impl, reduction, smoothing):
-    """Mixup as people write it: lam * loss(y1) + (1 - lam) * loss(y2)."""
+    """The usual form of mixup: lam * loss(y1) + (1 - lam) * loss(y2)."""
     logits = torch.randn(6, 9, dtype=torch.float64, device=DEVICE)
     prior = torch.log_softmax(torch.randn(9, dtype=torch.float64, device=DEVICE), 0)
     first, second = torch.randint(9, (2, 6), device=DEVICE)
@@ -141,7 +141,7 @@ def test_weighted_labels_are_the_weighted_sum_of_single_labels(impl, reduction, 
 
 
 def test_a_mean_over_weighted_labels_counts_rows(impl):
-    """With shares that do not add up to 1 a row is still one row, as for class probabilities that do not."""
+    """A row whose weights do not add up to 1 still counts as one row, as with class probabilities."""
     logits = torch.randn(4, 5, dtype=torch.float64, device=DEVICE)
     prior = torch.zeros(5, dtype=torch.float64, device=DEVICE)
     target = torch.tensor([[0, 1], [2, 3], [4, 0], [1, 1]], device=DEVICE)
@@ -151,8 +151,8 @@ def test_a_mean_over_weighted_labels_counts_rows(impl):
     torch.testing.assert_close(actual, F.cross_entropy(logits, dense))
 
 
-def test_lines_that_the_readme_calls_equivalent_are():
-    """Its expressions stand in pairs, the eager one first."""
+def test_expressions_that_the_readme_calls_equivalent_agree():
+    """The expressions in the README come in pairs, the eager one first."""
     readme = Path(__file__).parents[1] / "README.md"
     lines = readme.read_text().split("Equivalent to:\n\n```python\n")[1].split("# priors")[0]
     class_counts = torch.tensor([500, 200, 100, 40, 20], device=DEVICE)
@@ -205,8 +205,8 @@ def test_the_module_is_the_function(impl):
     assert torch.equal(criterion(logits, labels, share), expected)
 
 
-def test_auto_is_the_device_s_own(monkeypatch):
-    """ "auto" runs Triton on a GPU and blocks on a CPU; the reference formula where a target learns."""
+def test_auto_chooses_the_implementation_of_the_device(monkeypatch):
+    """ "auto" is "triton" on a GPU and "blocked" on a CPU, but "reference" if the target requires grad."""
     import fused_la.loss
 
     chosen = []
@@ -222,8 +222,8 @@ def test_auto_is_the_device_s_own(monkeypatch):
 
 
 @pytest.mark.parametrize("negated", ["logits", "log_prior", "target", "target_weight", "probabilities", "upstream"])
-def test_a_lazy_negation_is_carried_out(impl, negated):
-    """`x.conj().imag` is a view with a bit that says "negate me": raw memory has the other sign."""
+def test_a_lazy_negation_is_resolved(impl, negated):
+    """`x.conj().imag` is a view with the negative bit set: its memory holds the values with the opposite sign."""
 
     def lazily(name: str, x: Tensor) -> Tensor:
         return torch._neg_view(-x) if name == negated else x
@@ -265,7 +265,7 @@ def test_a_learned_prior_may_have_another_dtype(impl, dtype, prior_dtype):
     torch.testing.assert_close(gradient.double(), expected, rtol=4 * eps, atol=4 * eps)
 
 
-def test_a_tau_that_rounds_to_zero_keeps_dropped_classes_out(impl):
+def test_a_tau_that_rounds_to_zero_keeps_classes_excluded(impl):
     logits = torch.randn(2, 3, device=DEVICE)
     prior = torch.tensor([-1.0, -2.0, -torch.inf], device=DEVICE)
     target = torch.tensor([0, 1], device=DEVICE)
@@ -273,8 +273,8 @@ def test_a_tau_that_rounds_to_zero_keeps_dropped_classes_out(impl):
     torch.testing.assert_close(loss, F.cross_entropy(logits[:, :2], target))
 
 
-def test_a_label_without_mass_may_be_a_dropped_class(impl):
-    """With label_smoothing = 1 the label itself is asked for nothing."""
+def test_a_label_without_mass_may_be_an_excluded_class(impl):
+    """With label_smoothing = 1 the label itself has no target mass."""
     logits = torch.randn(2, 3, device=DEVICE)
     prior = torch.tensor([0.0, 0.0, -torch.inf], device=DEVICE)
     q = torch.tensor([0.25, 0.75, 0.0], device=DEVICE)
@@ -285,20 +285,20 @@ def test_a_label_without_mass_may_be_a_dropped_class(impl):
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="memory that NumPy shares")
 @pytest.mark.parametrize("impossible", [torch.nan, torch.inf])
-def test_a_prior_is_checked_in_every_call_whoever_wrote_into_it(impl, impossible):
+def test_a_prior_is_checked_in_every_call_even_if_autograd_does_not_know_of_a_write(impl, impossible):
     logits, target, log_prior = torch.randn(3, 5), torch.tensor([0, 1, 2]), torch.zeros(5)
     logit_adjusted_cross_entropy(logits, target, log_prior, impl=impl)
-    log_prior.data[4] = impossible  # no version of the tensor tells
+    log_prior.data[4] = impossible  # does not change the tensor's version counter
     with pytest.raises(ValueError, match=f"^log_prior must be finite or -inf, got {impossible} for some class$"):
         logit_adjusted_cross_entropy(logits, target, log_prior, impl=impl)
 
 
-def test_a_second_backward_pass_does_not_mind_what_was_written_into_the_prior_in_between(impl):
+def test_a_second_backward_pass_does_not_depend_on_writes_to_the_prior_in_between(impl):
     logits, target = torch.randn(3, 5, device=DEVICE, requires_grad=True), torch.tensor([0, 1, 2], device=DEVICE)
     log_prior = torch.zeros(5, device=DEVICE)
     loss = logit_adjusted_cross_entropy(logits, target, log_prior, impl=impl)
     loss.backward(retain_graph=True)
-    log_prior.data[4] = -torch.inf  # behind autograd's back
+    log_prior.data[4] = -torch.inf  # unknown to autograd
     logits.grad = None
     loss.backward()
     assert logits.grad.isfinite().all()
@@ -308,7 +308,7 @@ def test_a_second_backward_pass_does_not_mind_what_was_written_into_the_prior_in
 def test_labels_and_a_prior_that_numpy_changes_between_calls_are_read_anew(impl):
     logits, target, log_prior = torch.randn(4, 5), torch.tensor([1, 2, 3, 4]), torch.zeros(5)
     logit_adjusted_cross_entropy(logits, target, log_prior, ignore_index=0, impl=impl)
-    target.numpy()[2] = 0  # no version of the tensors tells
+    target.numpy()[2] = 0  # does not change the tensors' version counters
     log_prior.numpy()[1] = -torch.inf
     x = logits.clone().requires_grad_()
     loss = logit_adjusted_cross_entropy(x, target, log_prior, ignore_index=0, impl=impl, reduction="sum")

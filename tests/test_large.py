@@ -1,9 +1,9 @@
-"""Offsets past 2^31 elements, and memory that does not grow with N * C.
+"""Inputs of more than 2^31 elements, and peak memory that does not grow with N * C.
 
-An offset that is formed in 32 bits wraps around at 2^31 elements and reads another place. On a CPU this needs no
-memory: the logits are a view of a sparse file in which only the few elements that the view names were written. Every
-view begins 2^31 elements into its file, so that an offset that wrapped would find a hole of zeros, not the void.
-The tests with the marker large are about real memory.
+An offset computed in 32 bits wraps around at 2^31 elements and reads the wrong element. On a CPU the tests of this need
+no memory: the logits are a view of a sparse file in which only the few elements of the view were written. Every view
+begins 2^31 elements into its file, so that a wrapped offset reads zeros of the file and not memory outside it.
+The tests with the marker large use real memory.
 """
 
 import json
@@ -20,26 +20,26 @@ import fused_la._tiled.blocks
 from fused_la import logit_adjusted_cross_entropy
 
 LIMIT = 2**31
-BEFORE = LIMIT + 64  # elements of a file before its view
-MAX_BLOCKS = 1 << 20  # bytes on disk that a sparse file may take
+ELEMENTS_BEFORE_VIEW = LIMIT + 64  # elements of a file before its view
+MAX_BYTES_ON_DISK = 1 << 20  # bytes on disk that a sparse file may take
 
 
-class Sparse:
-    """Views of huge strides on sparse files."""
+class SparseFiles:
+    """Creates views with huge strides on sparse files."""
 
     def __init__(self, folder):
         self.folder = folder
         self.files = []
 
     def view(self, values, strides):
-        """`values` with other strides; whatever lies between is 0 and was never touched."""
-        size = BEFORE + sum((n - 1) * stride for n, stride in zip(values.shape, strides, strict=True)) + 1
+        """A copy of `values` with these strides; the elements between are 0 and were never written."""
+        size = ELEMENTS_BEFORE_VIEW + sum((n - 1) * stride for n, stride in zip(values.shape, strides, strict=True)) + 1
         path = self.folder / f"{len(self.files)}.bin"
         with open(path, "wb") as file:
             file.truncate(size * values.element_size())
         self.files.append(path)
         storage = torch.from_file(str(path), shared=True, size=size, dtype=values.dtype)
-        return storage.as_strided(values.shape, strides, BEFORE).copy_(values)
+        return storage.as_strided(values.shape, strides, ELEMENTS_BEFORE_VIEW).copy_(values)
 
     def bytes_on_disk(self):
         return sum(os.stat(path).st_blocks * 512 for path in self.files)
@@ -49,15 +49,15 @@ class Sparse:
 def sparse(tmp_path, device):
     if device != "cpu":
         pytest.skip("a sparse file is mapped into a CPU's memory")
-    sparse = Sparse(tmp_path)
+    sparse = SparseFiles(tmp_path)
     yield sparse
-    assert 0 < sparse.bytes_on_disk() < MAX_BLOCKS, "something has written between the elements of the views"
+    assert 0 < sparse.bytes_on_disk() < MAX_BYTES_ON_DISK, "something has written between the elements of the views"
     for path in sparse.files:
         path.unlink()
 
 
 def outcome(impl, logits, target, log_prior, upstream, **options):
-    """Losses, and the gradients of logits and log_prior."""
+    """The losses, and the gradients of logits and of a log_prior that requires grad."""
     logits = logits.detach().requires_grad_()
     loss = logit_adjusted_cross_entropy(logits, target, log_prior, reduction="none", impl=impl, **options)
     inputs = [logits, log_prior] if log_prior.requires_grad else [logits]
@@ -65,10 +65,10 @@ def outcome(impl, logits, target, log_prior, upstream, **options):
 
 
 def assert_same_outcome(large, small):
-    """Of an implementation with huge strides and of the reference without, so that a shared fault cannot hide.
+    """Compare an implementation on huge strides with the reference on ordinary ones, so that a shared fault shows.
 
-    Values of up to 10 are rounded some times in float32 on the way, and gradients once more to their dtype; what stands
-    at a wrong place differs in the first digits.
+    Intermediate values of up to 10 are rounded a few times in float32, and gradients once more to their dtype. A value
+    from a wrong element differs in the first digits.
     """
     for got, expected in zip(large, small, strict=True):
         assert got.shape == expected.shape
@@ -78,7 +78,7 @@ def assert_same_outcome(large, small):
 
 
 LAYOUTS = {
-    # A 32-bit stride whose product with the row is past 2^31, and past 2^32.
+    # A 32-bit stride whose product with the row index exceeds 2^31, and 2^32.
     "rows at a 32-bit stride": ((4, 5), (LIMIT - 7, 3)),
     "rows at a 64-bit stride": ((2, 5), (LIMIT + 11, 1)),
     "classes at a 32-bit stride": ((2, 6), (5, LIMIT // 2 - 3)),
@@ -118,7 +118,7 @@ def test_logits_past_2_31_elements_are_read_where_they_are(impl, sparse, layout,
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_gradient_of_a_scalar_reads_logits_past_2_31_elements_where_they_are(sparse, layout):
-    """Blocked makes this one in its forward pass."""
+    """impl="blocked" computes this gradient in its forward pass."""
     shape, strides = LAYOUTS[layout]
     logits, target, log_prior = small_problem(shape, torch.float32)
     gradients = []
@@ -187,15 +187,15 @@ def free_memory(device):
 @pytest.mark.large
 @pytest.mark.parametrize("impl", ["triton"])
 def test_rows_past_2_31_elements_on_a_gpu(impl, device):
-    """Logits and gradient of more than 2^31 elements: the last rows are those of a call on them alone."""
-    n_rows, n_classes = 66, 2**25 + 8  # a row begins on 16 bytes
+    """Logits and gradient of more than 2^31 elements: the last rows equal those of a call on these rows alone."""
+    n_rows, n_classes = 66, 2**25 + 8  # every row is aligned to 16 bytes
     if free_memory(device) < 5 * n_rows * n_classes:
         pytest.skip("needs 11 GB of GPU memory")
     logits = torch.randn(n_rows, n_classes, device=device, dtype=torch.float16)
     assert logits.numel() > LIMIT
     target = torch.arange(n_rows, device=device) * (n_classes // n_rows)
     log_prior = torch.linspace(-1.0, -12.0, n_classes, device=device)
-    upstream = torch.full((n_rows,), 2.0**14, device=device)  # float16 has no 1 / n_classes
+    upstream = torch.full((n_rows,), 2.0**14, device=device)  # 1 / n_classes underflows in float16
     loss, gradient = outcome(impl, logits, target, log_prior, upstream)
     for row in (0, 63, 64, 65):
         only = [row]
@@ -206,7 +206,7 @@ def test_rows_past_2_31_elements_on_a_gpu(impl, device):
 
 @pytest.mark.large
 def test_one_row_of_more_than_2_31_classes(tmp_path, device):
-    """All logits are 0 but three; the prior plays no part (tau = 0), for as float32 it would take 8 GB."""
+    """All logits but three are 0. tau is 0, because a prior in float32 would take 8 GB."""
     n_classes = LIMIT + 5
     if free_memory(device) < 3 * n_classes * 2:
         pytest.skip("needs 13 GB of memory")
@@ -231,8 +231,8 @@ def test_one_row_of_more_than_2_31_classes(tmp_path, device):
     upstream = 2.0**14
     (gradient,) = torch.autograd.grad(loss, logits, torch.tensor(upstream, device=device))
 
-    n_parts = math.ceil(n_classes / fused_la._tiled.blocks.BLOCK_ELEMENTS)  # summed in order: half an ulp each at worst
-    tolerance = n_parts * torch.finfo(torch.float32).eps
+    n_chunks = math.ceil(n_classes / fused_la._tiled.blocks.BLOCK_ELEMENTS)  # merged in order: half an ulp each at most
+    tolerance = n_chunks * torch.finfo(torch.float32).eps
     assert abs(loss.item() / math.log1p(rest) - 1) < tolerance
     half = torch.finfo(torch.float16)
     for column, expected in [
@@ -249,7 +249,7 @@ def test_one_row_of_more_than_2_31_classes(tmp_path, device):
 
 
 def peak_memory(step, trace):
-    """(the most bytes that a step had allocated at a time, its largest allocation)."""
+    """(peak bytes that a step had allocated at once, bytes of its largest allocation)."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     profiler.export_chrome_trace(str(trace))
@@ -267,10 +267,10 @@ def peak_memory(step, trace):
         ["labels", "smoothing", "probabilities"],
     ),
 )
-def test_blocked_takes_the_memory_of_one_block_beyond_the_gradient(dtype, learned, options, tmp_path, device):
-    """Counted with what PyTorch allocates in an operator: half-precision logits widened, a gradient summed in float64.
+def test_blocked_allocates_one_block_beyond_the_gradient(dtype, learned, options, tmp_path, device):
+    """Includes what PyTorch allocates inside an operator: half-precision logits widened, a gradient summed in float64.
 
-    Labels of float32 and float64 logits take none, for the gradient's own memory serves.
+    Labels with float32 and float64 logits need no block: the gradient's own memory holds the intermediate values.
     """
     if device != "cpu":
         pytest.skip("impl='blocked' runs on a CPU")
@@ -288,14 +288,14 @@ def test_blocked_takes_the_memory_of_one_block_beyond_the_gradient(dtype, learne
         return torch.autograd.grad(loss(impl), inputs)
 
     compute_size = 8 if dtype == torch.float64 else 4
-    whole = n_rows * n_classes * compute_size
+    whole_bytes = n_rows * n_classes * compute_size
     reference_peak, _ = peak_memory(lambda: step("reference"), tmp_path / "reference.json")
-    assert reference_peak > 3 * whole, "the measurement sees temporaries"
+    assert reference_peak > 3 * whole_bytes, "the measurement sees temporaries"
 
     gradient = logits.numel() * logits.element_size()
     block = fused_la._tiled.blocks.BLOCK_ELEMENTS * compute_size
-    vectors = 8 * 8 * (n_rows + n_classes)  # a few numbers a row and a class
-    assert vectors + block < whole
+    vectors = 8 * 8 * (n_rows + n_classes)  # a few numbers per row and per class
+    assert vectors + block < whole_bytes
     peak, largest = peak_memory(lambda: step("blocked"), tmp_path / "blocked.json")
     in_place = logits.element_size() == compute_size and options == "labels" and not learned
     assert largest <= max(gradient, block)

@@ -1,6 +1,7 @@
-"""The losses of a head against the oracle: tiles of a few rows and classes, whose seams fall everywhere.
+"""Losses of a linear head against the oracle, on tiles of a few rows and classes.
 
-The oracle gives the gradient of the logits; those of features, weight, bias and prior are its products in float64.
+Small tiles put tile boundaries everywhere. The oracle gives the gradients of logits and prior; the gradients of
+features, weight and bias follow from that of the logits in float64.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ EXACT = {"rtol": 1e-10, "atol": 1e-12}  # float64 on both sides
 
 @pytest.fixture
 def unwritten_is_nan():
-    """Memory that nobody writes comes as NaN, not as the zeros that fresh pages hold."""
+    """Fill uninitialized memory with NaN; fresh pages would hold zeros."""
     torch.use_deterministic_algorithms(True, warn_only=True)  # with torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(False)
@@ -42,7 +43,7 @@ def unwritten_is_nan():
 
 @pytest.fixture
 def small_tiles(monkeypatch, request):
-    """Tiles of 3 rows and 7 classes; of 13 for the interpreter of kernels, which takes its time for each."""
+    """Tiles of 3 rows and 7 classes; of 13 classes for the kernels, because their interpreter is slow per tile."""
     widest = 13 if "triton" in request.node.name else 7
     monkeypatch.setattr(
         tiled_head, "choose_tile_shape", lambda n, c, device: tiled_head.TileShape(max(1, min(n, 3)), min(c, widest))
@@ -52,13 +53,13 @@ def small_tiles(monkeypatch, request):
 def make_head(
     n: int, d: int, c: int, dtype=torch.float64, spread: float = 3.0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Features, weight, bias and log prior, all leaves."""
+    """Features, weight, bias and log prior; all require grad."""
     tensors = torch.randn(n, d), torch.randn(c, d) * spread, torch.randn(c), torch.randn(c).mul(2).log_softmax(0)
     return tuple(t.to(DEVICE, dtype).requires_grad_() for t in tensors)
 
 
 def make_target(kind: str, n: int, c: int, avoid: int | None = None) -> dict:
-    """Labels with an ignored one, two labels (some equal, some ignored), or probabilities; none of class `avoid`."""
+    """Labels, one of them ignored; two labels a row, some equal or ignored; or probabilities. No target is `avoid`."""
     if kind == "probabilities":
         target = torch.rand(n, c, dtype=torch.float64)
         if avoid is not None:
@@ -79,7 +80,7 @@ def make_target(kind: str, n: int, c: int, avoid: int | None = None) -> dict:
 
 
 def expected(features, weight, bias, log_prior, tau, upstream, **options) -> tuple[Tensor, ...]:
-    """Loss and gradients of features, weight, bias and log_prior, float64."""
+    """Exact loss and gradients of features, weight, bias and log_prior, in float64."""
     x, w = features.detach().cpu().double(), weight.detach().cpu().double()
     logits = x @ w.T if bias is None else x @ w.T + bias.detach().cpu().double()
     options = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in options.items()}
@@ -100,14 +101,14 @@ def expected(features, weight, bias, log_prior, tau, upstream, **options) -> tup
     ),
     ids=str,
 )
-def test_loss_and_gradients_are_those_of_the_formula(impl, kind, smoothing, shape):
+def test_loss_and_gradients_agree_with_the_formula(impl, kind, smoothing, shape):
     n, d, c = shape
     features, weight, bias, log_prior = make_head(n, d, c)
-    out = 3 if c > 7 and smoothing != "uniform" else None
-    if out is not None:
+    excluded = 3 if c > 7 and smoothing != "uniform" else None
+    if excluded is not None:
         with torch.no_grad():
-            log_prior[out] = -math.inf
-    options = make_target(kind, n, c, avoid=out)
+            log_prior[excluded] = -math.inf
+    options = make_target(kind, n, c, avoid=excluded)
     if smoothing != "none":
         options |= {"label_smoothing": 0.2}
     if smoothing == "prior":
@@ -127,7 +128,7 @@ def test_loss_and_gradients_are_those_of_the_formula(impl, kind, smoothing, shap
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("kind", ["labels", "two labels"])
 @pytest.mark.parametrize("preset", ["ldam", "adaptive", "cdt", "vector_scaling", "balanced", "logit_adjusted_adaptive"])
-def test_margins_are_those_of_whole_logits(impl, preset, kind):
+def test_margins_agree_with_the_loss_of_whole_logits(impl, preset, kind):
     n, c = 5, 17
     features, weight, bias, log_prior = make_head(n, 3, c, spread=0.3)
     more = {"cdt": (0.3,), "vector_scaling": (0.2, 1.0)}.get(preset, ())
@@ -142,8 +143,8 @@ def test_margins_are_those_of_whole_logits(impl, preset, kind):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_no_part_is_less_accurate_than_whole_logits(impl, dtype, monkeypatch):
-    """Half precision is better: logits are not rounded, and gradients add up in float32 over all tiles."""
+def test_loss_and_gradients_are_as_accurate_as_with_whole_logits(impl, dtype, monkeypatch):
+    """Half precision is even more accurate: logits are not rounded, and gradients are summed in float32 over tiles."""
     monkeypatch.setattr(tiled_head, "choose_tile_shape", lambda n, c, device: tiled_head.TileShape(4, 32))
     n, d, c = 9, 16, 150
     features, weight, bias, log_prior = (t.detach().to(dtype).requires_grad_() for t in make_head(n, d, c, spread=0.5))
@@ -182,7 +183,7 @@ def test_a_confident_row_keeps_its_digits_whichever_tile_its_label_is_in(impl, l
 
 
 @pytest.mark.usefixtures("small_tiles")
-def test_a_tile_without_a_class_left_and_rows_of_nan(impl):
+def test_tiles_of_excluded_classes_and_rows_of_nan(impl):
     features, weight, bias, log_prior = make_head(4, 3, 21)
     with torch.no_grad():
         log_prior[:14] = -math.inf  # the first two tiles
@@ -210,12 +211,12 @@ def test_a_tile_without_a_class_left_and_rows_of_nan(impl):
 
 
 @pytest.mark.usefixtures("small_tiles")
-def test_what_does_not_count_may_be_infinite_and_what_counts_is_nan(impl):
+def test_infinity_and_nan_matter_only_in_rows_and_classes_that_count(impl):
     features, weight, bias, log_prior = (t.detach() for t in make_head(4, 3, 17))
     features, log_prior = features.abs(), log_prior.index_fill(0, torch.tensor([5], device=DEVICE), -math.inf)
     target = torch.tensor([0, -100, 16, 8], device=DEVICE)
     leaves = (features, weight.index_fill(0, torch.tensor([5], device=DEVICE), math.inf), bias)
-    leaves[0][1] = math.nan  # of a row that does not count
+    leaves[0][1] = math.nan  # an ignored row
     leaves = tuple(leaf.requires_grad_() for leaf in leaves)
     loss = linear_logit_adjusted_cross_entropy(*leaves[:2], target, log_prior, bias=bias, impl=impl)
     kept = [c for c in range(17) if c != 5]
@@ -224,11 +225,11 @@ def test_what_does_not_count_may_be_infinite_and_what_counts_is_nan(impl):
     labels = torch.tensor([0, 15, 7], device=DEVICE)
     exact = F.cross_entropy(F.linear(x, w, b) + log_prior[kept], labels)
     assert_close(loss, exact, **EXACT)
-    (grad,), (of_kept,) = torch.autograd.grad(loss, bias), torch.autograd.grad(exact, b)
-    assert_close(grad[kept], of_kept, **EXACT)
+    (grad,), (grad_of_kept,) = torch.autograd.grad(loss, bias), torch.autograd.grad(exact, b)
+    assert_close(grad[kept], grad_of_kept, **EXACT)
     assert grad[5] == 0
 
-    for value in (math.inf, -math.inf):  # one class at +inf; then no class left
+    for value in (math.inf, -math.inf):  # a class at +inf, then all classes at -inf
         classes = [4] if value > 0 else list(range(17))
         infinite = weight.index_fill(0, torch.tensor(classes, device=DEVICE), value)
         loss = linear_logit_adjusted_cross_entropy(x.detach(), infinite, target[counting], log_prior, impl=impl)
@@ -238,7 +239,7 @@ def test_what_does_not_count_may_be_infinite_and_what_counts_is_nan(impl):
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("kind", ["labels", "two labels"])
 def test_an_ignored_label_costs_nothing_however_low_the_logits_are(impl, kind):
-    """No tile says what such a label stands at. It must not count: here exp(0 - z) is more than float32 holds."""
+    """No tile sets z of an ignored label, so it stays 0. It must not count: here exp(0 - z) overflows float32."""
     margin = margins.ldam(torch.tensor([0.9, 0.07, 0.03], device=DEVICE).log())
     features = torch.ones(3, 1, device=DEVICE, requires_grad=True)
     weight = torch.tensor([[-7.0], [-8.0], [-9.0]], device=DEVICE, requires_grad=True)
@@ -261,7 +262,7 @@ def test_an_ignored_label_costs_nothing_however_low_the_logits_are(impl, kind):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_a_bias_may_be_of_another_dtype(impl, dtype):
-    """It is added in the compute dtype, whichever implementation an option asks for."""
+    """The bias is added in the compute dtype, in every implementation."""
     features, weight, bias, log_prior = (t.detach().to(dtype).requires_grad_() for t in make_head(4, 3, 17, spread=0.5))
     bias = bias.detach().to(torch.float32 if dtype != torch.float32 else torch.float64).requires_grad_()
     target = torch.arange(4, device=DEVICE)
@@ -276,7 +277,7 @@ def test_a_bias_may_be_of_another_dtype(impl, dtype):
         assert_close(actual.detach().cpu().double(), wanted, **close)
 
 
-def test_no_features_leave_the_bias_alone(impl):
+def test_without_features_the_logits_are_the_bias(impl):
     _, _, bias, log_prior = make_head(4, 1, 17)
     features, weight = bias.new_empty(4, 0), bias.new_empty(17, 0)
     target = torch.tensor([0, 16, 7, -100], device=DEVICE)
@@ -319,7 +320,7 @@ def test_derivatives_agree_with_finite_differences(impl, reduction):
 
 
 @pytest.mark.usefixtures("small_tiles")
-def test_a_second_backward_gives_the_same_and_gradients_add_up(impl):
+def test_a_second_backward_gives_equal_gradients_and_they_accumulate(impl):
     features, weight, bias, log_prior = make_head(5, 3, 17)
     target = torch.randint(0, 17, (5,), device=DEVICE)
     loss = linear_logit_adjusted_cross_entropy(features, weight, target, log_prior, bias=bias, impl=impl)
@@ -335,23 +336,23 @@ def test_a_second_backward_gives_the_same_and_gradients_add_up(impl):
 
 
 class Allocations(TorchDispatchMode):
-    """Elements of every storage that operators make."""
+    """Records the number of elements of every storage that operators allocate."""
 
     def __init__(self, *given: Tensor):
         super().__init__()
-        self._seen = {self._key(t) for t in given}
+        self._known = {self._key(t) for t in given}
         self.n_elements: list[int] = []
 
     @staticmethod
     def _key(tensor: Tensor) -> tuple[int, int]:
-        """Memory that is used again for the same size counts once."""
+        """Identifies a storage; memory that is reused for the same size counts once."""
         return tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, Tensor) and self._key(tensor) not in self._seen:
-                self._seen.add(self._key(tensor))
+            if isinstance(tensor, Tensor) and self._key(tensor) not in self._known:
+                self._known.add(self._key(tensor))
                 self.n_elements.append(tensor.untyped_storage().nbytes() // tensor.element_size())
         return result
 
@@ -365,25 +366,25 @@ def test_no_tensor_is_larger_than_a_tile_or_a_gradient(impl, kind, monkeypatch):
     features, weight, bias, log_prior = make_head(n, d, c)
     options = make_target(kind, n, c)
     leaves = (features, weight, bias, log_prior)
-    with Allocations(*leaves) as made:
+    with Allocations(*leaves) as allocations:
         loss = linear_logit_adjusted_cross_entropy(
             features, weight, log_prior=log_prior, bias=bias, impl=impl, **options
         )
         torch.autograd.grad(loss, leaves)
-    assert sum(size > c for size in made.n_elements) == 1  # the weight's gradient
-    assert max(made.n_elements) == c * d
-    assert any(size == 8 * 16 for size in made.n_elements)  # a tile
+    assert sum(size > c for size in allocations.n_elements) == 1  # the weight's gradient
+    assert max(allocations.n_elements) == c * d
+    assert any(size == 8 * 16 for size in allocations.n_elements)  # a tile
 
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize(
     "wanted", [(True, False, False, False), (False, True, False, False), (False, False, True, True)]
 )
-def test_only_the_gradients_asked_for_are_made(impl, wanted):
+def test_only_the_needed_gradients_are_computed(impl, wanted):
     leaves = [t.detach().requires_grad_(want) for t, want in zip(make_head(5, 3, 17), wanted, strict=True)]
     features, weight, bias, log_prior = leaves
     target = torch.randint(0, 17, (5,), device=DEVICE)
-    with Allocations(*leaves) as made:
+    with Allocations(*leaves) as allocations:
         loss = linear_logit_adjusted_cross_entropy(features, weight, target, log_prior, bias=bias, impl=impl)
         loss.backward()
     assert [leaf.grad is not None for leaf in leaves] == list(wanted)
@@ -392,10 +393,10 @@ def test_only_the_gradients_asked_for_are_made(impl, wanted):
         if leaf.grad is not None:
             assert_close(leaf.grad.cpu(), exact, **EXACT)
     if impl != "reference":
-        assert (17 * 3 in made.n_elements) == wanted[1]
+        assert (17 * 3 in allocations.n_elements) == wanted[1]
 
 
-def test_tiles_stay_in_their_budget_and_cover_what_there_is():
+def test_tile_shapes_stay_in_their_budget_and_within_the_logits():
     for device, (elements, most_rows) in (("cpu", tiled_head._CPU_TILE), ("cuda", tiled_head._GPU_TILE)):
         for n in (0, 1, 2, 63, 64, 256, 1000, 1024, 1025, 4096, 100_000):
             for c in (1, 127, 128, 1000, 8142, 100_000, 10_000_000):
@@ -403,13 +404,13 @@ def test_tiles_stay_in_their_budget_and_cover_what_there_is():
                 assert 1 <= rows <= max(1, min(n, most_rows))
                 assert 1 <= classes <= c
                 assert rows * classes <= elements
-                assert rows == max(1, min(n, most_rows))  # all rows that fit, before classes
+                assert rows == max(1, min(n, most_rows))  # as many rows as allowed, whatever that leaves for classes
                 assert classes == c or classes % 128 == 0
                 assert classes == c or rows * (classes + 128) > elements
 
 
-def test_real_tiles_have_more_than_one_piece(impl):
-    """Wider than one tile of the CPU's, so that its own choice is used with a seam."""
+def test_the_default_tiles_split_a_wide_head(impl):
+    """The head is wider than one tile of the CPU, so its default tile shape has a boundary between tiles."""
     if impl != "blocked":
         pytest.skip("the interpreter would take minutes")
     n, c = 3, 1_500_001
@@ -449,7 +450,7 @@ def test_leading_dimensions_are_rows(impl, shape, kind):
 
 
 @pytest.mark.usefixtures("small_tiles")
-def test_autocast_takes_mixed_dtypes_and_changes_no_dtype_of_a_gradient(impl):
+def test_autocast_allows_mixed_dtypes_and_changes_no_dtype_of_a_gradient(impl):
     features, weight, bias, log_prior = make_head(5, 3, 17, torch.float32, spread=0.5)
     half = features.detach().bfloat16().requires_grad_()
     target = torch.randint(0, 17, (5,), device=DEVICE)
@@ -463,9 +464,9 @@ def test_autocast_takes_mixed_dtypes_and_changes_no_dtype_of_a_gradient(impl):
         assert_close(actual.detach().cpu().double(), exact, rtol=0.05, atol=0.02 * exact.abs().max().item())
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is")  # PyTorch's, when forward mode is first used
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is")  # PyTorch warns when forward mode is first used
 @pytest.mark.usefixtures("small_tiles")
-def test_transforms_and_forward_mode_are_those_of_the_formula(impl):
+def test_transforms_and_forward_mode_agree_with_the_formula(impl):
     features, weight, bias, log_prior = (t.detach() for t in make_head(4, 3, 9))
     target = torch.tensor([0, 8, 7, 3], device=DEVICE)
 
@@ -484,7 +485,7 @@ def test_transforms_and_forward_mode_are_those_of_the_formula(impl):
 
 
 @pytest.mark.usefixtures("small_tiles")
-def test_compiles_into_one_operator_that_bounds_memory_and_keeps_tau_and_rows_free(impl):
+def test_compiles_into_one_operator_and_does_not_recompile_for_each_tau_or_row_count(impl):
     torch._dynamo.reset()
     _, weight, bias, log_prior = make_head(4, 3, 17)
     graphs = CompileCounterWithBackend("aot_eager")
@@ -509,9 +510,9 @@ def test_compiles_into_one_operator_that_bounds_memory_and_keeps_tau_and_rows_fr
         assert F.linear not in calls
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck raises it
 @pytest.mark.usefixtures("small_tiles")
-def test_the_operator_is_what_it_declares():
+def test_the_operator_passes_opcheck():
     features, weight, bias, log_prior = make_head(4, 3, 17)
     target = torch.randint(0, 17, (4, 1, 1), device=DEVICE)
     impl = "blocked" if DEVICE == "cpu" else "triton"
@@ -573,7 +574,7 @@ def test_bad_input_is_named(change, error, message):
         linear_logit_adjusted_cross_entropy(**(arguments | change))
 
 
-def test_what_only_the_reference_differentiates_is_refused_by_name():
+def test_gradients_that_only_the_reference_has_are_refused_by_other_implementations():
     features, weight, _, log_prior = make_head(4, 3, 9)
     target = torch.zeros(4, dtype=torch.int64, device=DEVICE)
     class_weight = torch.ones(9, device=DEVICE, requires_grad=True)
@@ -608,7 +609,7 @@ def test_the_module_is_a_linear_layer_and_its_loss(cosine):
     assert ("cosine=True, scale=7.0" in repr(head)) == cosine
 
 
-def test_prediction_goes_over_tiles_and_takes_the_first_of_equals_and_nan(monkeypatch):
+def test_prediction_is_tiled_and_takes_the_first_of_equal_logits_and_of_nan(monkeypatch):
     monkeypatch.setattr(tiled_head, "choose_tile_shape", lambda n, c, device: tiled_head.TileShape(2, 4))
     head = LogitAdjustedLinear(2, torch.ones(11), bias=False, device=DEVICE)
     with torch.no_grad():
@@ -622,12 +623,12 @@ def test_prediction_goes_over_tiles_and_takes_the_first_of_equals_and_nan(monkey
     assert_close(classes[finite], logits[finite].argmax(1))
     assert not (classes == 9).any()
     assert logits[7, classes[7]].isnan()
-    with Allocations(features, head.weight) as made:
+    with Allocations(features, head.weight) as allocations:
         head.predict(features)
-    assert max(made.n_elements) <= 50
+    assert max(allocations.n_elements) <= 50
 
 
-def test_the_module_keeps_its_log_prior_exact_and_says_what_it_is():
+def test_the_module_keeps_its_log_prior_exact_and_repr_shows_its_options():
     head = LogitAdjustedLinear(4, [50, 5, 1], class_weight=torch.rand(3), bias=False, label_smoothing=0.1)
     cast = copy.deepcopy(head).bfloat16()
     assert cast.weight.dtype == torch.bfloat16
@@ -644,7 +645,7 @@ COSINE = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.
 @pytest.mark.parametrize("dtype", COSINE.values(), ids=COSINE)
 @pytest.mark.parametrize("zeros", ["features", "weight", "both"])
 def test_a_cosine_head_of_zeros_has_a_loss_and_gradients(dtype, zeros):
-    """The 1e-12 that F.normalize divides by at least is 0 in float16, and its inverse is infinite there."""
+    """F.normalize divides by at least 1e-12, which is 0 in float16, and its inverse is infinite there."""
     head = LogitAdjustedLinear(8, [900, 90, 10], cosine=True, dtype=dtype).to(DEVICE)
     features = torch.randn(2, 8, device=DEVICE).to(dtype)
     with torch.no_grad():
@@ -665,8 +666,8 @@ def test_a_cosine_head_of_zeros_has_a_loss_and_gradients(dtype, zeros):
 
 
 @pytest.mark.parametrize("size", [1e-13, 1e-20, 1e-23, 1e-38])
-def test_a_cosine_head_of_next_to_nothing_has_finite_gradients(size):
-    """Where the squares of a norm underflow before it does."""
+def test_a_cosine_head_of_tiny_vectors_has_finite_gradients(size):
+    """The squares inside a norm underflow before the norm does."""
     head = LogitAdjustedLinear(8, [900, 90, 10], cosine=True).to(DEVICE)
     features = torch.full((3, 8), size, device=DEVICE)
     features[2] = 1.0
@@ -695,7 +696,7 @@ def test_a_float32_cosine_head_under_autocast_has_a_loss_of_zeros(dtype):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("size", [1e-4, 1.0, 1e4])
 def test_a_cosine_head_rounds_its_unit_vectors_once(dtype, size):
-    """Of features whose squares are below the least number of float16, or above its largest."""
+    """Also for features whose squares underflow or overflow in float16."""
     head = LogitAdjustedLinear(8, [900, 90, 10], cosine=True, scale=16.0, bias=False, dtype=dtype).to(DEVICE)
     features = (torch.randn(50, 8, device=DEVICE) * size).to(dtype)
 
@@ -712,8 +713,8 @@ def test_a_cosine_head_rounds_its_unit_vectors_once(dtype, size):
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("kind", ["labels", "several labels", "probabilities"])
 @pytest.mark.parametrize("margin", [None, "two offsets", "scale"])
-def test_gradients_of_a_head_come_in_batches(small_tiles, impl, kind, reduction, margin):
-    """torch.autograd.grad(is_grads_batched=True), which gradcheck asks for and jacobian(vectorize=True) uses."""
+def test_gradients_of_a_head_can_be_batched(small_tiles, impl, kind, reduction, margin):
+    """torch.autograd.grad(is_grads_batched=True), which gradcheck and jacobian(vectorize=True) use."""
     if margin == "two offsets" and kind == "probabilities" and impl != "reference":
         pytest.skip("the reference's alone")
     features, weight, bias, log_prior = make_head(4, 5, 9)
@@ -732,13 +733,13 @@ def test_gradients_of_a_head_come_in_batches(small_tiles, impl, kind, reduction,
         leaves = [features, weight, bias]
     upstream = torch.randn(3, *loss.shape, dtype=torch.float64, device=DEVICE)
     batched = torch.autograd.grad(loss, leaves, upstream, is_grads_batched=True, retain_graph=True)
-    for i, of_one in enumerate(upstream):
-        for got, want in zip(batched, torch.autograd.grad(loss, leaves, of_one, retain_graph=True), strict=True):
+    for i, one_upstream in enumerate(upstream):
+        for got, want in zip(batched, torch.autograd.grad(loss, leaves, one_upstream, retain_graph=True), strict=True):
             assert_close(got[i], want, **EXACT)
 
 
 def test_second_derivatives_of_a_head_under_autocast():
-    """Features of half precision and a weight that is not: autograd runs outside of autocast."""
+    """Features in half precision and a weight in float32: autograd runs outside of autocast."""
     features = torch.randn(3, 4, device=DEVICE).bfloat16().requires_grad_()
     weight, log_prior = torch.randn(5, 4, device=DEVICE, requires_grad=True), torch.zeros(5, device=DEVICE)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):

@@ -1,6 +1,6 @@
-"""The package as a whole: it imports without Triton, its modules import in one direction, its docstrings are true.
+"""The package as a whole: optional dependencies, the direction of imports, public signatures and docstrings.
 
-Sources are read with `ast`, so that an import inside a function, in a branch that no test takes, counts as well.
+Imports are read from the sources with `ast`, which also finds those inside functions and in branches that no test runs.
 """
 
 import ast
@@ -27,7 +27,7 @@ MAX_LINES = 400
 
 
 def module_of(source):
-    """ "fused_la._triton.forward" for fused_la/_triton/forward.py."""
+    """ "fused_la._triton.loss" for fused_la/_triton/loss.py."""
     parts = source.relative_to(PACKAGE.parent).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -93,8 +93,8 @@ def test_everything_but_the_kernels_works_without_triton(how):
     run_python(how + WITHOUT_TRITON)
 
 
-def test_importing_the_package_imports_neither_triton_nor_what_only_some_need():
-    """Nor does a call on a CPU; PyTorch's own imports do not count."""
+def test_importing_the_package_imports_neither_triton_nor_optional_packages():
+    """A call on a CPU does not import them either; PyTorch's own imports do not count."""
     script = """
 import sys
 import torch
@@ -136,14 +136,15 @@ def test_everything_but_the_metrics_works_without_torchmetrics():
 
 
 def test_metrics_are_an_attribute_of_the_package(monkeypatch):
-    monkeypatch.delitem(sys.modules, "fused_la.metrics", raising=False)  # what other tests imported
+    monkeypatch.delitem(sys.modules, "fused_la.metrics", raising=False)  # other tests may have imported it
     monkeypatch.delattr(fused_la, "metrics", raising=False)
     fused_la.metrics.BalancedError([1, 2])
 
 
 # Imports --------------------------------------------------------------------------------------------------------------
 
-# Rooms, folders and single files, from the top down: an import goes to a room further down, or stays in its room.
+# A room is a folder or a top-level file of the package. The layers of rooms, from the top down: a file imports only
+# from its own room and from rooms of lower layers.
 LAYERS = [
     {"__init__"},
     {"loss", "linear", "prior", "posthoc", "metrics", "distributed"},
@@ -155,7 +156,7 @@ LAYERS = [
     {"margins", "_modules"},
     {"_call"},
 ]
-# What a room imports, inside functions too.
+# The rooms that each room imports from, including imports inside functions.
 MAY_IMPORT = {
     "__init__": {"distributed", "linear", "loss", "margins", "metrics", "posthoc", "prior"},
     "loss": {"_autograd", "_call", "_class_parallel", "_modules", "reference"},
@@ -166,7 +167,7 @@ MAY_IMPORT = {
     "distributed": {"_call", "_class_parallel"},
     "_evaluation": {"_call", "_class_parallel", "_tiled", "_triton"},
     "_class_parallel": {"_autograd", "_call", "_tiled"},
-    "_autograd": {"_call", "_tiled", "_triton", "reference"},  # and implementations by name, see below
+    "_autograd": {"_call", "_tiled", "_triton", "reference"},  # and _cpu and _triton by name, see IMPORTS_BY_NAME
     "_cpu": {"_call", "_tiled"},
     "_triton": {"_call", "_tiled"},
     "_tiled": {"_call"},
@@ -175,20 +176,20 @@ MAY_IMPORT = {
     "_modules": {"_call"},
     "_call": set(),
 }
-# What a file may import beyond PyTorch, NumPy and Triton; without its extra, importing the package still works.
+# Optional packages that a file may import. The package can be imported without them.
 OPTIONAL = {"fused_la.metrics": {"torchmetrics"}, "fused_la._evaluation.tau_sweep": {"matplotlib"}}
-# The file that imports others by a name that it makes up.
-IMPORTS_BY_NAME = "fused_la._autograd.loss"
+# The only file that imports modules by a computed name.
+IMPORTS_BY_NAME = "fused_la._autograd.implementations"
 
 
 def room_of(module):
-    """The row of MAY_IMPORT that "fused_la._triton.loss" and the like belong to."""
+    """The room of a module, a key of MAY_IMPORT: "_triton" for "fused_la._triton.loss"."""
     parts = module.split(".")
     return parts[1] if len(parts) > 1 else "__init__"
 
 
 def imports_of(source):
-    """(absolute module, whether at import time) of every import statement, names from a package resolved to modules."""
+    """(absolute module, whether at import time) of every import; `from package import module` gives the module."""
     tree = ast.parse(source.read_text())
     in_functions = {
         id(node)
@@ -226,20 +227,20 @@ def imported_by(source):
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=module_of)
-def test_imports_follow_the_one_arrow(source):
+def test_a_file_imports_only_from_the_rooms_that_its_room_may_import(source):
     room = room_of(module_of(source))
     assert room in MAY_IMPORT, "a new room: say in LAYERS and MAY_IMPORT where it stands"
     assert {room_of(name) for name in imported_by(source)} - {room} <= MAY_IMPORT[room]
 
 
-def test_the_arrow_points_down():
-    """No room imports one of its own layer or above: implementations neither one another nor what calls them."""
+def test_the_table_of_imports_points_down_the_layers():
+    """No room imports from its own layer or above, so implementations import neither one another nor their callers."""
     depth = {room: i for i, layer in enumerate(LAYERS) for room in layer}
     assert depth.keys() == MAY_IMPORT.keys()
     assert [(room, below) for room, rooms in MAY_IMPORT.items() for below in rooms if depth[below] <= depth[room]] == []
 
 
-def test_files_import_one_another_in_no_circle():
+def test_no_files_import_one_another_in_a_circle():
     imports = {module_of(source): imported_by(source) for source in SOURCES}
     below = set()
     while len(below) < len(imports):
@@ -248,8 +249,8 @@ def test_files_import_one_another_in_no_circle():
         below |= placed
 
 
-def test_the_table_of_imports_has_no_entry_that_is_not_used():
-    """Or it would come to allow everything."""
+def test_the_table_of_imports_has_no_unused_entry():
+    """Unused entries would allow more and more imports over time."""
     used = {room: set() for room in MAY_IMPORT}
     for source in SOURCES:
         room = room_of(module_of(source))
@@ -292,8 +293,8 @@ OPTIONS = (
     "smoothing_distribution=None, impl='auto'"
 )
 CLASS_OPTIONS = OPTIONS.replace("weight=None, ignore", "class_weight=None, ignore")
-OVER_RANKS = "group=None, gather_features=False, average_over_ranks=False"
-# The public interface; what is not written yet is simply not there.
+RANK_OPTIONS = "group=None, gather_features=False, average_over_ranks=False"
+# Every public name and its signature, None without one.
 INTERFACE = {
     "logit_adjusted_cross_entropy": f"(logits, target, log_prior, tau=1.0, *, {OPTIONS})",
     "margin_cross_entropy": f"(logits, target, margin, *, {OPTIONS})",
@@ -322,13 +323,13 @@ INTERFACE = {
     ),
     "distributed.class_parallel_margin_cross_entropy": f"(logits, target, margin, *, group=None, {OPTIONS})",
     "distributed.class_parallel_linear_logit_adjusted_cross_entropy": (
-        f"(features, weight, target, log_prior, tau=1.0, *, bias=None, {OVER_RANKS}, {CLASS_OPTIONS})"
+        f"(features, weight, target, log_prior, tau=1.0, *, bias=None, {RANK_OPTIONS}, {CLASS_OPTIONS})"
     ),
     "distributed.class_parallel_linear_margin_cross_entropy": (
-        f"(features, weight, target, margin, *, bias=None, {OVER_RANKS}, {CLASS_OPTIONS})"
+        f"(features, weight, target, margin, *, bias=None, {RANK_OPTIONS}, {CLASS_OPTIONS})"
     ),
 }
-WRITTEN = {
+ALWAYS_EXPORTED = {
     "logit_adjusted_cross_entropy",
     "LogitAdjustedCrossEntropyLoss",
     "LogitAdjustedLinear",
@@ -343,12 +344,12 @@ WRITTEN = {
 
 
 def public_callables():
-    """Those of the top level, and what a submodule alone has."""
+    """The names of callables at the top level, and of those that only a submodule has."""
     top_level = [name for name in fused_la.__all__ if callable(getattr(fused_la, name))]
     return top_level + [name for name in INTERFACE if "." in name]
 
 
-def named(name):
+def public_object(name):
     return operator.attrgetter(name)(fused_la)
 
 
@@ -363,13 +364,13 @@ def test_distributed_has_the_functions_of_the_interface_and_no_other():
 
 def test_all_names_are_of_the_interface_and_resolve():
     assert len(set(fused_la.__all__)) == len(fused_la.__all__)
-    assert set(fused_la.__all__) >= WRITTEN
+    assert set(fused_la.__all__) >= ALWAYS_EXPORTED
     assert set(fused_la.__all__) <= INTERFACE.keys()
     for name in fused_la.__all__:
         assert getattr(fused_la, name) is not None
 
 
-def test_what_the_top_level_imports_is_what_it_exports():
+def test_the_top_level_exports_exactly_what_it_imports():
     tree = ast.parse((PACKAGE / "__init__.py").read_text())
     imported = {
         alias.asname or alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names
@@ -381,14 +382,14 @@ def test_what_the_top_level_imports_is_what_it_exports():
 def test_signatures_are_those_of_the_interface(name):
     if INTERFACE[name] is None:
         pytest.skip("has no signature of its own")
-    signature = inspect.signature(named(name))
+    signature = inspect.signature(public_object(name))
     bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()]
     assert str(signature.replace(parameters=bare, return_annotation=inspect.Signature.empty)) == INTERFACE[name]
 
 
 @pytest.mark.parametrize("name", public_callables())
 def test_public_signatures_are_typed(name):
-    signature = inspect.signature(named(name))
+    signature = inspect.signature(public_object(name))
     untyped = [p.name for p in signature.parameters.values() if p.annotation is inspect.Parameter.empty]
     assert untyped == []
 
@@ -402,7 +403,7 @@ def test_the_version_is_a_release_number():
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=module_of)
-def test_no_module_outgrows_one_idea(source):
+def test_no_module_is_longer_than_the_limit(source):
     assert len(source.read_text().splitlines()) <= MAX_LINES
 
 
@@ -410,7 +411,7 @@ def test_no_module_outgrows_one_idea(source):
 
 
 def sections_of(docstring):
-    """{"Args": its text, ...}: a section begins with its name and a colon, and goes on while it is indented."""
+    """{"Args": its text, ...}: a section begins with its name and a colon and continues while lines are indented."""
     sections, name = {}, None
     for line in inspect.cleandoc(docstring).splitlines():
         heading = re.match(r"([A-Z][a-z]+):(?!:)\s*(.*)$", line)
@@ -426,7 +427,7 @@ def sections_of(docstring):
 
 @pytest.mark.parametrize("name", public_callables())
 def test_public_docstrings_have_every_section(name):
-    sections = sections_of(named(name).__doc__)
+    sections = sections_of(public_object(name).__doc__)
     for wanted in (("Args",), ("Returns", "Shape"), ("Raises",), ("Example",), ("Source",)):
         assert any(sections.get(section, "").strip() for section in wanted), wanted
     assert ">>>" in sections["Example"]
@@ -434,24 +435,24 @@ def test_public_docstrings_have_every_section(name):
 
 
 @pytest.mark.parametrize("name", public_callables())
-def test_public_docstrings_begin_with_one_line_that_says_what_it_is(name):
-    first, _, rest = inspect.cleandoc(named(name).__doc__).partition("\n")
+def test_public_docstrings_begin_with_a_summary_line(name):
+    first, _, rest = inspect.cleandoc(public_object(name).__doc__).partition("\n")
     assert first.endswith(".")
     assert rest.startswith("\n")
 
 
 @pytest.mark.parametrize("name", public_callables())
 def test_public_docstrings_describe_every_argument_in_order(name):
-    arguments = sections_of(named(name).__doc__)["Args"]
+    arguments = sections_of(public_object(name).__doc__)["Args"]
     indent = re.match(r" +", arguments)[0]
     described = []
     for line in re.findall(rf"^{indent}(\w[\w, ]*):", arguments, re.MULTILINE):
         described += line.split(", ")
-    assert described == list(inspect.signature(named(name)).parameters)
+    assert described == list(inspect.signature(public_object(name)).parameters)
 
 
 def modules_with_examples():
-    """Every module but the kernels, which need Triton; a docstring in them has no example."""
+    """Every module but the kernels, which need Triton and have no examples."""
     found = pkgutil.walk_packages([str(PACKAGE)], "fused_la.", onerror=lambda name: None)
     return ["fused_la", *(module.name for module in found if "._triton" not in module.name)]
 

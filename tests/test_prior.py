@@ -1,9 +1,8 @@
-"""Class counts and log priors, against oracles that share no code with them: `Counter` and fractions.
+"""Class counts and log priors against independent oracles, `Counter` and fractions.
 
-Regimes: every dtype and container that people hold labels or counts in (uint64 has no signed counterpart,
-float16 overflows, bfloat16 NumPy does not know); classes that never occur, the last one above all, since a
-`bincount` without a minimum length drops it; labels that are ignored; counts from one image to 1.6e10 pixels;
-one process and several; every error, word for word.
+Regimes: every dtype and container of labels or counts (uint64 does not fit a signed type, float16 overflows, NumPy
+has no bfloat16); classes that never occur, especially the last one, which `bincount` without a minimum length drops;
+ignored labels; counts from one image to 1.6e10 pixels; one process and several; every error message, word for word.
 """
 
 import doctest
@@ -36,7 +35,7 @@ TORCH_FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 NUMPY_INTEGERS = [np.dtype(f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)]
 NUMPY_FLOATS = [np.dtype(name) for name in ("float16", "float32", "float64", "longdouble")]
 
-no_deadline = settings(deadline=None)  # the first example pays for PyTorch's start: a limit would measure that
+no_deadline = settings(deadline=None)  # the first example includes PyTorch's start
 
 
 def test_docstring_examples_run():
@@ -114,13 +113,13 @@ def test_classes_that_never_occur_keep_their_place():
     assert count_classes([1], 4).tolist() == [0, 1, 0, 0]
 
 
-def test_ignored_labels_are_not_counted_even_where_they_are_classes():
+def test_ignored_labels_are_not_counted_even_if_they_are_classes():
     assert count_classes([0, 1, 1, 2], 3, ignore_index=1).tolist() == [1, 0, 1]
     assert count_classes([0, -100, -100], 3).tolist() == [1, 0, 0]
     assert count_classes([-100, -100], 3).tolist() == [0, 0, 0]
 
 
-def test_target_is_left_alone():
+def test_target_is_not_modified():
     target = torch.tensor([0, -100, 1])
     count_classes(target, 2)
     assert target.tolist() == [0, -100, 1]
@@ -157,7 +156,7 @@ def test_a_label_out_of_range_is_named_with_its_position(target, value, position
     )
 
 
-def test_an_ignored_label_is_not_the_one_that_is_named():
+def test_an_error_does_not_name_an_ignored_label():
     with pytest.raises(IndexError, match="got 5 at flat index 2"):
         count_classes([-1, -1, 5], 3, ignore_index=-1)
 
@@ -217,7 +216,7 @@ print(json.dumps(counted))
 """
 
 
-def test_counts_are_summed_over_a_group_and_only_over_a_group(tmp_path):
+def test_counts_are_summed_over_a_group_only_if_one_is_given(tmp_path):
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", RANK_PROGRAM, str(rank), str(tmp_path / "store")],
@@ -262,7 +261,7 @@ def test_without_a_group_nothing_is_communicated(lone_group, monkeypatch):
     [("meta:nccl", "meta"), ("cpu:gloo,meta:nccl", "cpu"), ("meta:nccl,cpu:gloo", "cpu")],
 )
 def test_counts_are_reduced_on_a_device_that_the_backend_supports(lone_group, monkeypatch, backend_config, device_type):
-    """Labels on the CPU under NCCL; "meta" stands in for the device that such a backend needs."""
+    """Labels on the CPU under NCCL; "meta" replaces the device that such a backend needs."""
     reduced_on = []
 
     class Reduced(Exception):
@@ -296,14 +295,14 @@ def test_nccl_counts_come_back_on_the_device_of_the_target(device):
 
 
 def exact_log_prior(class_counts, pseudocount=0.0):
-    """log((n_c + a) / (sum n + C a)) with one rounding, that of the logarithm."""
+    """log((n_c + a) / (sum n + C a)), rounded only in the logarithm."""
     smoothed = [Fraction(count) + Fraction(pseudocount) for count in class_counts]
     priors = [count / sum(smoothed) for count in smoothed]
     return [math.log(prior) if prior < 0.5 else math.log1p(prior - 1) for prior in priors]
 
 
 def assert_close_to_exact(log_prior, exact):
-    """Within half an ulp of float32, plus what a float64 quotient loses (seen where pi is near 1)."""
+    """Within half an ulp of float32, plus the rounding of a float64 quotient (visible if a prior is near 1)."""
     exact = np.array(exact)
     tolerance = 0.5001 * np.spacing(np.abs(exact).astype(np.float32)).astype(np.float64) + 4 * 2.0**-52
     assert log_prior.dtype == torch.float32
@@ -356,10 +355,10 @@ def test_the_order_of_the_classes_does_not_matter(class_counts, random):
     st.floats(0, allow_infinity=False),
 )
 @example([1e308, 1e308], 0.0)  # the sum overflows
-@example([1e308, 1e308], 1e308)  # each term does
+@example([1e308, 1e308], 1e308)  # each term overflows
 @example([1e-300, 1e300], 0.0)  # the quotient underflows
 def test_counts_give_finite_log_priors_or_an_error(class_counts, pseudocount):
-    """Also where sums overflow and quotients underflow."""
+    """Also if sums overflow or quotients underflow."""
     try:
         log_prior = log_prior_from_counts(class_counts, pseudocount=pseudocount)
     except ValueError:
@@ -395,7 +394,7 @@ def test_uint64_counts_do_not_turn_negative(class_counts):
 
 
 def test_the_deep_tail_keeps_its_prior():
-    """iNaturalist 2018, the rarest class: a constant added inside the logarithm would cap it."""
+    """The rarest class of iNaturalist 2018: a constant added inside the logarithm would raise its prior."""
     log_prior = log_prior_from_counts([437_511, 2])
     assert log_prior[1].item() == pytest.approx(math.log(2 / 437_513), rel=1e-7)
 
@@ -525,7 +524,7 @@ def test_wrong_pseudocounts_are_named(pseudocount, error, message):
     assert str(caught.value) == message
 
 
-# Counts by class
+# Counts by class: mappings and pandas series
 
 LABELS = [2, 0, 3, 2, 2, 1, 0, 2]  # most frequent first: 2, 0, then 1 and 3
 
@@ -538,7 +537,7 @@ LABELS = [2, 0, 3, 2, 2, 1, 0, 2]  # most frequent first: 2, 0, then 1 and 3
         pd.Series(LABELS).value_counts(),
         pd.Series(LABELS).value_counts(ascending=True).astype("float32"),
         pd.Series(LABELS, dtype="category").value_counts(),
-        pd.Series(LABELS, dtype="float64").value_counts(),  # as labels are that a missing one made floating
+        pd.Series(LABELS, dtype="float64").value_counts(),  # pandas makes labels floating if one is missing
         pd.Series(LABELS, dtype="Int64").value_counts(),
         pd.Series([2, 1, 4, 1]),
         {np.int64(3): np.int32(1), 1: 1.0, 0: 2, 2: 4},
@@ -553,7 +552,7 @@ def test_counts_by_class_are_taken_in_the_order_of_the_classes(counted):
 
 
 @pytest.mark.parametrize("kind", ["module", "head", "metric", "groups", "sweep"])
-def test_every_class_counts_takes_them(kind):
+def test_every_class_counts_argument_accepts_counts_by_class(kind):
     counted = pd.Series([0] * 3 + [1] * 50 + [2] * 200).value_counts()  # most frequent first: 2, 1, 0
     if kind == "module":
         assert LogitAdjustedCrossEntropyLoss(counted).class_counts.tolist() == [3, 50, 200]
@@ -616,17 +615,17 @@ def test_every_class_counts_takes_them(kind):
         ({0: 2, 1: -1}, "class_counts must be non-negative, got -1 for class 1 (1 of 2 classes)"),
     ],
 )
-def test_keys_that_are_not_the_classes_are_named(counted, message):
+def test_an_error_names_keys_that_are_not_the_classes(counted, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         log_prior_from_counts(counted)
 
 
-def test_a_table_is_no_counts_by_class():
+def test_a_data_frame_is_refused():
     with pytest.raises(ValueError, match=re.escape("class_counts must have shape (n_classes,), got (2, 2)")):
         log_prior_from_counts(pd.DataFrame({0: [1, 2], 1: [3, 4]}))
 
 
-# Classes without examples that take no part
+# exclude_absent
 
 
 def test_absent_classes_are_excluded_on_request():
@@ -643,12 +642,12 @@ def test_absent_classes_are_excluded_on_request():
         (dict(exclude_absent=1), TypeError, "exclude_absent must be True or False, got int"),
         (dict(class_counts=[0, 0]), ValueError, "class_counts must have a positive count, got 0 for all 2 classes"),
         (
-            dict(class_counts=[1e308, 1e-308]),  # there are examples of it: their frequency is what underflows
+            dict(class_counts=[1e308, 1e-308]),  # the class has examples, but its frequency underflows
             ValueError,
             f"class_counts must have examples of every class, got 1e-308 for class 1 (1 of 2 classes){NO_EXAMPLES}",
         ),
     ],
 )
-def test_what_cannot_be_excluded_is_named(arguments, error, message):
+def test_wrong_arguments_with_exclude_absent_are_named(arguments, error, message):
     with pytest.raises(error, match=f"^{re.escape(message)}$"):
         log_prior_from_counts(**{"class_counts": [4, 0], "exclude_absent": True, **arguments})

@@ -1,11 +1,10 @@
-"""What holds for every input: invariances, bits that depend on nothing but the row, and forms of the loss that agree.
+"""Properties of the loss for all inputs: invariances, bits that depend only on the row, equivalent forms.
 
 Hypothesis draws small problems of every kind (labels, weighted labels, probabilities; smoothing, class weights, classes
-at -inf, ignored rows). Two ways to one number are compared within the rounding of their arithmetic, `rounding` below,
-which follows from the problem's own values; logits, priors and shifts are multiples of 1/256, so that the inputs
-themselves are shifted exactly. Bits are compared bit for bit, over the row widths at which a row is summed in another
-way: one vector, a ragged tail, more than one tile, and more than the 32,768 elements from which PyTorch splits a sum
-over its threads.
+at -inf, ignored rows). Two computations of one number are compared within `rounding`, a bound on their rounding errors
+that follows from the problem's values. Logits, priors and shifts are multiples of 1/256, so the inputs are shifted
+exactly. Tests of bits compare exactly, at row widths that are summed in different ways: one vector, a ragged tail, more
+than one tile, and more than the 32,768 elements from which PyTorch splits a sum over its threads.
 """
 
 from typing import NamedTuple
@@ -34,14 +33,14 @@ class Problem(NamedTuple):
 
     def outcome(self, impl, reduction="none", **changes):
         """Loss and gradient of its sum."""
-        logits = self.logits.detach().requires_grad_()  # not a clone: it would lie in memory otherwise
+        logits = self.logits.detach().requires_grad_()  # not a clone, which may have other strides
         arguments = {**self.options, "log_prior": self.log_prior, "tau": self.tau, "target": self.target, **changes}
         loss = logit_adjusted_cross_entropy(logits, **arguments, reduction=reduction, impl=impl)
         loss.sum().backward()
         return loss.detach(), logits.grad
 
     def rows(self, which):
-        """The same problem of these rows alone, which lie where they lay."""
+        """The problem with only these rows, as a view for a slice."""
         options = dict(self.options)
         if "target_weight" in options:
             options["target_weight"] = options["target_weight"][which]
@@ -49,12 +48,12 @@ class Problem(NamedTuple):
 
 
 def rounding(problem, shift=0.0):
-    """How far two evaluations of the rows' losses and gradients in the compute dtype may be apart.
+    """The largest allowed difference between two evaluations of losses and gradients in the compute dtype.
 
-    z = logit + tau * log_prior and z - m are rounded, each by half an ulp of the largest value on the way. An error of
-    dz in every z moves a row's loss by up to 2 * A * dz, A the row's target mass, and its gradient by a factor of
-    exp(2 * dz), which is less than 2 * A * dz more. What follows (exp, sums of up to 9 classes, log1p, products) costs
-    some ulp of the loss and of A each; the 16 is their count, generously.
+    z = logit + tau * log_prior and z - m are each rounded by half an ulp of the largest intermediate value. An error of
+    dz in every z changes a row's loss by up to 2 * A * dz, A the row's target mass, and its gradient by a factor of
+    exp(2 * dz), which is less than 2 * A * dz more. Every later operation (exp, sums of up to 9 classes, log1p,
+    products) costs some ulp of the loss and of A; the 16 is a generous count of them.
     """
     eps = torch.finfo(problem.logits.dtype if problem.logits.dtype == torch.float64 else torch.float32).eps
     offset = problem.log_prior[problem.log_prior.isfinite()].double() * problem.tau
@@ -67,7 +66,7 @@ def rounding(problem, shift=0.0):
 
 
 def same_bits(first, second):
-    """Equal to the bit: the sign of a zero and the payload of a NaN too."""
+    """Whether all bits are equal, including the sign of a zero and the payload of a NaN."""
     assert first.shape == second.shape
     assert first.dtype == second.dtype
     return torch.equal(first.reshape(-1).view(torch.uint8), second.reshape(-1).view(torch.uint8))
@@ -88,15 +87,15 @@ KINDS = "labels", "weighted labels", "probabilities"
 
 
 @st.composite
-def problems(draw, device, dtype=torch.float64, kinds=KINDS, dropped=True, ignored=True, smoothed=True):
+def problems(draw, device, dtype=torch.float64, kinds=KINDS, excluded=True, ignored=True, smoothed=True):
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     n_rows, n_classes = draw(st.integers(1, 5)), draw(st.integers(1, 9))
     logits = on_grid(generator, (n_rows, n_classes), 8)
     log_prior = on_grid(generator, (n_classes,), 6) - 6
-    n_dropped = draw(st.integers(0, n_classes - 1)) if dropped and draw(st.booleans()) else 0
-    kept = torch.randperm(n_classes, generator=generator)[n_dropped:]
-    is_dropped = torch.ones(n_classes, dtype=torch.bool).index_fill(0, kept, False)
-    log_prior[is_dropped] = -torch.inf
+    n_excluded = draw(st.integers(0, n_classes - 1)) if excluded and draw(st.booleans()) else 0
+    kept = torch.randperm(n_classes, generator=generator)[n_excluded:]
+    is_excluded = torch.ones(n_classes, dtype=torch.bool).index_fill(0, kept, False)
+    log_prior[is_excluded] = -torch.inf
     tau = draw(st.sampled_from([0.5, 1.0, 2.5]))
 
     options = {}
@@ -104,13 +103,13 @@ def problems(draw, device, dtype=torch.float64, kinds=KINDS, dropped=True, ignor
         options["weight"] = torch.rand(n_classes, generator=generator, dtype=torch.float64) + 0.25
     if smoothed and draw(st.booleans()):
         options["label_smoothing"] = 0.125
-        distribution = torch.rand(n_classes, generator=generator, dtype=torch.float64).masked_fill(is_dropped, 0.0)
-        if n_dropped > 0 or draw(st.booleans()):  # uniform smoothing has an infinite loss beside a class at -inf
+        distribution = torch.rand(n_classes, generator=generator, dtype=torch.float64).masked_fill(is_excluded, 0.0)
+        if n_excluded > 0 or draw(st.booleans()):  # uniform smoothing has an infinite loss beside a class at -inf
             options["smoothing_distribution"] = distribution / distribution.sum()
 
     kind = draw(st.sampled_from(kinds))
     if kind == "probabilities":
-        target = torch.rand(n_rows, n_classes, generator=generator, dtype=torch.float64).masked_fill(is_dropped, 0.0)
+        target = torch.rand(n_rows, n_classes, generator=generator, dtype=torch.float64).masked_fill(is_excluded, 0.0)
         target /= target.sum(1, keepdim=True)
     else:
         shape = (n_rows, draw(st.integers(1, 3))) if kind == "weighted labels" else (n_rows,)
@@ -129,10 +128,11 @@ def problems(draw, device, dtype=torch.float64, kinds=KINDS, dropped=True, ignor
     return Problem(cast(logits), cast(target), cast(log_prior), tau, {name: cast(v) for name, v in options.items()})
 
 
-def holds(impl, check, **strategies):
-    """Ask `check` of drawn values: the same ones in every run, and few of them in Triton's interpreter.
+def run_property(impl, check, **strategies):
+    """Run `check` on drawn values: the same ones in every run, and only a few in Triton's interpreter.
 
-    To shrink a failure takes minutes there, to explain one (by a trace of every line) everywhere.
+    Failures are not shrunk in the interpreter, which would take minutes there, and never explained, which traces every
+    line and takes minutes everywhere.
     """
     phases = [Phase.generate] if impl == "triton" else [Phase.generate, Phase.shrink]
     limits = settings(
@@ -159,7 +159,7 @@ def test_a_constant_added_to_the_log_prior_changes_nothing(impl, device, dtype):
         assert_close(shifted_loss, loss, bound)
         assert_close(shifted_gradient, gradient, bound)
 
-    holds(impl, check, problem=problems(device, dtype), shift=SHIFTS)
+    run_property(impl, check, problem=problems(device, dtype), shift=SHIFTS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -172,11 +172,11 @@ def test_a_constant_added_to_the_logits_of_a_row_changes_nothing(impl, device, d
         assert_close(shifted_loss, loss, bound)
         assert_close(shifted_gradient, gradient, bound)
 
-    holds(impl, check, problem=problems(device, dtype), shifts=st.lists(SHIFTS, min_size=5, max_size=5))
+    run_property(impl, check, problem=problems(device, dtype), shifts=st.lists(SHIFTS, min_size=5, max_size=5))
 
 
 def permuted(problem, order):
-    """The same problem with its classes in another order: class order[i] comes as class i."""
+    """The problem with its classes in another order: class i is the former class order[i]."""
     by_class = ["weight", "smoothing_distribution"]
     options = {name: value[order] if name in by_class else value for name, value in problem.options.items()}
     target = problem.target
@@ -197,10 +197,10 @@ def test_permuted_classes_have_the_same_loss_and_permuted_gradients(impl, device
         assert_close(permuted_loss, loss, rounding(problem))
         assert_close(permuted_gradient, gradient[:, order], rounding(problem))
 
-    holds(impl, check, problem=problems(device), seed=st.integers(0, 2**32))
+    run_property(impl, check, problem=problems(device), seed=st.integers(0, 2**32))
 
 
-def test_the_gradient_of_a_row_adds_up_to_zero_if_no_class_is_dropped(impl, device):
+def test_the_gradient_of_a_row_adds_up_to_zero_if_no_class_is_excluded(impl, device):
     def check(problem):
         _, gradient = problem.outcome(impl)
         assert_close(gradient.sum(1), torch.zeros_like(gradient[:, 0]), rounding(problem))
@@ -208,7 +208,7 @@ def test_the_gradient_of_a_row_adds_up_to_zero_if_no_class_is_dropped(impl, devi
             counts = problem.target != problem.options.get("ignore_index", -100)
             assert torch.equal((gradient != 0).any(1), counts), "a sum over nothing but zeros says nothing"
 
-    holds(impl, check, problem=problems(device, dropped=False))
+    run_property(impl, check, problem=problems(device, excluded=False))
 
 
 # Bits -----------------------------------------------------------------------------------------------------------------
@@ -241,7 +241,7 @@ def class_counts(impl):
 
 
 def lone_rows(impl):
-    """Rows to compute alone as well, at the ends of the batch, of blocks of four and inside."""
+    """Rows that are also computed alone: at the ends of the batch, at the ends of blocks of four, and inside."""
     return [0, 3] if impl == "triton" else [0, 1, 3, 4, 16]
 
 
@@ -257,7 +257,7 @@ def test_row_bits_do_not_depend_on_the_batch_or_the_position_in_it(impl, device,
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_row_bits_do_not_depend_on_what_stands_in_other_rows(impl, device, dtype):
+def test_row_bits_do_not_depend_on_the_values_of_other_rows(impl, device, dtype):
     for n_classes in class_counts(impl):
         problem = wide_problem(device, dtype, 5, n_classes)
         loss, gradient = problem.outcome(impl)
@@ -278,12 +278,12 @@ def test_the_same_inputs_give_the_same_bits(impl, device):
         assert same_bits(first_gradient, second_gradient)
 
     drawn = st.sampled_from(DTYPES).flatmap(lambda dtype: problems(device, dtype))
-    holds(impl, check, problem=drawn, reduction=st.sampled_from(["none", "mean", "sum"]))
+    run_property(impl, check, problem=drawn, reduction=st.sampled_from(["none", "mean", "sum"]))
 
 
 @pytest.fixture
 def threads():
-    """Sets how many threads PyTorch computes with; a sum is split over them whatever the machine has."""
+    """A function that sets PyTorch's number of threads; sums are split over them even on a machine with fewer cores."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -298,8 +298,8 @@ def cpu(device):
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_row_bits_of_blocked_do_not_depend_on_the_batch_where_a_sum_is_split_over_threads(cpu, threads, dtype, options):
-    """A sum of one row of more than 32,768 classes is split over threads, one of several rows is not."""
+def test_row_bits_of_blocked_do_not_depend_on_the_batch_if_a_sum_is_split_over_threads(cpu, threads, dtype, options):
+    """PyTorch splits the sum of one row of more than 32,768 classes over threads, but not the sums of several rows."""
     threads(4)
     samples = torch.rand(20, 40009, generator=torch.Generator().manual_seed(0))
     assert any(sample.sum() != total for sample, total in zip(samples, samples.sum(1), strict=True)), "PyTorch does so"
@@ -313,7 +313,7 @@ def test_row_bits_of_blocked_do_not_depend_on_the_batch_where_a_sum_is_split_ove
 
 
 def row_outcomes(problem, impl):
-    """Losses, first derivatives, and second ones in logits and upstream gradient."""
+    """Losses, first derivatives, and second derivatives with respect to logits and upstream gradient."""
     logits = problem.logits.detach().requires_grad_()
     loss = logit_adjusted_cross_entropy(
         logits, problem.target, problem.log_prior, reduction="none", impl=impl, **problem.options
@@ -328,10 +328,8 @@ def row_outcomes(problem, impl):
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("n_classes", [17, 32767, 32768, 40009])
 @pytest.mark.parametrize("impl", ["reference", "blocked"])
-def test_row_bits_of_derivatives_do_not_depend_on_the_batch_where_sums_are_split(
-    cpu, threads, impl, n_classes, options
-):
-    """Also those that autograd makes of the reference formula; a sum to one number is split from 32,768 terms on."""
+def test_row_bits_of_derivatives_do_not_depend_on_the_batch_if_sums_are_split(cpu, threads, impl, n_classes, options):
+    """Includes autograd's derivatives of the reference formula. A sum to one number is split from 32,768 terms on."""
     for n_threads in (2, 4):
         threads(n_threads)
         problem = wide_problem(cpu, torch.float32, 5, n_classes, options)
@@ -343,8 +341,8 @@ def test_row_bits_of_derivatives_do_not_depend_on_the_batch_where_sums_are_split
 
 @pytest.mark.parametrize("options", ["plain", "smoothing and weights", "probabilities"])
 @pytest.mark.parametrize("n_classes", [17, 40009])
-def test_row_bits_do_not_depend_on_the_place_in_an_image(cpu, threads, n_classes, options):
-    """(2, C, 3), whose classes are not adjacent, against the (1, C, 1) of one place."""
+def test_row_bits_do_not_depend_on_the_position_in_an_image(cpu, threads, n_classes, options):
+    """Compare (2, C, 3), whose classes are not adjacent, with the (1, C, 1) of one position."""
     threads(4)
     flat = wide_problem(cpu, torch.float32, 6, n_classes, options)
     logits = flat.logits.reshape(2, 3, n_classes).movedim(2, 1).contiguous()
@@ -353,8 +351,8 @@ def test_row_bits_do_not_depend_on_the_place_in_an_image(cpu, threads, n_classes
     image = flat._replace(logits=logits, target=target)
     for impl in ("reference", "blocked"):
         loss, gradient = row_outcomes(image, impl)[:2]
-        place = target[1:, :, 2:] if options == "probabilities" else target[1:, 2:]
-        lone_loss, lone_gradient = row_outcomes(image._replace(logits=logits[1:, :, 2:], target=place), impl)[:2]
+        lone_target = target[1:, :, 2:] if options == "probabilities" else target[1:, 2:]
+        lone_loss, lone_gradient = row_outcomes(image._replace(logits=logits[1:, :, 2:], target=lone_target), impl)[:2]
         assert same_bits(lone_loss, loss[1:, 2:]), impl
         assert same_bits(lone_gradient, gradient[1:, :, 2:]), impl
 
@@ -374,7 +372,7 @@ def test_bits_of_blocked_do_not_depend_on_the_number_of_threads(cpu, threads, n_
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("ignored", [-100, 2])
-def test_a_label_to_ignore_may_come_in_a_later_block(cpu, monkeypatch, reduction, ignored):
+def test_an_ignored_label_may_be_in_a_later_block(cpu, monkeypatch, reduction, ignored):
     monkeypatch.setattr(fused_la._tiled.blocks, "BLOCK_ELEMENTS", 20)  # four rows
     problem = wide_problem(cpu, torch.float64, 11, 5)
     problem = problem._replace(target=problem.target.index_fill(0, torch.tensor([6, 10]), ignored))
@@ -390,24 +388,24 @@ def test_a_label_to_ignore_may_come_in_a_later_block(cpu, monkeypatch, reduction
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n_classes", [17, 1023, 40009])
-def test_row_bits_of_blocked_do_not_depend_on_its_block(cpu, threads, monkeypatch, n_classes, dtype, options):
-    """Seven rows in blocks of 4 + 3, of 6 + 1, and all in one."""
+def test_row_bits_of_blocked_do_not_depend_on_the_block_size(cpu, threads, monkeypatch, n_classes, dtype, options):
+    """Seven rows in blocks of 4 + 3 rows, in blocks of 6 + 1, and in one block."""
     threads(4)
     problem = wide_problem(cpu, dtype, 7, n_classes, options)
     outcomes, n_blocks = [], []
-    blocks = fused_la._cpu.loss.row_blocks
+    row_blocks = fused_la._cpu.loss.row_blocks
     for module, name in ((fused_la._cpu.loss, "_reduce_block"), (fused_la._cpu.single_label, "_sums")):
         original = getattr(module, name)
 
-        def counted(*arguments, of_block=original):
+        def counted(*arguments, original=original):
             n_blocks[-1] += 1
-            return of_block(*arguments)
+            return original(*arguments)
 
         monkeypatch.setattr(module, name, counted)
     for height in (4, 6, 7):
         for module in (fused_la._cpu.loss, fused_la._cpu.single_label):
             monkeypatch.setattr(
-                module, "row_blocks", lambda n_outer, n_inner, _, height=height: blocks(n_outer, n_inner, height)
+                module, "row_blocks", lambda n_outer, n_inner, _, height=height: row_blocks(n_outer, n_inner, height)
             )
             choose = fused_la._tiled.blocks.choose_blocking
             monkeypatch.setattr(
@@ -417,7 +415,7 @@ def test_row_bits_of_blocked_do_not_depend_on_its_block(cpu, threads, monkeypatc
             )
         n_blocks.append(0)
         outcomes.append(problem.outcome("blocked"))
-    passes = n_blocks[-1]  # one, or two where the backward pass goes over the blocks again
+    passes = n_blocks[-1]  # two if the backward pass processes the blocks again, otherwise one
     assert n_blocks == [2 * passes, 2 * passes, passes]
     for loss, gradient in outcomes[1:]:
         assert same_bits(loss, outcomes[0][0])
@@ -427,7 +425,7 @@ def test_row_bits_of_blocked_do_not_depend_on_its_block(cpu, threads, monkeypatc
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n_classes", "block_elements"), [(100, 33), (1023, 512), (40009, 34000)])
-def test_row_bits_of_blocked_do_not_depend_on_the_batch_where_a_row_takes_several_chunks(
+def test_row_bits_of_blocked_do_not_depend_on_the_batch_if_a_row_takes_several_chunks(
     cpu, threads, monkeypatch, n_classes, block_elements, dtype, options
 ):
     threads(4)
@@ -440,11 +438,11 @@ def test_row_bits_of_blocked_do_not_depend_on_the_batch_where_a_row_takes_severa
         assert same_bits(lone_gradient, gradient[[row]]), row
 
 
-# Forms that agree -----------------------------------------------------------------------------------------------------
+# Equivalent forms -----------------------------------------------------------------------------------------------------
 
 
 def row_weights(problem):
-    """A row's part in the denominator of a mean: its label's class weight, or its labels' mean class weight."""
+    """Each row's term in the denominator of a mean: the class weight of its label, or the mean over its labels."""
     if problem.target.is_floating_point():
         return torch.ones_like(problem.logits[:, 0])
     labels = problem.target.reshape(len(problem.target), -1)
@@ -468,10 +466,10 @@ def test_reductions_are_the_sum_and_the_weighted_mean_of_the_rows(impl, device):
         if denominator > 0:
             assert_close(mean_gradient, gradient / denominator, bound / denominator)
 
-    holds(impl, check, problem=problems(device))
+    run_property(impl, check, problem=problems(device))
 
 
-def test_ignored_rows_are_as_if_left_out(impl, device):
+def test_ignored_rows_have_no_effect_on_the_mean(impl, device):
     def check(problem):
         if problem.target.is_floating_point():
             return
@@ -483,7 +481,7 @@ def test_ignored_rows_are_as_if_left_out(impl, device):
         assert_close(gradient[kept], kept_gradient, rounding(problem))
         assert (gradient[~kept] == 0).all()
 
-    holds(impl, check, problem=problems(device, kinds=("labels", "weighted labels")))
+    run_property(impl, check, problem=problems(device, kinds=("labels", "weighted labels")))
 
 
 def single_label_sum(problem, impl):
@@ -499,7 +497,7 @@ def single_label_sum(problem, impl):
 
 
 def dense(problem):
-    """Index labels as class probabilities, (N, C); not of probabilities, for they may add up to anything."""
+    """The problem with its index labels as class probabilities, (N, C), whose rows need not add up to 1."""
     options = {name: value for name, value in problem.options.items() if name != "target_weight"}
     labels = problem.target.reshape(len(problem.target), -1)
     share = problem.options.get("target_weight", torch.ones_like(labels, dtype=problem.logits.dtype))
@@ -514,11 +512,11 @@ def test_weighted_labels_are_the_weighted_sum_of_single_labels(impl, device):
         assert_close(loss, expected_loss, 2 * rounding(problem))
         assert_close(gradient, expected_gradient, 2 * rounding(problem))
 
-    holds(impl, check, problem=problems(device, kinds=("weighted labels",)))
+    run_property(impl, check, problem=problems(device, kinds=("weighted labels",)))
 
 
-def test_labels_are_class_probabilities_in_another_form(impl, device):
-    """One label is a one-hot row; several weighted ones are their weights in a row of zeros."""
+def test_labels_agree_with_the_same_class_probabilities(impl, device):
+    """One label is a one-hot row; several weighted labels are a row of zeros with their weights."""
 
     def check(problem):
         loss, gradient = problem.outcome(impl)
@@ -526,23 +524,23 @@ def test_labels_are_class_probabilities_in_another_form(impl, device):
         assert_close(loss, dense_loss, rounding(problem))
         assert_close(gradient, dense_gradient, rounding(problem))
 
-    # Smoothing apart: of labels it takes a share of their own total weight, of probabilities of 1.
+    # Without smoothing: it is scaled by the total weight of labels, but not by that of probabilities.
     drawn = problems(device, kinds=("labels", "weighted labels"), ignored=False, smoothed=False)
-    holds(impl, check, problem=drawn)
+    run_property(impl, check, problem=drawn)
 
 
-def test_a_label_is_a_one_hot_row_with_smoothing_too(impl, device):
+def test_a_label_agrees_with_a_one_hot_row_with_smoothing(impl, device):
     def check(problem):
         loss, gradient = problem.outcome(impl)
         dense_loss, dense_gradient = dense(problem).outcome(impl)
         assert_close(loss, dense_loss, rounding(problem))
         assert_close(gradient, dense_gradient, rounding(problem))
 
-    holds(impl, check, problem=problems(device, kinds=("labels",), ignored=False))
+    run_property(impl, check, problem=problems(device, kinds=("labels",), ignored=False))
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-def test_without_adjustment_it_is_the_cross_entropy_of_pytorch(impl, device, reduction):
+def test_without_adjustment_the_loss_is_the_cross_entropy_of_pytorch(impl, device, reduction):
     def check(problem):
         problem = problem._replace(tau=0.0)
         problem.options.pop("smoothing_distribution", None)
@@ -551,11 +549,11 @@ def test_without_adjustment_it_is_the_cross_entropy_of_pytorch(impl, device, red
         logits = problem.logits.clone().requires_grad_()
         expected = F.cross_entropy(logits, problem.target, reduction=reduction, **problem.options)
         expected.sum().backward()
-        # The rows of a mean weigh little if its denominator is small, and F.cross_entropy cancels on its own.
+        # A small denominator of the mean enlarges errors, and F.cross_entropy has cancellation of its own.
         denominator = row_weights(problem).sum() if reduction == "mean" else 1.0
         bound = 2 * len(logits) * rounding(problem) / denominator
         assert_close(loss, expected.detach(), bound)
         assert_close(gradient, logits.grad, bound)
 
-    # A prior of -inf stands for no adjustment as well: tau = 0 leaves no class out.
-    holds(impl, check, problem=problems(device, kinds=("labels", "probabilities")))
+    # With tau = 0 a prior of -inf makes no adjustment either: no class is excluded.
+    run_property(impl, check, problem=problems(device, kinds=("labels", "probabilities")))

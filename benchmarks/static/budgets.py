@@ -43,11 +43,11 @@ def processes_rows(row: Row) -> bool:
 
 def processes_head_tile(row: Row) -> bool:
     """Whether the kernel processes a tile of a head's logits."""
-    return row["kernel"] in ("_parts_kernel", "_gradient_kernel")
+    return row["kernel"] in ("_tile_state_kernel", "_tile_gradient_kernel")
 
 
 def writes_gradient(row: Row) -> bool:
-    return row["kernel"].endswith(("+ gradient", "backward", "_gradient_kernel"))
+    return row["kernel"].endswith(("+ gradient", "backward", "_tile_gradient_kernel"))
 
 
 def _amd_violations(row: Row) -> Iterator[str]:

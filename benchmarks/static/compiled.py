@@ -37,7 +37,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 KERNELS = {
     passes_module: ("_prepare_kernel", "_resident_kernel", "_streamed_kernel", "_grad_log_prior_kernel"),
     argmax_module: ("_argmax_kernel",),
-    head_module: ("_parts_kernel", "_join_kernel", "_gradient_kernel"),
+    head_module: ("_tile_state_kernel", "_merge_kernel", "_tile_gradient_kernel"),
 }
 KERNEL_NAMES = {getattr(module, name): name for module, names in KERNELS.items() for name in names}
 

@@ -51,7 +51,7 @@ def innermost_loops(lines: list[str]) -> list[list[str]]:
     return [lines[first : last + 1] for first, last in inner]
 
 
-HEAD_KERNELS = ("_parts_kernel", "_join_kernel", "_gradient_kernel")
+HEAD_KERNELS = ("_tile_state_kernel", "_merge_kernel", "_tile_gradient_kernel")
 WIDTHS = {"128": 16, "64": 8, "U16": 2, "U8": 1}
 
 
@@ -191,7 +191,7 @@ def kernel_figures(call: Call, target_name: str) -> dict[str, Any]:
     if call.name == "_resident_kernel":
         row["block_rows"] = call.arguments["BLOCK_ROWS"]
         row["whole"] = whole_figures(lines, row["block_rows"] * call.arguments["n_classes"] / n_threads)
-    elif call.name in ("_parts_kernel", "_gradient_kernel"):
+    elif call.name in ("_tile_state_kernel", "_tile_gradient_kernel"):
         n_classes = min(call.arguments["CHUNK"], call.arguments["width"])
         row["whole"] = whole_figures(lines, n_classes / n_threads)
     elif call.name not in HEAD_KERNELS and "BLOCK_ROWS" in call.arguments:

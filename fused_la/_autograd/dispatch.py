@@ -31,11 +31,9 @@ def choose_implementation(
     if transformed:
         needs_formula = is_compiled_or_traced(logits) or of_head or not transforms_fold()
     else:
+        tensors = (*differentiable, *call.target_tensors, *call.margin_tensors)
         needs_formula = torch._C._get_tracing_state() is not None or (
-            forward_ad._current_level >= 0
-            and any(
-                t is not None and _has_tangent(t) for t in (*differentiable, *call.target_tensors, *call.margin_tensors)
-            )
+            forward_ad._current_level >= 0 and any(t is not None and _has_tangent(t) for t in tensors)
         )
     only_reference = "" if needs_formula else why_only_reference(call, transformed)
     if impl == "auto":

@@ -1,7 +1,7 @@
 """Losses of logits under torch.func: batches fold into rows, so that `vmap(grad(loss))` runs the same kernels.
 
 Every row is a loss of its own, so a batch of problems is one problem with more rows. `_RowLosses` and `_RowGradients`
-(a Function of its own, since a batch may be taken of it alone) each have a rule that folds a batch and calls the
+(separate, since vmap may act on the backward pass alone) each have a rule that folds a batch and calls the
 implementation once. The reference formula computes what does not fold: vectors over the
 classes that differ within a batch, and the gradient of a learned prior in a batch. It also computes the derivatives of
 target and weights and all second derivatives.
@@ -20,7 +20,8 @@ from torch.autograd import forward_ad
 
 from fused_la import reference
 from fused_la._autograd.fields import save_fields, saved_fields
-from fused_la._autograd.loss import differentiable_gradient, implementation, in_memory
+from fused_la._autograd.implementations import implementation, in_memory
+from fused_la._autograd.loss import differentiable_gradient
 from fused_la._call.problem import Problem, reduce_rows, resolve_labels
 
 _N_FIELDS = len(Problem._fields)
@@ -36,7 +37,7 @@ def transforms_fold() -> bool:
 
 def folded_loss(problem: Problem, reduction: str, impl: str) -> Tensor:
     """The reduced loss, or (N, P) rows, under transforms of torch.func."""
-    problem = problem.with_inner()
+    problem = problem.as_3d()
     loss, _ = _RowLosses.apply(impl, *problem)
     weight = torch.ones_like(loss) if problem.has_probabilities else resolve_labels(problem).row_weight
     return reduce_rows(loss, weight.sum(), reduction)

@@ -30,6 +30,9 @@ class ScaledPrior(NamedTuple):
     tau: Any
 
 
+Adjustment = ScaledPrior | PairwiseMargin  # the two ways in which losses adjust logits
+
+
 class LossCall(NamedTuple):
     """A checked call of a loss, and the caller's own tensors whose gradients only the reference computes."""
 
@@ -40,10 +43,10 @@ class LossCall(NamedTuple):
 
 
 def read_call(
-    logits: Tensor, prior: ScaledPrior | Any, target: Any, options: Options, weight_name: str = "weight",
+    logits: Tensor, prior: Adjustment, target: Any, options: Options, weight_name: str = "weight",
     all_classes: bool = True,
 ) -> LossCall:  # fmt: skip
-    """A call with checked logits. A `prior` that is no `ScaledPrior` is a margin, to be checked.
+    """A call with checked logits. A `prior` that is no `ScaledPrior` is checked to be a margin.
 
     `weight_name` is the caller's name of the class weights. If the logits do not have `all_classes`, nothing is checked
     that needs all of them, the range of labels and the sum of smoothing_distribution, and rows are (N, P, C).
@@ -85,7 +88,7 @@ def read_call(
         None if margin is None else margin.label_offset(logits), None if margin is None else margin.scale_of(logits),
         tau, label_smoothing, ignore_index,
     )  # fmt: skip
-    problem = problem if all_classes else problem.with_inner()
+    problem = problem if all_classes else problem.as_3d()
     return LossCall(problem, reduction, target_tensors, () if margin is None else tuple(margin.only_of_reference()))
 
 

@@ -22,9 +22,8 @@ def placeholder_logits(
     shape, n_classes = features.shape[:-1], len(weight)
     if len(shape) > 1:
         target = _flatten_rows(target, "target", shape, target_weight is not None, n_classes)
-        target_weight = (
-            target_weight if target_weight is None else _flatten_rows(target_weight, "target_weight", shape, True, 0)
-        )
+        if target_weight is not None:
+            target_weight = _flatten_rows(target_weight, "target_weight", shape, True, 0)
         shape = (shape.numel(),)
     return features.new_empty(1).expand(*shape, n_classes), target, target_weight
 

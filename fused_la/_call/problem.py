@@ -70,8 +70,8 @@ class Problem(NamedTuple):
         """K of an index target."""
         return 1 if self.target.dim() < self.logits.dim() else self.target.shape[-1]
 
-    def with_inner(self) -> Problem:
-        """The same with P as a dimension."""
+    def as_3d(self) -> Problem:
+        """The problem with logits (N, P, C), where P may be 1."""
         if self.logits.dim() == 3:
             return self
         target = self.target.unsqueeze(-1) if self.target.dim() == 1 else self.target
@@ -111,7 +111,7 @@ class Problem(NamedTuple):
 
 
 class ShardLabels(NamedTuple):
-    """What a rank that holds some of the classes knows of all labels.
+    """The labels among all C classes, on a rank that holds some of the classes.
 
     The target of its `Problem` counts classes from the rank's first one; a label of another rank lies past the last.
     """
@@ -137,7 +137,7 @@ class Labels(NamedTuple):
 def resolve_labels(problem: Problem, shard: ShardLabels | None = None) -> Labels:
     """Resolve ignored and out-of-range labels, class weights and label weights of an index target.
 
-    With a `shard` no label is out of range, and the weights of other ranks' labels are right once the shard has them.
+    With a `shard` no label is out of range, and weights of other ranks' labels are arbitrary until it has them.
     """
     target, n_classes, dtype = problem.target, problem.logits.shape[-1], problem.compute_dtype
     counts = target != problem.ignore_index
@@ -179,19 +179,19 @@ def sum_others(z: Tensor, m: Tensor, rest: Tensor) -> Tensor:
     return torch.where(z == m, rest, 1.0 + rest - (z - m).exp())
 
 
-def label_loss(margin: Tensor, others: Tensor) -> Tensor:
-    """log(1 + others * exp(margin)): the loss of a label whose z lies `margin` below the row's maximum.
+def label_loss(gap: Tensor, others: Tensor) -> Tensor:
+    """log(1 + others * exp(gap)): the loss of a label whose z lies `gap` below the row's maximum.
 
-    `others` is the sum of exp(z - maximum) over the other classes; however large the margin is, nothing overflows.
+    `others` is the sum of exp(z - maximum) over the other classes; however large the gap is, nothing overflows.
     """
-    near = margin < 40.0
-    small = torch.where(near, margin, 0.0)
-    large = torch.where(near, 1.0, margin)
+    near = gap < 40.0
+    small = torch.where(near, gap, 0.0)
+    large = torch.where(near, 1.0, gap)
     return torch.where(near, (others * small.exp()).log1p(), large + (others + (-large).exp()).log())
 
 
-def reduce_rows(loss: Tensor, normalizer: Tensor, reduction: str) -> Tensor:
-    """Reduce (N, P) row losses as `F.cross_entropy` does; `normalizer` divides a mean, which is NaN over no rows."""
+def reduce_rows(loss: Tensor, denominator: Tensor, reduction: str) -> Tensor:
+    """Reduce (N, P) row losses as `F.cross_entropy` does; `denominator` divides a mean, which is NaN over no rows."""
     if reduction == "none":
         return loss
-    return loss.sum() if reduction == "sum" else loss.sum() / normalizer
+    return loss.sum() if reduction == "sum" else loss.sum() / denominator

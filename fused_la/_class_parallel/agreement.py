@@ -58,9 +58,8 @@ def class_parallel_loss(caller: str, group: Any, read_call: Callable[..., RankCa
     all_features = None
     if row_counts is not None:
         with torch.autocast(rank_call.inputs.device.type, enabled=False):  # it refuses float16 with bfloat16
-            all_features, target, *target_weight = exchange.rows_of_all_ranks(
-                ranks, row_counts, _rows_to_gather(rank_call), payloads
-            )
+            rows = _rows_to_gather(rank_call)
+            all_features, target, *target_weight = exchange.rows_of_all_ranks(ranks, row_counts, rows, payloads)
         problem = problem._replace(target=target, target_weight=target_weight[0] if target_weight else None)
     del payloads
     if rank_call.weight is not None:
@@ -70,10 +69,8 @@ def class_parallel_loss(caller: str, group: Any, read_call: Callable[..., RankCa
         inputs, dtype = problem.logits, problem.compute_dtype
     global_classes = None if problem.has_probabilities else problem.target
     problem = _to_local_classes(problem, first_class, rank_call.n_classes, n_classes)
-    sharded_call = ShardedCall(ranks, impl, call.reduction, row_counts, rank_call.average_over_ranks)
-    loss = sharded_loss(
-        sharded_call, inputs, all_features, rank_call.weight, rank_call.bias, dtype, global_classes, problem
-    )
+    sharded = ShardedCall(ranks, impl, call.reduction, row_counts, rank_call.average_over_ranks)
+    loss = sharded_loss(sharded, inputs, all_features, rank_call.weight, rank_call.bias, dtype, global_classes, problem)
     if call.reduction != "none":
         return loss
     dim = checks.class_dim(rank_call.inputs) if rank_call.weight is None else rank_call.inputs.dim() - 1

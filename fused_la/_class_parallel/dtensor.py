@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from fused_la._call import checks
-from fused_la._call.arguments import Options, ScaledPrior
+from fused_la._call.arguments import Adjustment, Options, ScaledPrior
 from fused_la._call.head_arguments import check_head, feature_rows, product_dtype
 from fused_la._call.pairwise_margin import PairwiseMargin
 from fused_la._class_parallel.agreement import class_parallel_loss
@@ -43,7 +43,7 @@ class _ClassSharding(NamedTuple):
         return self.mesh.get_group(self.mesh_dim)
 
 
-def loss_of_logits(logits: DTensor, target: Any, prior: ScaledPrior | Any, options: Options, impl: Any) -> Tensor:
+def loss_of_logits(logits: DTensor, target: Any, prior: Adjustment, options: Options, impl: Any) -> Tensor:
     """The loss of sharded logits. `prior` is a log prior with its tau, or a margin."""
     dim = checks.class_dim(logits)
     sharding = _class_sharding("logits", logits, dim)
@@ -60,8 +60,8 @@ def loss_of_logits(logits: DTensor, target: Any, prior: ScaledPrior | Any, optio
 
 
 def loss_of_head(
-    features: Any, weight: DTensor, bias: Any, target: Any, prior: ScaledPrior | Any, options: Options, impl: Any
-) -> Tensor:
+    features: Any, weight: DTensor, bias: Any, target: Any, prior: Adjustment, options: Options, impl: Any,
+) -> Tensor:  # fmt: skip
     """The loss of a head with a sharded weight. `prior` is a log prior with its tau, or a margin."""
     sharding = _class_sharding("weight", weight, 0)
     caller = "linear_logit_adjusted_cross_entropy" if isinstance(prior, ScaledPrior) else "linear_margin_cross_entropy"
@@ -109,9 +109,8 @@ def shard_like(weight: DTensor, vector: Tensor) -> Tensor:
     sharding = _class_sharding("weight", weight, 0)
     placements = [Replicate() if i != sharding.mesh_dim else Shard(0) for i in range(sharding.mesh.ndim)]
     local = _local_classes(sharding, "log_prior", vector)
-    return DTensor.from_local(
-        local, sharding.mesh, placements, run_check=False, shape=vector.shape, stride=vector.stride()
-    )
+    shape, stride = vector.shape, vector.stride()
+    return DTensor.from_local(local, sharding.mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
 def _class_sharding(name: str, value: DTensor, dim: int) -> _ClassSharding:
@@ -194,7 +193,7 @@ def _local_target(sharding: _ClassSharding, target: Any, dim: int, n_dims: int) 
     return _local_copy("target", target)
 
 
-def _local_prior(sharding: _ClassSharding, prior: ScaledPrior | Any) -> Any:
+def _local_prior(sharding: _ClassSharding, prior: Adjustment) -> Any:
     if isinstance(prior, ScaledPrior):
         return ScaledPrior(_local_classes(sharding, "log_prior", prior.log_prior), prior.tau)
     if not isinstance(prior, PairwiseMargin):

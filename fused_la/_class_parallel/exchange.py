@@ -272,7 +272,7 @@ def _unpack(buffers: Tensor, row_counts: list[int], rows: list[Tensor]) -> list[
     return [torch.cat(part).to(tensor.device) for part, tensor in zip(parts, rows, strict=True)]
 
 
-def scatter_row_sums(ranks: Ranks, row_counts: list[int], rows: Tensor) -> Tensor:
+def reduce_scatter_rows(ranks: Ranks, row_counts: list[int], rows: Tensor) -> Tensor:
     """This rank's rows of the sum over ranks of (rows, D), where every rank has `row_counts` rows for each rank."""
     max_rows, width = max(row_counts), rows.shape[1]
     out = rows.new_zeros(max_rows * width)

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 
 from fused_la._autograd.fields import save_fields, saved_fields
-from fused_la._autograd.loss import implementation
+from fused_la._autograd.implementations import implementation
 from fused_la._call.problem import Problem, ShardLabels, resolve_labels
-from fused_la._class_parallel.exchange import Ranks, all_gather, all_reduce, gather_rows, scatter_row_sums
+from fused_la._class_parallel.exchange import Ranks, all_gather, all_reduce, gather_rows, reduce_scatter_rows
 from fused_la._tiled import head as tiled_head
 from fused_la._tiled.blocks import Block
 from fused_la._tiled.head import Head, HeadTiles, LogitTiles, Saved
@@ -126,7 +126,9 @@ def _gradients(ctx: Any, grad_loss: Tensor) -> tuple:
     needs = ctx.needs_input_grad[1:]
     grad_inputs = grad_weight = grad_bias = None
     with torch.autocast(problem.logits.device.type, enabled=False):
-        grad_rows = _grad_of_rows(call, grad_loss, saved)
+        grad_rows = tiled_head.grad_of_rows(grad_loss, saved, call.reduction)
+        if call.reduction == "none" and call.row_counts is not None:
+            (grad_rows,) = gather_rows(call.ranks, call.row_counts, [grad_rows])
         if head is None:
             tiles = MaterializedTiles(problem.logits, problem.compute_dtype)
             tiles.grad_logits = torch.empty_like(problem.logits) if needs[0] else None
@@ -189,19 +191,10 @@ def _merge_over_ranks(
     return rows._replace(labels=labels, candidates=candidates, z_as_label=z_as_label), state, shard
 
 
-def _grad_of_rows(call: ShardedCall, grad_loss: Tensor, saved: Saved) -> Tensor:
-    """The upstream gradient of every row, divided by the mean's denominator."""
-    if call.reduction != "none":
-        grad_rows = grad_loss.expand(saved.state.shape[1:])
-        return grad_rows / saved.normalizer if call.reduction == "mean" else grad_rows
-    grad_rows = grad_loss.resolve_neg()
-    return grad_rows if call.row_counts is None else gather_rows(call.ranks, call.row_counts, [grad_rows])[0]
-
-
 def _sum_feature_gradient(call: ShardedCall, grad_features: Tensor) -> Tensor:
     """The gradient of this rank's features, summed over the classes of all ranks."""
     if call.row_counts is None:
         grad_features = all_reduce(call.ranks, grad_features)
     else:
-        grad_features = scatter_row_sums(call.ranks, call.row_counts, grad_features)
+        grad_features = reduce_scatter_rows(call.ranks, call.row_counts, grad_features)
     return grad_features * call.ranks.size if call.average_over_ranks else grad_features

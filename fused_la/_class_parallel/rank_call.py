@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_la._call import checks
-from fused_la._call.arguments import LossCall, Options, ScaledPrior, read_call
+from fused_la._call.arguments import Adjustment, LossCall, Options, ScaledPrior, read_call
 from fused_la._call.head_arguments import check_head, placeholder_logits
 from fused_la._call.pairwise_margin import PairwiseMargin
 
@@ -32,7 +32,7 @@ class RankCall(NamedTuple):
     average_over_ranks: bool = False
 
 
-def read_logits_call(logits: Any, target: Any, prior: ScaledPrior | Any, options: Options, impl: Any) -> RankCall:
+def read_logits_call(logits: Any, target: Any, prior: Adjustment, options: Options, impl: Any) -> RankCall:
     """The call of a loss of logits. `prior` is a log prior with its tau, or a margin."""
     padded_logits, n_classes = _logits_or_placeholder(logits)
     if n_classes == 0 and _is_floating(target):
@@ -43,7 +43,7 @@ def read_logits_call(logits: Any, target: Any, prior: ScaledPrior | Any, options
 
 
 def read_head_call(
-    features: Any, weight: Any, bias: Any, target: Any, prior: ScaledPrior | Any, options: Options, impl: Any,
+    features: Any, weight: Any, bias: Any, target: Any, prior: Adjustment, options: Options, impl: Any,
     gather_features: Any = False, average_over_ranks: Any = False,
 ) -> RankCall:  # fmt: skip
     """The call of a loss of a head. `prior` is a log prior with its tau, or a margin."""
@@ -68,7 +68,7 @@ def read_head_call(
 
 
 def _read_with_placeholders(
-    logits: Tensor, n_classes: int, prior: ScaledPrior | Any, target: Any, options: Options, weight_name: str
+    logits: Tensor, n_classes: int, prior: Adjustment, target: Any, options: Options, weight_name: str
 ) -> tuple[LossCall, float]:
     """The call, with its placeholder at -inf if there is one, and tau as the caller gave it."""
     is_prior = isinstance(prior, ScaledPrior)

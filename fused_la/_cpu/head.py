@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from fused_la._cpu.loss import reduce_tile, row_block, subtract_dense_mass
-from fused_la._tiled.blocks import Block, Scratch
+from fused_la._tiled.blocks import Block, Scratch, TileGradient
 from fused_la._tiled.softmax import Candidates, PreparedRows, SoftmaxState, merge, scatter_candidates
 
 
@@ -30,9 +28,7 @@ class Epilogue:
             if values is not None and merged is not None:
                 values.copy_(merged)
 
-    def gradient_of(
-        self, state: SoftmaxState, upstream: Tensor, grad_candidates: Tensor
-    ) -> Callable[[Block, slice, Tensor], Tensor]:
+    def gradient_of(self, state: SoftmaxState, upstream: Tensor, grad_candidates: Tensor) -> TileGradient:
         """A function that turns a tile of logits into the gradient of its z, labels included."""
         scales = upstream * state.total / (1.0 + state.rest)
 
@@ -56,9 +52,7 @@ class Epilogue:
         classes = labels.classes[block]
         return (labels.is_local[block] & (classes >= chunk.start) & (classes < chunk.stop)).nonzero(as_tuple=True)
 
-    def _adjusted(
-        self, block: Block, chunk: slice, logits: Tensor, labels_in_tile: tuple[Tensor, ...] | None
-    ) -> Tensor:
+    def _adjusted(self, block: Block, chunk: slice, logits: Tensor, labels: tuple[Tensor, ...] | None) -> Tensor:
         """z, (n, 1, c), in the memory of the logits."""
         rows, z = self._rows, logits.unsqueeze(1)
         candidates: Candidates = rows.candidates.in_block(block)
@@ -66,14 +60,14 @@ class Epilogue:
             z.add_(self._bias[chunk])
         if rows.scale is not None:
             z.mul_(rows.scale[chunk])
-        if labels_in_tile is not None and rows.z_as_label is not None and rows.target_offset is not None:
-            classes = candidates.classes[labels_in_tile]
+        if labels is not None and rows.z_as_label is not None and rows.target_offset is not None:
+            classes = candidates.classes[labels]
             offset = rows.target_offset[classes]
-            rows.z_as_label[block][labels_in_tile] = z[(*labels_in_tile[:2], classes - chunk.start)] + offset
+            rows.z_as_label[block][labels] = z[(*labels[:2], classes - chunk.start)] + offset
         if self._offset is not None:
             z.add_(self._offset[chunk])
         if rows.excluded is not None:
             z.masked_fill_(rows.excluded[chunk], -torch.inf)
-        if labels_in_tile is not None:
-            candidates.z[labels_in_tile] = z[(*labels_in_tile[:2], candidates.classes[labels_in_tile] - chunk.start)]
+        if labels is not None:
+            candidates.z[labels] = z[(*labels[:2], candidates.classes[labels] - chunk.start)]
         return z

@@ -6,8 +6,8 @@ are processed in chunks of classes, whose states are merged in order.
 
 The top class of a row must stay out of its sum (`rest`), but an argmax costs as much as the exponentials. That matters
 only if the top class has target mass. So with labels the *labels'* columns are kept out, and added as scalars; only
-class probabilities need the argmax. Both are called candidates: the columns of a row whose gradient has a form of its
-own, which is written after all blocks.
+class probabilities need the argmax. Both are called candidates: the columns whose gradient is computed apart, and
+written after all blocks.
 
 A row's bits do not depend on its block: every reduction runs along one row, in an order set by its length.
 """
@@ -39,7 +39,7 @@ def forward(
     wants_gradient = wants_gradient and reduction != "none" and problem.logits.dtype != torch.float16
     if has_single_label(problem):
         return *single_label.forward(problem, reduction, wants_gradient), None
-    shape, problem = problem.logits.shape, problem.with_inner()
+    shape, problem = problem.logits.shape, problem.as_3d()
     rows = softmax.prepare(problem)
     n_outer, n_inner, _ = problem.logits.shape
     n_rows = n_outer * n_inner
@@ -47,12 +47,12 @@ def forward(
     m, rest, total = flat[:-1].view(3, n_outer, n_inner)
     state = SoftmaxState(m, rest, softmax.label_mass_total(rows, out=total), gap=torch.zeros_like(m))
     row_weight = torch.ones_like(state.m) if rows.labels is None else rows.labels.row_weight
-    normalizer = row_weight.sum()
-    flat[-1] = normalizer
+    denominator = row_weight.sum()
+    flat[-1] = denominator
     grad_logits, grad_rows = None, state.m
     if wants_gradient:
         grad_logits = torch.empty_like(problem.logits)
-        scale = normalizer.reciprocal() if reduction == "mean" else torch.ones_like(normalizer)
+        scale = denominator.reciprocal() if reduction == "mean" else torch.ones_like(denominator)
         grad_rows = scale.expand(n_outer, n_inner)
 
     blocking = choose_blocking(problem, forward=True)
@@ -68,7 +68,7 @@ def forward(
     if grad_logits is not None:
         _write_candidate_gradient(rows, state, grad_rows, grad_logits, None)
         grad_logits = grad_logits.view(shape)
-    loss = reduce_rows(softmax.row_losses(rows, state), normalizer, reduction)
+    loss = reduce_rows(softmax.row_losses(rows, state), denominator, reduction)
     if len(shape) == 2 and reduction == "none":
         loss = loss.squeeze_(1)  # not as a view, which the caller could not change
     return loss, flat, grad_logits, None
@@ -76,22 +76,23 @@ def forward(
 
 def backward(
     problem: Problem, reduction: str, saved: Tensor | None, upstream: Tensor, needs_logits: bool, needs_log_prior: bool,
-    made_for_one: Tensor | None = None, memo: None = None,
+    unit_gradient: Tensor | None = None, memo: None = None,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of logits and log_prior (C,), None where not needed, for one upstream number or with "none" one a row.
 
-    `made_for_one` is the gradient that forward made for an upstream of 1; it is scaled in place if another came.
+    `unit_gradient` is the gradient that forward made for an upstream of 1; it is scaled in place if another came.
     """
-    if made_for_one is not None:
-        is_one = made_for_one.numel() == 0 or upstream.item() == 1.0
-        return made_for_one if is_one else made_for_one.mul_(upstream), None
+    if unit_gradient is not None:
+        is_one = unit_gradient.numel() == 0 or upstream.item() == 1.0
+        return unit_gradient if is_one else unit_gradient.mul_(upstream), None
     shape, grad_rows = problem.logits.shape, upstream.to(problem.compute_dtype)
-    # Nothing is saved if forward took a single label and made its gradient, even if its prior was written to since.
+    # Nothing is saved if forward took the single-label path and made its gradient. The same path must then run again,
+    # even if a prior with -inf has been written since.
     if saved is None or (needs_logits and not needs_log_prior and has_single_label(problem)):
         return single_label.backward(problem, reduction, saved, grad_rows), None
     if reduction == "mean":
         grad_rows = grad_rows / saved[3 * shape[:-1].numel()]
-    problem = problem.with_inner()
+    problem = problem.as_3d()
     n_outer, n_inner, _ = problem.logits.shape
     grad_rows = grad_rows.reshape(n_outer, n_inner) if reduction == "none" else grad_rows.expand(n_outer, n_inner)
     rows, state = softmax.prepare(problem), SoftmaxState(*saved[: 3 * n_outer * n_inner].view(3, n_outer, n_inner))
@@ -178,7 +179,7 @@ def reduce_tile(part: RowBlock, chunk: slice, z: Tensor, before: SoftmaxState | 
         in_chunk = candidates.in_chunk(chunk)
         softmax.scatter_candidates(e, in_chunk, chunk, 0.0)
         m = m.squeeze(-1)
-        return SoftmaxState(m, row_sum(e) + softmax.candidates_but_top(in_chunk, m), total, gap)
+        return SoftmaxState(m, row_sum(e) + softmax.candidate_sum_without_top(in_chunk, m), total, gap)
     # The top's exponential, 1, is left out. If no class takes part it is 0, and the rest -1.
     of_top = e.gather(-1, top).squeeze(-1)
     e.scatter_(-1, top, 0.0)

@@ -21,6 +21,8 @@ from fused_la._call.values import smallest
 from fused_la._tiled import blocks
 from fused_la._tiled.blocks import Scratch, choose_blocking, combine_into, row_blocks, row_sum
 
+_OPTIONS = slice(Problem._fields.index("target_weight"), Problem._fields.index("tau"))
+
 
 class _NoClassError(Exception):
     """A label that is none of the classes: ignored, or out of range."""
@@ -38,7 +40,7 @@ def has_single_label(problem: Problem) -> bool:
     """Whether a problem has one label a row and no other option, and a row fits into a block."""
     if problem.has_probabilities or problem.n_labels != 1 or problem.label_smoothing > 0.0:
         return False
-    for option in problem[3:9]:
+    for option in problem[_OPTIONS]:
         if option is not None:
             return False
     # A dispatch mode may trace the operations here, and would keep the values that are read as constants.
@@ -156,9 +158,8 @@ def _in_block(block: tuple[slice, ...] | None, tensor: Any) -> Any:
 def _concatenated(parts: list[tuple[Tensor, Tensor, Tensor]], logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The results of the blocks as those of all rows, which the blocks cover in order."""
     shape = (*logits.shape[:-1], 1)
-    losses, m, rest = (
-        torch.cat([each.flatten() for each in results]).view(shape) for results in zip(*parts, strict=True)
-    )
+    columns = zip(*parts, strict=True)
+    losses, m, rest = (torch.cat([each.flatten() for each in column]).view(shape) for column in columns)
     return losses, m, rest
 
 

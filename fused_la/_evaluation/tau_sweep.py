@@ -14,7 +14,7 @@ from fused_la._call import checks
 from fused_la._call.problem import rows_by_classes
 from fused_la._call.values import check_has_values, is_compiled_or_traced
 from fused_la._evaluation.argmax import predict
-from fused_la._evaluation.per_class import class_error, count_predictions, mean_rates, read_counts, shot_groups
+from fused_la._evaluation.error_rates import class_error, count_predictions, mean_rates, read_counts, shot_groups
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -171,9 +171,8 @@ class TauSweep:
         if other._n_correct.shape != self._n_correct.shape:
             raise ValueError(f"other must have {len(self._excluded)} classes, got {len(other._excluded)}")
         device = self._n_correct.device
-        return self._with_counts(
-            self._n_correct + other._n_correct.to(device), self._n_examples + other._n_examples.to(device)
-        )
+        n_correct = self._n_correct + other._n_correct.to(device)
+        return self._with_counts(n_correct, self._n_examples + other._n_examples.to(device))
 
     def sync(self, group: ProcessGroup) -> TauSweep:
         """A new sweep with the counts of all ranks of `group`; every rank has to make this call."""

@@ -15,7 +15,7 @@ from fused_la._call import checks
 from fused_la._call.class_counts import check_pseudocount, counts_in_class_order, log_prior_of
 from fused_la._call.pairwise_margin import PairwiseMargin
 from fused_la._call.values import is_traced, read_value
-from fused_la._modules import per_class as vectors
+from fused_la._modules import vectors
 
 _log = logging.getLogger("fused_la")
 _GRAPH_BREAK = "what a loss holds of each class is not where the logits are; move the module there first, with .to()"
@@ -98,9 +98,7 @@ class LossOptions(nn.Module):
         elif value is not None:
             value = vectors.to_class_vector(name, value, n_classes)
         with torch.inference_mode(False):
-            new = vectors.map_tensors(
-                {name: value}, lambda _, tensor: tensor.clone() if tensor.is_inference() else tensor
-            )
+            new = vectors.map_tensors({name: value}, lambda _, t: t.clone() if t.is_inference() else t)
             if others and not others[0].is_meta:
                 device = others[0].device
                 new = vectors.map_tensors(new, lambda key, t: t if t.is_meta else vectors.move_tensor(key, t, device))

@@ -16,6 +16,7 @@ from fused_la._call.problem import Problem
 BLOCK_ELEMENTS = 1 << 21
 
 Block = tuple[slice, slice]  # of the (N, P) rows
+TileGradient = Callable[[Block, slice, Tensor], Tensor]  # of a block of rows, a chunk of classes, and their logits
 
 
 class Blocking(NamedTuple):
@@ -30,10 +31,9 @@ def choose_blocking(problem: Problem, forward: bool, sums_gradient: bool = False
 
     Only the height of a block may depend on the number of buffers, since a row's bits depend on the width.
     """
-    # Buffers are z, PyTorch's copy of a gradient to be summed in float64, class probabilities, the product of target
-    # mass and z, and masks. For half precision they have half as much: z then has memory of its own, which may be fresh
-    # in each call. On the machine above a bfloat16 step of 512 x 8142 took 4.72, 4.28 and 4.35 ms with all, half and a
-    # quarter.
+    # Buffers: z, PyTorch's copy of a gradient to be summed in float64, class probabilities, the product of target mass
+    # and z, masks. For half precision half as much, since z has memory of its own, which may be fresh in each call: on
+    # the machine above a bfloat16 step of 512 x 8142 took 4.72, 4.28 and 4.35 ms with all, half and a quarter.
     n_buffers = 1 + (problem.logits.element_size() == 2)
     if sums_gradient and problem.compute_dtype == torch.float32:
         n_buffers = 3

@@ -1,4 +1,4 @@
-"""A classifier head and its loss: the logits of a tile at a time, never those of all rows and classes.
+"""Loss of a classifier head: logits are computed a tile at a time, and the (N, C) matrix is never stored.
 
     logits = features @ weight.T + bias                      (N, D), (C, D), (C,)
     grad_features = grad_logits @ weight,   grad_weight = grad_logits.T @ features,   grad_bias = grad_logits.sum(0)
@@ -28,6 +28,8 @@ from fused_la._tiled.softmax import PreparedRows, SoftmaxState
 
 
 class Head(NamedTuple):
+    """A linear classifier and its input."""
+
     features: Tensor  # (N, D)
     weight: Tensor  # (C, D)
     bias: Tensor | None  # (C,)
@@ -41,7 +43,7 @@ class Saved(NamedTuple):
     classes: Tensor  # (N, 1, K) candidates: the labels, or the top class of class probabilities
     z: Tensor  # (N, 1, K) their adjusted logits
     z_as_label: Tensor  # (N, 1, K) with a target_offset, else empty
-    normalizer: Tensor  # the mean's denominator, empty for "none"
+    denominator: Tensor  # the mean's denominator, empty for "none"
 
 
 class Gradients(NamedTuple):
@@ -113,12 +115,18 @@ def finalize(
             z.copy_(torch.where(rows.labels.counts, z, merged.m.unsqueeze(-1)))
         state.total.copy_(softmax.margin_total(rows, state, softmax.ALL_ROWS))
     row_weight = torch.ones_like(merged.m) if rows.labels is None else rows.labels.row_weight
-    normalizer = row_weight.sum()
-    loss = reduce_rows(softmax.row_losses(rows, state), normalizer, reduction)
+    denominator = row_weight.sum()
+    loss = reduce_rows(softmax.row_losses(rows, state), denominator, reduction)
     if reduction == "none":
-        normalizer = normalizer.new_empty(0)
+        denominator = denominator.new_empty(0)
     z_as_label = merged.m.new_empty(0) if rows.z_as_label is None else rows.z_as_label
-    return loss, Saved(stacked, rows.candidates.classes, rows.candidates.z, z_as_label, normalizer)
+    return loss, Saved(stacked, rows.candidates.classes, rows.candidates.z, z_as_label, denominator)
+
+
+def grad_of_rows(grad_loss: Tensor, saved: Saved, reduction: str) -> Tensor:
+    """The upstream gradient of each row, divided by the mean's denominator."""
+    grad_rows = grad_loss.resolve_neg() if reduction == "none" else grad_loss.expand(saved.state.shape[1:])
+    return grad_rows / saved.denominator if reduction == "mean" else grad_rows
 
 
 def backward(

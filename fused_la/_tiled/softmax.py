@@ -26,9 +26,9 @@ ALL_ROWS = (slice(None), slice(None))  # the block of all rows
 
 
 class Candidates(NamedTuple):
-    """The columns whose gradient has a form of its own: the labels, or the top class of class probabilities.
+    """The columns whose gradient is computed apart, in the form that keeps the digits of 1 - p.
 
-    The top class is filled in as the tiles are processed.
+    They are the labels; for class probabilities the top class, which is filled in as the tiles are processed.
     """
 
     classes: Tensor  # (N, P, K) int64
@@ -50,7 +50,7 @@ class PreparedRows(NamedTuple):
 
     problem: Problem
     offset: Tensor | None  # (C,)
-    excluded: Tensor | None  # (C,) bool: at -inf; None where no class is
+    excluded: Tensor | None  # (C,) bool: at -inf; None if no class is
     weight: Tensor | None  # (C,)
     smoothing: Tensor | None  # (C,) smoothing mass of each class in a row whose labels' weights sum to 1
     labels: Labels | None  # None for class probabilities
@@ -68,7 +68,7 @@ class SoftmaxState(NamedTuple):
     """
 
     m: Tensor  # at least the lowest finite number, also if there was no class
-    rest: Tensor  # -1 if there was no class: the first maximum then replaces one that never existed
+    rest: Tensor  # -1 if there was no class, so that rest + 1, the whole sum, is 0
     total: Tensor
     gap: Tensor | None = None  # backward does not need it
 
@@ -119,9 +119,8 @@ def prepare(problem: Problem, tiled: bool = False, shard: ShardLabels | None = N
     one_label = labels.classes.shape[-1] == 1
     used = labels.is_local if one_label else labels.is_local & ~_same_class(labels).tril(-1).any(-1)
     candidates = Candidates(labels.classes, used, z, one_label and all_live and one_tile)
-    return PreparedRows(
-        problem, offset, excluded, weight, smoothing, labels, all_live, candidates, z_as_label, scale, target_offset
-    )
+    per_class = offset, excluded, weight, smoothing
+    return PreparedRows(problem, *per_class, labels, all_live, candidates, z_as_label, scale, target_offset)
 
 
 def _same_class(labels: Labels) -> Tensor:
@@ -156,10 +155,10 @@ def merge(one: SoftmaxState, two: SoftmaxState) -> SoftmaxState:
     m = torch.maximum(one.m, two.m)
     f = (torch.minimum(one.m, two.m) - m).exp()
     rest = torch.where(one.m >= two.m, one.rest + (two.rest + 1.0) * f, two.rest + (one.rest + 1.0) * f)
-    return SoftmaxState(m, rest, one.total + two.total, _gap_below(one, m) + _gap_below(two, m))
+    return SoftmaxState(m, rest, one.total + two.total, _gap_from(one, m) + _gap_from(two, m))
 
 
-def _gap_below(state: SoftmaxState, m: Tensor) -> Tensor:
+def _gap_from(state: SoftmaxState, m: Tensor) -> Tensor:
     """The gap of a state's target mass to a maximum that is not below its own."""
     assert state.gap is not None
     return state.gap + torch.where(state.total == 0, 0.0, state.total * (m - state.m))
@@ -185,7 +184,7 @@ def scatter_candidates(out: Tensor, candidates: Candidates, chunk: slice, values
     out[(*index[:-1], classes[index] - chunk.start)] = values[index] if isinstance(values, Tensor) else values
 
 
-def candidates_but_top(candidates: Candidates, m: Tensor) -> Tensor:
+def candidate_sum_without_top(candidates: Candidates, m: Tensor) -> Tensor:
     """Sum of exp(z_k - m) over the used candidates, less the 1 of the row's top class.
 
     If a candidate is the top class it is left out, not subtracted. If none is, the top class has no label, and neither

@@ -23,7 +23,7 @@ from fused_la._triton.targets import dense_mass, label_and_logit, label_smoothin
 from fused_la._triton.tiles import Tile, load_classes, max_float, per_class, per_row, tile_offsets
 
 
-class RowState(NamedTuple):
+class GradientInputs(NamedTuple):
     """The state of rows that their gradient needs; in rows without a counting label only `live` matters."""
 
     m: Any
@@ -45,7 +45,7 @@ def rest_or_nan(args, m, rest, is_empty):
 @triton.jit
 def row_loss(args, rows, m, rest, gap, total, share, live, single_label):
     """(loss, A) of each row; gap and total are those of its dense target mass. With a target_offset A is that of
-    `RowState`."""
+    `GradientInputs`."""
     if args.n_labels is None:
         return gap + total * log1p(rest), total
     else:
@@ -84,9 +84,8 @@ def tile_gradient(args, rows, state, tile, z, e, VEC: tl.constexpr):
         p = e * per_row(state.inverse_sum)
         not_p = tl.where(z == per_row(state.m), per_row(state.rest * state.inverse_sum), 1.0 - p)
         mass = dense_mass(args, rows, tile, VEC) * per_row(state.share)
-        grad = tl.where(
-            per_row(state.live), class_gradient(p, not_p, per_row(state.total), per_row(state.g), mass), 0.0
-        )
+        grad = class_gradient(p, not_p, per_row(state.total), per_row(state.g), mass)
+        grad = tl.where(per_row(state.live), grad, 0.0)
     else:
         grad = e * per_row(tl.where(state.live, state.g * state.total * state.inverse_sum, 0.0))
     if args.vectors.log_prior is not None and (args.n_labels is None or args.smoothing is not None):
@@ -116,7 +115,7 @@ def store_label_gradients(
         for k in range(args.n_labels):
             label, logit = label_and_logit(args, rows, k, single_label)
             grad = label_gradient(args, rows, state, label, logit, single_label)
-            col = label.index - rows.head
+            col = label.index - rows.prefix
             in_range = (col >= first_col) & (col < last_col)
             if HAS_EDGES:
                 in_range = in_range | tl.where((first_col == 0) & (last_col > 0), (col < 0) | (col >= rows.body), False)
@@ -146,7 +145,7 @@ def label_gradient(args, rows, state, label, logit, single_label):
             mass = mass * (1.0 - args.smoothing) + state.share * label_smoothing_mass(args, label.index)
         p = exp(logit.z - m) * state.inverse_sum
         grad = class_gradient(p, tl.where(logit.z == m, rest * state.inverse_sum, 1.0 - p), state.total, state.g, mass)
-        grad = tl.where(logit.excluded, rest - rest, grad)
+        grad = tl.where(logit.excluded, rest - rest, grad)  # 0, and NaN in a row that is NaN
     if args.vectors.scale is not None:
         grad = grad * load_classes(args.vectors.scale, Tile(0, 0, label.index, label.index >= 0, 0)).to(m.dtype)
     return grad

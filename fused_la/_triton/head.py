@@ -9,17 +9,15 @@ the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_la._tiled.blocks import Block
+from fused_la._tiled.blocks import Block, TileGradient
 from fused_la._tiled.softmax import PreparedRows, SoftmaxState
 from fused_la._triton import tiles
-from fused_la._triton.epilogue import RowState, store_gradient, tile_gradient
+from fused_la._triton.epilogue import GradientInputs, store_gradient, tile_gradient
 from fused_la._triton.launch_config import VECTOR_BYTES, cdiv, device_of, is_on_current_device
 from fused_la._triton.operands import aligned_vectors
 from fused_la._triton.softmax import exp, load_state, merge, store_state, tile_state
@@ -46,15 +44,13 @@ UNALIGNED = ["bias", "m", "rest", "gap", "total", "upstream", "share", "label_gr
 
 
 @triton.jit
-def _chunk_of_row(
-    logits_row_stride, target_outer, first_row, first_class, width, ALIGNED: tl.constexpr, CHUNK: tl.constexpr
-):  # fmt: skip
+def _chunk_of_row(stride, target_outer, first_row, first_class, width, ALIGNED: tl.constexpr, CHUNK: tl.constexpr):
     """(rows, tile, index of the row in its tile of logits) of a program."""
     row = tl.program_id(0).to(tl.int64)
     index = first_row + row
-    rows = tiles.Rows(
-        index, row >= 0, row * logits_row_stride - first_class, index * target_outer,
-        row * logits_row_stride - first_class, first_class, 0,
+    rows = tiles.RowGroup(
+        index, row >= 0, row * stride - first_class, index * target_outer,
+        row * stride - first_class, first_class, 0,
     )  # fmt: skip
     if ALIGNED:
         width = whole_vectors(width, MAX_VEC)
@@ -64,7 +60,7 @@ def _chunk_of_row(
 
 
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=UNALIGNED)
-def _parts_kernel(
+def _tile_state_kernel(
     # in
     logits, bias, vectors,
     # out
@@ -94,7 +90,7 @@ def _parts_kernel(
 
 
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=UNALIGNED)
-def _join_kernel(
+def _merge_kernel(
     # in
     partials, logits, bias, vectors,
     # in and out
@@ -147,7 +143,7 @@ def _join_kernel(
 
 
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=UNALIGNED)
-def _gradient_kernel(
+def _tile_gradient_kernel(
     # in
     logits, bias, vectors, m, rest, total, upstream, share, label_grads,
     # out
@@ -174,9 +170,8 @@ def _gradient_kernel(
     if share is not None:
         share_row = tl.load(share + index)
         live = share_row == share_row  # NaN marks a row that does not count
-    state = RowState(
-        m_row, rest_row, 1.0 / (1.0 + rest_row), tl.load(total + index), share_row, live, tl.load(upstream + index)
-    )
+    total_row, g = tl.load(total + index), tl.load(upstream + index)
+    state = GradientInputs(m_row, rest_row, 1.0 / (1.0 + rest_row), total_row, share_row, live, g)
     z = load_z(args, rows, tile, live, VEC if ALIGNED else 1)
     grad_z = tile_gradient(args, rows, state, tile, z, exp(z - m_row), 1)
     store_gradient(grad, rows, tile, 1, grad_z, None, MAX_VEC if ALIGNED else 1)
@@ -218,10 +213,8 @@ class Epilogue:
         n_chunks, row_stride = cdiv(width, CHUNK), logits.stride(0)
         partials = logits.new_empty(4 * n_chunks * n_rows)
         vec = VECTOR_BYTES // logits.element_size()
-        constants = (
-            self._n_labels, self._has_smoothing, self._compute, _is_aligned(row_stride, width), vec, CHUNK,
-        )  # fmt: skip
-        variant(_parts_kernel, self._device, self._types, constants, self._num_warps).launch(
+        constants = self._n_labels, self._has_smoothing, self._compute, _is_aligned(row_stride, width), vec, CHUNK
+        variant(_tile_state_kernel, self._device, self._types, constants, self._num_warps).launch(
             (n_rows, n_chunks, 1), logits, self._bias, self._vectors, partials,
             row_stride, *self._target_strides,
             block[0].start, chunk.start, width, problem.logits.shape[-1], n_rows,
@@ -230,7 +223,7 @@ class Epilogue:
         has_mass = self._has_smoothing or self._n_labels == 0
         types = self._types, rows.z_as_label is None
         constants = self._n_labels, has_mass, self._compute, ROWS_PER_MERGE
-        variant(_join_kernel, self._device, types, constants).launch(
+        variant(_merge_kernel, self._device, types, constants).launch(
             (cdiv(n_rows, ROWS_PER_MERGE), 1, 1), partials, logits, self._bias, self._vectors,
             state.m, state.rest, state.gap, state.total, rows.candidates.z, rows.z_as_label,
             row_stride,
@@ -238,9 +231,7 @@ class Epilogue:
             self._tau, problem.ignore_index,
         )  # fmt: skip
 
-    def gradient_of(
-        self, state: SoftmaxState, upstream: Tensor, candidate_grads: Tensor
-    ) -> Callable[[Block, slice, Tensor], Tensor]:
+    def gradient_of(self, state: SoftmaxState, upstream: Tensor, candidate_grads: Tensor) -> TileGradient:
         """A function that turns a tile of logits into the gradient of its z, labels included."""
         rows, problem = self._rows, self._rows.problem
         upstream, candidate_grads = upstream.contiguous(), candidate_grads.contiguous()
@@ -259,7 +250,7 @@ class Epilogue:
                 self._n_labels, self._has_smoothing, self._compute, _is_aligned(row_stride, width),
                 VECTOR_BYTES // logits.element_size(), CHUNK,
             )  # fmt: skip
-            variant(_gradient_kernel, self._device, self._types, constants, self._num_warps).launch(
+            variant(_tile_gradient_kernel, self._device, self._types, constants, self._num_warps).launch(
                 (n_rows, cdiv(width, CHUNK), 1),
                 logits, self._bias, self._vectors, state.m, state.rest, state.total, upstream, share, candidate_grads,
                 grad,

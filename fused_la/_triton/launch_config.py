@@ -81,8 +81,8 @@ class LaunchConfig(NamedTuple):
         return self.vec, self.edges, self.block_rows, *tile_fields
 
 
-# None of the numbers below is tuned on a GPU yet. With them the compilers for sm_80, sm_90, sm_100 and gfx942 need at
-# most 128 registers a thread, so that 16 warps fit on a multiprocessor (`python -m benchmarks.disassemble --all`).
+# None of the numbers below is tuned on a GPU yet. With them the kernels of labels mostly need at most 128 registers a
+# thread, so that 16 warps fit on a multiprocessor (budgets: `benchmarks/static/budgets.py`).
 #
 # Bytes of the longest resident row with labels: 32,768 classes in half precision, 16,384 in float32. Half of that for a
 # margin with a scale, a quarter for class probabilities or label smoothing: longer rows would spill registers.
@@ -106,17 +106,14 @@ def choose_launch_config(
     """The launch configuration of a kernel over (n_rows, n_classes) logits; `class_cost` is as in `Signature`."""
     vec = VECTOR_BYTES // dtype.itemsize
     # Not for short rows, which are mostly edges: a warp reads them as well together with adjacent rows.
-    wide = (
-        layout.adjacent and layout.misalignment is not None and layout.row_stride is not None and n_classes >= 32 * vec
-    )
+    wide = layout.adjacent and None not in (layout.misalignment, layout.row_stride) and n_classes >= 32 * vec
     if not wide:
         # If classes are not adjacent (images, (N, C, d1, ...)), consecutive rows are: the tile is tall.
         block_c, num_warps = next_power_of_2(n_classes), NARROW_THREADS // device.warp_size
         tile = NARROW_TILE // (2 if dtype == torch.float64 else 1)
         widest = tile if layout.adjacent else TALL_CLASSES
-        config = LaunchConfig(
-            1, False, tile // min(block_c, widest), 0, min(block_c, widest), num_warps, block_c <= widest
-        )
+        resident, block_c = block_c <= widest, min(block_c, widest)
+        config = LaunchConfig(1, False, tile // block_c, 0, block_c, num_warps, resident)
         if config.resident:
             return config
         tiles = max(CHUNK_TILES, next_power_of_2(cdiv(n_classes, widest * MAX_CHUNKS)))
@@ -156,8 +153,8 @@ def fits_l2(config: LaunchConfig, n_classes: int, dtype: torch.dtype, device: De
 
 
 def may_make_gradient(config: LaunchConfig, n_classes: int, dtype: torch.dtype, device: Device, reduction: str) -> bool:
-    """Whether the forward kernel also writes the gradient, unless programs share a row: it moves 2 bytes for a byte of
-    logits, with a recomputing backward pass 3.
+    """Whether the forward kernel also writes the gradient, unless programs share a row. That moves 2 bytes for each
+    byte of logits; a backward pass that computes it moves 3.
 
     Not for float16, whose gradients underflow unless they are computed with the scale of the upstream gradient. Not for
     reduction "none", whose upstream gradient is not one number. Not for streamed rows that would leave L2 before their

@@ -70,16 +70,15 @@ def plan_launches(
     n_outer, n_inner, n_classes = signature.shape_3d
     n_rows, layout, device = n_outer * n_inner, signature.layout(), device_of(signature.device)
     config = choose_launch_config(n_rows, n_classes, signature.dtype, layout, device, signature.class_cost)
-    may_write_gradient = wants_gradient and (
-        backward or may_make_gradient(config, n_classes, signature.dtype, device, reduction)
-    )
+    may_make = backward or may_make_gradient(config, n_classes, signature.dtype, device, reduction)
+    may_write_gradient = wants_gradient and may_make
     grad_layout = gradient_layout(signature) if may_write_gradient else None
     n_groups, n_chunks = config.n_groups(n_rows), config.n_chunks(n_classes)
     misalignment = signature.misalignment if config.vec > 1 and signature.misalignment is not None else 0
     problem_constants, types = signature.row_constants(), signature.compile_key(config.vec)
 
     needs_prepare = not backward and (reduction != "none" or config.splits > 1)
-    has_table &= config.resident and config.edges and reduction != "none" and signature.types[0] is not None
+    has_table &= config.resident and config.edges and reduction != "none" and signature.types.log_prior is not None
     table_stride = (config.full_c + config.block_c + config.vec + 3) // 4 * 4 if has_table else 0
     workspace = workspace_layout(n_rows, n_groups, n_chunks if config.splits > 1 else 0, table_stride)
     rows_per_partial = cdiv(n_rows, MAX_WEIGHT_PARTIALS.value * BLOCK_PREPARE) * BLOCK_PREPARE
@@ -96,7 +95,7 @@ def plan_launches(
     n_labels, has_smoothing, _, adjacent, target_adjacent, compute = problem_constants
     strides, target_strides = strides_3d(signature.strides), strides_3d(signature.target_strides or (0, 0))
     prior_kernel = None
-    if backward and signature.types[0] is not None:
+    if backward and signature.types.log_prior is not None:
         constants = n_labels, has_smoothing, adjacent, target_adjacent, compute, reduction, PRIOR_TILE, PRIOR_TILE
         prior_types = signature.dtype, signature.types, signature.target_is_aligned, signature.n_inner is None
         prior_kernel = variant(_grad_log_prior_kernel, signature.device, prior_types, constants)

@@ -12,17 +12,20 @@ from fused_la._triton.launch_config import VECTOR_BYTES, Layout, layout_of
 from fused_la._triton.tiles import Vectors, triton_dtype
 
 MAX_PLANS = 1024  # launch plans that are kept
+# The fields of a problem that are `Vectors`.
+_VECTORS = slice(Problem._fields.index("log_prior"), Problem._fields.index("tau"))
+assert Problem._fields[_VECTORS] == Vectors._fields
 
 
 class Signature(NamedTuple):
-    """All that a launch plan of a problem depends on. The key of its compiled kernels is a part of it."""
+    """The key of a launch plan; it contains the key of the compiled kernels."""
 
     device: int
     dtype: torch.dtype
     shape: tuple[int, ...]  # (N, C) or (N, P, C)
     strides: tuple[int, ...]
     misalignment: int | None  # as in `Layout`
-    types: tuple[torch.dtype | None, ...]  # of the `Vectors`
+    types: Vectors  # their dtypes
     n_labels: int  # 0 for class probabilities
     target_strides: tuple[int, ...]  # of class probabilities
     target_is_aligned: bool  # class probabilities start on a 16-byte boundary
@@ -43,7 +46,7 @@ class Signature(NamedTuple):
         """Registers of a class in a resident row, relative to those with labels and an offset alone."""
         if self.n_labels == 0 or self.has_smoothing:  # a target mass
             return 4
-        return 1 if self.types[-1] is None else 2  # a scale
+        return 1 if self.types.scale is None else 2
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -79,9 +82,9 @@ class Signature(NamedTuple):
 
 def signature_of(problem: Problem) -> Signature:
     logits, target = problem.logits, problem.target
-    types = tuple([None if vector is None else vector.dtype for vector in problem[1:9]])
+    types = Vectors._make([None if vector is None else vector.dtype for vector in problem[_VECTORS]])
     n_labels, target_strides, target_is_aligned = problem.n_labels, (), True
-    if types[1] is not torch.int64:
+    if types.target is not torch.int64:
         n_labels, target_strides = 0, target.stride()
         target_is_aligned = target.data_ptr() % VECTOR_BYTES == 0
     return Signature(
@@ -107,7 +110,7 @@ def strides_3d(strides: tuple[int, ...]) -> tuple[int, int, int]:
 def aligned_vectors(problem: Problem) -> Vectors:
     """The `Vectors` of a problem, each on a 16-byte boundary, as compiled kernels expect. Misaligned ones are copied,
     except for class probabilities, whose alignment is part of the signature."""
-    vectors, addresses = Vectors._make(problem[1:9]), 0
+    vectors, addresses = Vectors._make(problem[_VECTORS]), 0
     for vector in vectors:
         if vector is not None:
             addresses |= vector.data_ptr()

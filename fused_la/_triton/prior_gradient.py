@@ -8,7 +8,17 @@ import triton.language as tl
 from fused_la._triton.epilogue import class_gradient
 from fused_la._triton.softmax import exp
 from fused_la._triton.targets import dense_mass, load_label, share_and_live
-from fused_la._triton.tiles import NUMBERS, Arguments, Rows, Tile, from_bits, load_classes, load_z, per_row, row_offsets
+from fused_la._triton.tiles import (
+    NUMBERS,
+    Arguments,
+    RowGroup,
+    Tile,
+    from_bits,
+    load_classes,
+    load_z,
+    per_row,
+    row_offsets,
+)
 
 PRIOR_TILE = 32  # rows and classes of a tile
 
@@ -49,7 +59,7 @@ def _grad_log_prior_kernel(
         index = start + tl.arange(0, BLOCK_ROWS)
         in_bounds = index < n_rows
         safe_rows = tl.where(in_bounds, index, 0)
-        rows = Rows(
+        rows = RowGroup(
             safe_rows, in_bounds, row_offsets(safe_rows, n_inner, (logits_outer, logits_inner)),
             row_offsets(safe_rows, n_inner, (target_outer, target_inner)), 0, 0, 0,
         )  # fmt: skip

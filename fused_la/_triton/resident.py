@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 
 from fused_la._triton.epilogue import (
-    RowState,
+    GradientInputs,
     rest_or_nan,
     row_loss,
     store_gradient,
@@ -76,12 +76,12 @@ def edge_and_label_tile(rows, n_classes, label, VEC: tl.constexpr):
 
     `first_new` is 0 for the first two, and n_classes for the third, which the tiles of the body have too.
     """
-    lanes, col = tl.arange(0, 4 * VEC), label - rows.head
-    classes = tl.where(lanes < VEC, lanes, rows.head + rows.body + lanes - VEC)
-    classes = tl.where(lanes < 2 * VEC, classes, rows.head + (col & -VEC) + lanes - 2 * VEC)
+    lanes, col = tl.arange(0, 4 * VEC), label - rows.prefix
+    classes = tl.where(lanes < VEC, lanes, rows.prefix + rows.body + lanes - VEC)
+    classes = tl.where(lanes < 2 * VEC, classes, rows.prefix + (col & -VEC) + lanes - 2 * VEC)
     in_body = tl.where((col >= 0) & (col < rows.body), lanes < 3 * VEC, False)
     mask = tl.where(lanes < 2 * VEC, classes < n_classes, in_body)
-    mask = tl.where(lanes < VEC, lanes < rows.head, mask)
+    mask = tl.where(lanes < VEC, lanes < rows.prefix, mask)
     return Tile(0, 0, classes, mask, tl.where(lanes < 2 * VEC, 0, n_classes))
 
 
@@ -91,7 +91,7 @@ def row_tile(rows, n_classes, label, i: tl.constexpr, VEC: tl.constexpr, FULL_C:
     if FULL_C == 0:
         return masked_tile(rows, 0, BLOCK_C)
     elif i == 0:
-        return Tile(rows.head, 0, tl.arange(0, FULL_C), tl.full((FULL_C,), True, tl.int1), 0)
+        return Tile(rows.prefix, 0, tl.arange(0, FULL_C), tl.full((FULL_C,), True, tl.int1), 0)
     elif i == 1 and BLOCK_C > 0:
         return unmasked_tile(rows, FULL_C, VEC, BLOCK_C)
     else:
@@ -129,7 +129,7 @@ def _resident_kernel(
     target_outer: tl.int64, target_inner: tl.int64, target_class: tl.int64,
     grad_outer: tl.int64, grad_inner: tl.int64, grad_class: tl.int64,
     upstream_outer: tl.int64, upstream_inner: tl.int64,
-    # sizes
+    # sizes, those that only the streamed kernel needs included
     n_rows: tl.int64, n_inner, n_classes: tl.int32, n_groups: tl.int32, n_weight_partials: tl.int32, n_chunks: tl.int32,
     splits: tl.int32, period: tl.int32, misalignment: tl.int32, scratch_start: tl.int64, table_stride: tl.int32,
     losses_start: tl.int64,
@@ -168,7 +168,7 @@ def _resident_kernel(
         single_label = load_label_and_logit(args, rows, 0)
     share, live = share_and_live(args, rows, single_label)
 
-    label, z_label = rows.head - 1, tl.full(rows.index.shape, 0.0, COMPUTE)  # a class in no vector of the body
+    label, z_label = rows.prefix - 1, tl.full(rows.index.shape, 0.0, COMPUTE)  # a class in no vector of the body
     if not HAS_MASS:
         label, z_label = highest_label(args, rows, single_label)
 
@@ -182,11 +182,10 @@ def _resident_kernel(
     for i in tl.static_range(TILES):
         tile, prior = row_tile(rows, n_classes, label, i, VEC, FULL_C, BLOCK_C), None
         if HAS_TABLE and i < BODY_TILES:
-            prior = tl.load(workspace + (table_offset(scratch_start, table_stride, rows.head) + tile.cols))
+            prior = tl.load(workspace + (table_offset(scratch_start, table_stride, rows.prefix) + tile.cols))
         z_tiles += (compute_z(args, rows, tile, logits_tiles[i], prior, live),)
-    m = row_max(
-        z_tiles[0] if BODY_TILES == 1 else tl.maximum(block_max(z_tiles[0], LANES), block_max(z_tiles[1], LANES))
-    )
+    z = z_tiles[0] if BODY_TILES == 1 else tl.maximum(block_max(z_tiles[0], LANES), block_max(z_tiles[1], LANES))
+    m = row_max(z)
     if FULL_C > 0:
         m = tl.maximum(m, row_max(z_tiles[TILES - 1]))
     m = tl.maximum(m, -max_float(COMPUTE))
@@ -233,22 +232,19 @@ def _resident_kernel(
             inverse_denominator = 1.0 / load_denominator(workspace, scratch_start, n_weight_partials)
         g = inverse_denominator
     else:
-        g = tl.load(
-            upstream + row_offsets(rows.index, n_inner, (upstream_outer, upstream_inner)), rows.in_bounds, other=0.0
-        )
+        offsets = row_offsets(rows.index, n_inner, (upstream_outer, upstream_inner))
+        g = tl.load(upstream + offsets, rows.in_bounds, other=0.0)
         if REDUCTION == "mean":
             g = g * tl.load(workspace + 3 * n_rows)
     if grad_logits is not None:
         g = g + tl.zeros(rows.index.shape, COMPUTE)
-        state = RowState(m, rest, 1.0 / (1.0 + rest), total, share, live, g)
+        state = GradientInputs(m, rest, 1.0 / (1.0 + rest), total, share, live, g)
         for i in tl.static_range(TILES):
             tile = row_tile(rows, n_classes, label, i, VEC, FULL_C, BLOCK_C)
             if i >= BODY_TILES:  # columns of the body are stored already
                 tile = Tile(0, 0, tile.cols, tile.mask & (tile.first_new == 0), 0)
             grad = tile_gradient(args, rows, state, tile, z_tiles[i], exp_tiles[i], VEC if i < BODY_TILES else 1)
-            store_gradient(
-                grad_logits, rows, tile, grad_class, grad, vectors.scale, VEC if i < BODY_TILES else 1
-            )  # fmt: skip
+            store_gradient(grad_logits, rows, tile, grad_class, grad, vectors.scale, VEC if i < BODY_TILES else 1)
         store_label_gradients(args, rows, state, grad_logits, grad_class, 0, rows.body, EDGES, single_label)
 
     # The loss

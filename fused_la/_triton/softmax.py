@@ -40,13 +40,11 @@ def log1p(x):
 
 
 @triton.jit
-def label_loss(margin, others):
-    """log(1 + others * exp(margin)), however large the margin is."""
-    near = margin < 40.0
-    large = tl.where(near, 1.0, margin)
-    return tl.where(
-        near, log1p(others * exp(tl.where(near, margin, 0.0))), large + tl.log(others + exp(-large))
-    )  # fmt: skip
+def label_loss(gap, others):
+    """log(1 + others * exp(gap)), however large the gap is."""
+    near = gap < 40.0
+    large = tl.where(near, 1.0, gap)
+    return tl.where(near, log1p(others * exp(tl.where(near, gap, 0.0))), large + tl.log(others + exp(-large)))
 
 
 @triton.jit

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from fused_la._triton.epilogue import (
-    RowState,
+    GradientInputs,
     rest_or_nan,
     row_loss,
     store_gradient,
@@ -156,14 +156,13 @@ def _streamed_kernel(
         m = tl.load(workspace + rows.index, rows.in_bounds, other=0.0)
         rest = tl.load(workspace + n_rows + rows.index, rows.in_bounds, other=0.0)
         total = tl.load(workspace + 2 * n_rows + rows.index, rows.in_bounds, other=0.0)
-        g = tl.load(
-            upstream + row_offsets(rows.index, n_inner, (upstream_outer, upstream_inner)), rows.in_bounds, other=0.0
-        )
+        offsets = row_offsets(rows.index, n_inner, (upstream_outer, upstream_inner))
+        g = tl.load(upstream + offsets, rows.in_bounds, other=0.0)
         if REDUCTION == "mean":
             g = g * tl.load(workspace + 3 * n_rows)
 
     if grad_logits is not None:
-        state = RowState(m, rest, 1.0 / (1.0 + rest), total, share, live, g)
+        state = GradientInputs(m, rest, 1.0 / (1.0 + rest), total, share, live, g)
         first_tile, last_tile = first_chunk * CHUNK_TILES, tl.minimum(last_chunk * CHUNK_TILES, n_tiles)
         if upstream is None:
             last_tile = tl.where(unit_gradient != 0, last_tile, first_tile)

@@ -38,9 +38,8 @@ def load_label(args, rows, k):
     label = tl.where(counts & in_range, label, 0).to(tl.int32)
     share = tl.where(counts, tl.where(in_range, 1.0, float("nan")), 0.0).to(COMPUTE)
     if vectors.target_weight is not None:
-        share = tl.where(
-            counts, share * tl.load(vectors.target_weight + offsets, rows.in_bounds, other=0.0).to(COMPUTE), 0.0
-        )
+        target_weight = tl.load(vectors.target_weight + offsets, rows.in_bounds, other=0.0).to(COMPUTE)
+        share = tl.where(counts, share * target_weight, 0.0)
     mass, row_weight = share, share
     if vectors.weight is not None:
         mass = share * tl.load(vectors.weight + label, rows.in_bounds, other=0.0).to(COMPUTE)

@@ -5,9 +5,9 @@ classes of these rows: (N,) for one row, (BLOCK_ROWS, N) for several. Arithmetic
 float32, or float64 for float64 logits.
 
 If the classes of a row are adjacent in memory, the row is cut at 16-byte boundaries, whatever its length and stride:
-`head` classes before the first boundary, a body of whole vectors of VEC classes, and a tail. The body is read and
-written 16 bytes a thread; head and tail together are one tile of 2 * VEC classes, the edges. All rows of a program have
-the same misalignment, so that they share one head.
+`prefix` classes before the first boundary, a body of whole vectors of VEC classes, and a tail. The body is read and
+written 16 bytes a thread; prefix and tail are one tile of 2 * VEC classes, the edges. All rows of a program have the
+same misalignment, so that they share one prefix.
 """
 
 from __future__ import annotations
@@ -62,15 +62,15 @@ class Arguments(NamedTuple):
     same_alignment: Any  # None unless class probabilities have the misalignment of the logits in every row
 
 
-class Rows(NamedTuple):
-    """The rows of a program: their numbers, the offsets where they start, and the sizes of head and body."""
+class RowGroup(NamedTuple):
+    """The rows of a program: their numbers, the offsets where they start, and the sizes of prefix and body."""
 
     index: Any
     in_bounds: Any  # a row out of bounds is read as the first one, and never stored
     logits_start: Any
     target_start: Any
     gradient_start: Any
-    head: Any  # classes before the first 16-byte boundary
+    prefix: Any  # classes before the first 16-byte boundary
     body: Any  # classes in whole vectors
 
 
@@ -170,15 +170,15 @@ def rows_of_group(
         in_bounds = rows < n_rows
         safe_rows = tl.where(in_bounds, rows, first_row)
     logits_start = misalignment + row_offsets(safe_rows, n_inner, logits_strides)
-    head = 0
+    prefix = 0
     if EDGES:
         start = logits_start
         if BLOCK_ROWS > 1:
             start = misalignment + row_offsets(first_row, n_inner, logits_strides)
-        head = tl.minimum((-start).to(tl.int32) & (VEC - 1), n_classes)
-    return Rows(
+        prefix = tl.minimum((-start).to(tl.int32) & (VEC - 1), n_classes)
+    return RowGroup(
         rows, in_bounds, logits_start, row_offsets(safe_rows, n_inner, target_strides),
-        misalignment + row_offsets(safe_rows, n_inner, grad_strides), head, whole_vectors(n_classes - head, VEC),
+        misalignment + row_offsets(safe_rows, n_inner, grad_strides), prefix, whole_vectors(n_classes - prefix, VEC),
     )  # fmt: skip
 
 
@@ -186,7 +186,7 @@ def rows_of_group(
 def masked_tile(rows, start, BLOCK_C: tl.constexpr):
     """BLOCK_C classes of the body, from column `start` on."""
     cols = start + tl.arange(0, BLOCK_C)
-    return Tile(rows.head, start, cols, cols < rows.body, start)
+    return Tile(rows.prefix, start, cols, cols < rows.body, start)
 
 
 @triton.jit
@@ -194,15 +194,15 @@ def unmasked_tile(rows, start, VEC: tl.constexpr, BLOCK_C: tl.constexpr):
     """`masked_tile` without a mask, for a body of at least BLOCK_C classes. A tile that would end beyond the body
     starts earlier and repeats classes of the previous tile."""
     cols = whole_vectors(tl.minimum(start, rows.body - BLOCK_C), VEC)
-    return Tile(rows.head, cols, cols + tl.arange(0, BLOCK_C), tl.full((BLOCK_C,), True, tl.int1), start)
+    return Tile(rows.prefix, cols, cols + tl.arange(0, BLOCK_C), tl.full((BLOCK_C,), True, tl.int1), start)
 
 
 @triton.jit
 def edge_tile(rows, n_classes, VEC: tl.constexpr):
     """The classes before and after the body."""
     lanes = tl.arange(0, 2 * VEC)
-    classes = tl.where(lanes < VEC, lanes, rows.head + rows.body + lanes - VEC)
-    return Tile(0, 0, classes, tl.where(lanes < VEC, lanes < rows.head, classes < n_classes), 0)
+    classes = tl.where(lanes < VEC, lanes, rows.prefix + rows.body + lanes - VEC)
+    return Tile(0, 0, classes, tl.where(lanes < VEC, lanes < rows.prefix, classes < n_classes), 0)
 
 
 @triton.jit

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from fused_la._triton.targets import row_weights
-from fused_la._triton.tiles import NUMBERS, Arguments, Rows, whole_vectors
+from fused_la._triton.tiles import NUMBERS, Arguments, RowGroup, whole_vectors
 
 MAX_WEIGHT_PARTIALS = tl.constexpr(32)  # every program reads them all
 TABLE_COPIES = tl.constexpr(4)
@@ -69,9 +69,8 @@ def partials_pointer(workspace, losses_start, n_groups):
 def table_offset(scratch_start, table_stride, first_class):
     """The offset of first_class in the copy of the table that has it on a 16-byte boundary."""
     copy = first_class % TABLE_COPIES
-    return whole_vectors(
-        scratch_start + (MAX_WEIGHT_PARTIALS + 4 + copy * table_stride + (first_class - copy)), TABLE_COPIES
-    )
+    offset = scratch_start + (MAX_WEIGHT_PARTIALS + 4 + copy * table_stride + (first_class - copy))
+    return whole_vectors(offset, TABLE_COPIES)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -113,7 +112,7 @@ def _prepare_kernel(
         end = tl.minimum((partial + 1) * rows_per_partial, n_rows)
         for first in range(partial * rows_per_partial, end, BLOCK):
             rows = first + lanes
-            weight_sum += row_weights(args, Rows(rows, rows < end, None, None, None, None, None))
+            weight_sum += row_weights(args, RowGroup(rows, rows < end, None, None, None, None, None))
         tl.store(workspace + scratch_start + partial, tl.sum(weight_sum, 0))
 
 

@@ -1,10 +1,10 @@
-"""Derivatives through torch.autograd: first and second, backward and forward, and how a training loop may use them.
+"""Derivatives through torch.autograd: first and second order, reverse and forward mode, as training loops use them.
 
-Oracles: `F.cross_entropy` in float64 on logits that the offset was added to, and finite differences. A class at -inf
-stands at -1e30 in the oracle, where its probability is 0.
+Oracles: `F.cross_entropy` in float64 on logits that the offset was added to, and finite differences. The oracle gives
+a class at -inf the logit -1e30, so that its probability is 0.
 
 Grid: every regime of the target (see REGIMES) with each reduction, learning the logits, the log prior or both, since
-an implementation takes different paths for them: `blocked` makes the gradient in the forward pass where only the
+an implementation takes different paths for them: `blocked` computes the gradient in the forward pass if only the
 logits are learned and the loss is a scalar. Log priors reach -12, so an offset that is counted twice, dropped or
 rounded shows. Finite differences in Triton's interpreter are random projections of the Jacobian: a kernel takes tens
 of milliseconds there.
@@ -42,10 +42,10 @@ IMPL_OPTIONS = "impl must be 'reference' or 'auto' for a gradient of target, tar
 
 
 class Regime(NamedTuple):
-    """A loss, but for its reduction; float64."""
+    """The arguments of a loss except its reduction; float64."""
 
     logits: Tensor
-    log_prior: Tensor  # finite, also where a class is dropped
+    log_prior: Tensor  # finite, also for a dropped class
     target: Tensor
     options: dict
     dropped: Tensor  # (C,) bool: classes at -inf
@@ -134,7 +134,7 @@ def oracle_of(regime: Regime, reduction: str):
 
 
 def cross_entropy(z, target, reduction, *, target_weight=None, smoothing_distribution=None, **options):
-    """`F.cross_entropy`, and what it does not take written out as target mass for it."""
+    """`F.cross_entropy`; options that it does not have are written out as class probabilities for it."""
     if target_weight is None and smoothing_distribution is None:
         return F.cross_entropy(z, target, reduction=reduction, **options)
     n_classes, eps = z.shape[1], options.get("label_smoothing", 0.0)
@@ -188,7 +188,7 @@ def test_hessian_vector_products_are_those_of_cross_entropy(regime, reduction, i
     assert_close(*results, **EXACT)
 
 
-# Float64 rounds a loss of about 10 at 1e-15, which steps of 1e-6 make 1e-9.
+# Float64 rounds a loss of about 10 at 1e-15; dividing by steps of 1e-6 makes that 1e-9.
 EVERY_OTHER_REGIME = [slow(name) if i % 2 else name for i, name in enumerate(REGIMES)]
 DIFFERENCES = {"eps": 1e-6, "atol": 1e-7, "rtol": 1e-6}
 
@@ -205,7 +205,7 @@ def test_gradients_agree_with_finite_differences(regime, impl):
 @pytest.mark.parametrize("regime", EVERY_OTHER_REGIME, indirect=True)
 @pytest.mark.parametrize("impl", ["reference", "blocked" if DEVICE == "cpu" else "triton"])
 def test_second_derivatives_agree_with_finite_differences(regime, impl):
-    """Of a formula that all fused implementations share, so that one of them is enough."""
+    """All fused implementations share one formula, so one of them is enough."""
     loss, inputs = loss_of(regime, "mean", impl), tuple(map(leaf, regime[:2]))
     assert gradgradcheck(loss, inputs, check_fwd_over_rev=True, **DIFFERENCES)
 
@@ -243,8 +243,8 @@ def test_batched_upstream_gradients_are_those_of_cross_entropy(device, impl, red
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_what_stands_in_a_row_or_class_that_does_not_count_has_no_derivative(device, impl, bad):
-    """An ignored row, and a class at -inf, whose logits are not even numbers."""
+def test_logits_of_a_row_or_class_that_does_not_count_have_no_derivative(device, impl, bad):
+    """The logits of an ignored row and of a class at -inf are NaN or infinite."""
     logits = torch.randn(3, 4, dtype=torch.float64, device=device)
     target = torch.tensor([0, -100, 2], device=device)
     log_prior = LOG_PRIOR.to(device).index_fill(0, torch.tensor(1, device=device), -torch.inf)
@@ -256,7 +256,7 @@ def test_what_stands_in_a_row_or_class_that_does_not_count_has_no_derivative(dev
         plain = torch.autograd.grad(loss, (x, p), retain_graph=True)
         first = torch.autograd.grad(loss, (x, p), create_graph=True)
         second = torch.autograd.grad(first[0].square().sum() + first[1].square().sum(), (x, p))
-        alone = leaf(x)  # an implementation may have made this gradient in the forward pass
+        alone = leaf(x)  # an implementation may have computed this gradient in the forward pass
         logit_adjusted_cross_entropy(alone, target, p.detach(), TAU, impl=impl).backward()
         of_logits, of_log_prior = zip(plain, first, second, strict=True)
         results.append((loss, [alone.grad, *of_logits], of_log_prior))
@@ -266,8 +266,8 @@ def test_what_stands_in_a_row_or_class_that_does_not_count_has_no_derivative(dev
         assert (gradient[counts] != 0).all()
 
 
-def test_a_label_of_a_dropped_class_costs_infinity_and_has_a_gradient_of_numbers(device, impl):
-    """Nothing can raise the probability of that class; the others are asked to fall."""
+def test_a_label_of_a_dropped_class_has_an_infinite_loss_and_a_finite_gradient(device, impl):
+    """Nothing can raise the probability of that class; the gradient lowers the logits of the others."""
     logits = torch.randn(2, 4, dtype=torch.float64, device=device)
     target = torch.tensor([1, 2], device=device)
     log_prior = LOG_PRIOR.to(device).index_fill(0, torch.tensor(1, device=device), -torch.inf)
@@ -284,7 +284,7 @@ def test_a_label_of_a_dropped_class_costs_infinity_and_has_a_gradient_of_numbers
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_gradients_come_in_the_dtype_of_what_they_belong_to(device, impl, dtype):
+def test_gradients_have_the_dtype_of_their_inputs(device, impl, dtype):
     x = torch.randn(3, 4, device=device).to(dtype).requires_grad_()
     p = leaf(LOG_PRIOR.to(device))
     loss = logit_adjusted_cross_entropy(x, torch.tensor([0, 3, 2], device=device), p, impl=impl)
@@ -370,7 +370,7 @@ def test_upstream_of_rows_may_have_any_strides(device, impl, upstream, learned):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_float16_gradients_under_a_loss_scale_keep_their_digits(device, impl, reduction):
-    """Gradients down to 1e-8 are 0 in float16; times 65536 they are not, if the factor comes before the rounding."""
+    """Gradients down to 1e-8 are 0 in float16; times 65536 they are not, if they are scaled before they are rounded."""
     n_rows, n_classes, scale = 16, 12, 65536.0
     logits = torch.randn(n_rows, n_classes, device=device).half()
     target = torch.arange(n_rows, device=device) % n_classes
@@ -400,7 +400,7 @@ def test_float16_gradients_under_a_loss_scale_keep_their_digits(device, impl, re
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_second_backward_gives_the_same_gradient(rows, impl, reduction, dtype):
-    """Also after the caller wrote into the first one, which is his."""
+    """Also after the caller wrote into the first gradient, which belongs to the caller."""
     logits, target, log_prior = rows
     x = leaf(logits.to(dtype))
     loss = logit_adjusted_cross_entropy(x, target, log_prior, reduction=reduction, impl=impl).sum()
@@ -534,8 +534,8 @@ def test_an_input_changed_after_the_forward_pass_never_gives_a_wrong_gradient(
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("options", [{}, dict(label_smoothing=0.1)], ids=["labels", "smoothing"])
 def test_logits_may_be_written_to_once_their_gradient_is_made(impl, device, dtype, reduction, scale, options):
-    """As where the loss is a sum of a user's own operations: `y.clamp_(-1, 1)` before backward, with fewer digits of
-    half precision where the upstream gradient is not 1."""
+    """As with a loss written in PyTorch operations, `logits.clamp_(-1, 1)` is allowed before backward. Half precision
+    has fewer digits if the upstream gradient is not 1."""
     x = torch.randn(5, 4, device=device).to(dtype).requires_grad_()
     target, log_prior = torch.tensor([0, 3, 2, -100, 1], device=device), LOG_PRIOR.to(device, torch.float32)
     logits = x * 1.0
@@ -550,7 +550,7 @@ def test_logits_may_be_written_to_once_their_gradient_is_made(impl, device, dtyp
     assert_close(x.grad.double(), kept.grad, rtol=2 * eps, atol=8e-7 if dtype != torch.float64 else 1e-12)
 
 
-def test_what_a_hook_of_saved_tensors_raises_is_not_lost(impl, device):
+def test_an_error_in_a_hook_of_saved_tensors_is_not_lost(impl, device):
     class Lost(RuntimeError):
         pass
 
@@ -581,7 +581,7 @@ def test_loss_may_be_changed_in_place_before_backward(device, impl, reduction, l
         loss += 1.0
         with torch.no_grad():
             seen = loss.clone()
-            loss.zero_()  # nothing of the loss is needed any more
+            loss.zero_()  # backward does not need the values of the loss
         results.append([seen, *torch.autograd.grad(loss.sum(), [inputs[i] for i in learned])])
     assert_close(*results, **EXACT)
 
@@ -617,7 +617,7 @@ def test_loss_has_a_graph_only_if_something_is_learned(rows, impl, reduction):
 
 
 def test_no_prior_is_learned_without_an_adjustment(rows, impl):
-    """tau = 0: the gradient is 0, not missing, and a class at -inf is in the sum again."""
+    """At tau = 0 the gradient is 0, not None, and a class at -inf takes part in the sum again."""
     logits, target, log_prior = rows
     x, p = leaf(logits), leaf(log_prior.index_fill(0, torch.tensor(1, device=logits.device), -torch.inf))
     want = leaf(logits)
@@ -641,8 +641,8 @@ def test_gradient_is_the_same_under_activation_checkpointing(rows, impl, reducti
     assert_close(x.grad, want.grad, **EXACT)
 
 
-def test_backward_reads_what_hooks_made_of_the_saved_tensors(rows, impl):
-    """As offloading and activation compression do."""
+def test_backward_reads_saved_tensors_through_their_hooks(rows, impl):
+    """Offloading and activation compression use such hooks."""
     logits, target, log_prior = rows
     x, want = leaf(logits), leaf(logits)
     unpacked = []
@@ -676,7 +676,7 @@ def test_autocast_changes_neither_loss_nor_gradient(device, impl, reduction, dty
 
 
 def test_a_step_under_autocast_and_a_grad_scaler_is_the_step_without(device, impl):
-    """float16 logits of a linear model; the weights must move as far from float64's as eager's do, and no further."""
+    """float16 logits of a linear model; the error of the new weights against float64 is at most twice eager's."""
     features = torch.randn(16, 8, device=device)
     target = torch.arange(16, device=device) % 6
     log_prior = torch.linspace(-12.0, -0.5, 6, device=device)
@@ -716,7 +716,7 @@ def test_grad_scaler_skips_a_step_whose_gradient_overflows(rows, device, impl):
 
 # Learned targets and weights ------------------------------------------------------------------------------------------
 
-# (what is learned, the arguments); float64
+# {argument that is learned: the arguments}; float64
 LEARNED = {
     "target": {"target": double([0.6, 0.2, 0.1, 0.1], [0.1, 0.2, 0.3, 0.4], [0.0, 0.0, 0.5, 0.5])},
     "target_weight": {
@@ -733,7 +733,7 @@ LEARNED = {
 
 @pytest.fixture(params=LEARNED)
 def learned(request, device):
-    """A name and the arguments of a loss in which that one is learned."""
+    """The name of the argument that is learned, and the arguments of the loss."""
     options = {"weight": WEIGHT, "label_smoothing": 0.1, **LEARNED[request.param]}
     return request.param, {k: v.to(device) if isinstance(v, Tensor) else v for k, v in options.items()}
 
@@ -762,7 +762,7 @@ def test_gradients_of_targets_and_weights_are_those_of_cross_entropy(rows, impl,
 
 
 def test_gradient_of_a_target_at_a_dropped_class_is_finite(rows):
-    """The class cannot have target mass: asking for some has no finite cost, and no gradient asks for it."""
+    """Target mass on that class would have an infinite loss, so no gradient may move mass there."""
     logits, _, log_prior = rows
     log_prior = log_prior.index_fill(0, torch.tensor(1, device=logits.device), -torch.inf)
     target = leaf(torch.tensor([[0.5, 0.0, 0.25, 0.25]] * 3, dtype=torch.float64, device=logits.device))
@@ -829,7 +829,7 @@ def test_a_named_implementation_is_the_one_that_runs(rows, monkeypatch, impl):
 
 @pytest.fixture
 def backward_passes(monkeypatch, device):
-    """What the blocked implementation's backward had to begin with: a gradient from the forward pass, or None."""
+    """For each backward of `blocked`: the gradient that the forward pass computed, or None."""
     if device != "cpu":
         pytest.skip("impl='blocked' runs on a CPU")
     given, backward = [], fused_la._cpu.backward
@@ -845,14 +845,14 @@ def test_blocked_makes_the_gradient_of_a_scalar_in_the_forward_pass(rows, backwa
     x = leaf(logits.to(dtype))
     loss = logit_adjusted_cross_entropy(x, target, log_prior, reduction=reduction, impl=impl)
     (2.0 * loss).backward(retain_graph=True)
-    loss.backward()  # the first gradient was handed over
-    made, recomputed = backward_passes
-    assert made.shape == (3, 4)
+    loss.backward()  # the first backward gave its gradient away
+    from_forward, recomputed = backward_passes
+    assert from_forward.shape == (3, 4)
     assert recomputed is None
 
 
 @pytest.mark.parametrize("case", ["reduction none", "float16", "learned prior", "prior alone"])
-def test_blocked_waits_for_the_upstream_where_the_gradient_needs_it(rows, backward_passes, case):
+def test_blocked_waits_for_the_upstream_gradient_if_it_needs_it(rows, backward_passes, case):
     logits, target, log_prior = rows
     x = leaf(logits.half() if case == "float16" else logits, case != "prior alone")
     p = leaf(log_prior, "prior" in case)
@@ -861,7 +861,7 @@ def test_blocked_waits_for_the_upstream_where_the_gradient_needs_it(rows, backwa
     assert backward_passes == [None]
 
 
-def test_blocked_makes_no_gradient_that_nobody_asks_for(rows, monkeypatch, device):
+def test_blocked_makes_no_gradient_that_is_not_needed(rows, monkeypatch, device):
     if device != "cpu":
         pytest.skip("impl='blocked' runs on a CPU")
     logits, target, log_prior = rows
@@ -892,7 +892,7 @@ def test_second_derivatives_and_tangents_are_the_reference_formulas(rows, monkey
 
 
 def test_a_log_prior_made_in_inference_mode_may_be_trained_with(impl, device):
-    """As `F.cross_entropy(logits + log_prior, target)` may."""
+    """`F.cross_entropy(logits + log_prior, target)` allows that too."""
     with torch.inference_mode():
         log_prior = torch.tensor([0.5, 0.25, 0.25], device=device).log()
     logits, target = torch.randn(2, 3, device=device, requires_grad=True), torch.tensor([0, 2], device=device)

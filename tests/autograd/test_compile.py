@@ -1,8 +1,8 @@
-"""torch.compile, torch.export and the operators that stand in their graphs.
+"""torch.compile, torch.export and the package's operators in their graphs.
 
-Oracles: the paper's formula in extended precision (`oracle.truth`), and `F.cross_entropy` in float64. What is traced,
-and how often, is a matter of Dynamo alone, so those tests run what was traced eagerly ("aot_eager"); one test sends it
-through Inductor, which compiles C++ on a CPU and takes seconds.
+Oracles: the paper's formula in extended precision (`oracle.truth`), and `F.cross_entropy` in float64. Only Dynamo
+decides what is traced and how often, so those tests run the traced graph eagerly ("aot_eager"). One test uses Inductor,
+which compiles C++ on a CPU and takes seconds.
 """
 
 import io
@@ -27,7 +27,7 @@ EXACT = {"rtol": 1e-10, "atol": 1e-12}  # float64 on both sides
 
 @pytest.fixture(params=["auto", "reference", "blocked", "triton"])
 def any_impl(request, device):
-    """`impl` and "auto", whose graph is that of one of them: the formula on a CPU, the kernels on a GPU."""
+    """Every `impl`, and "auto", whose graph holds the formula on a CPU and the kernels on a GPU."""
     if request.param == "blocked" and device != "cpu":
         pytest.skip("impl='blocked' runs on a CPU")
     return request.param
@@ -39,7 +39,7 @@ def _no_memory_of_other_tests():
 
 
 def is_opaque(impl, device):
-    """Whether the graph holds an operator of the package, and not the formula."""
+    """Whether the graph holds an operator of the package instead of the formula."""
     return impl in ("blocked", "triton") or (impl == "auto" and device == "cuda")
 
 
@@ -62,7 +62,7 @@ def leaf(tensor):
     return tensor.detach().clone().requires_grad_()
 
 
-# Calls that differ in everything that may change from step to step.
+# (n_rows, tau) of calls that differ in everything that may change from step to step.
 STEPS = [(4, 1.0), (5, 1.5), (9, 0.5), (3, 2.25), (16, 1.0)]
 
 
@@ -75,7 +75,7 @@ def step_inputs(n_rows, n_classes, device, dtype=torch.float64):
 
 
 def test_rows_and_tau_change_with_one_recompilation(device, any_impl):
-    """The first call is traced for its numbers, the second for any number of rows and any tau."""
+    """The first call is traced with its sizes as constants, the second for any number of rows and any tau."""
     counter = CompileCounterWithBackend("aot_eager")
 
     @torch.compile(fullgraph=True, backend=counter)
@@ -113,7 +113,7 @@ def test_every_size_may_be_dynamic(device, impl):
 
 
 def test_inductor_computes_float32_losses_and_gradients(device, impl):
-    """No worse than `F.cross_entropy` in eager float32; a Python float must not widen what Inductor generates."""
+    """At most twice eager float32's error; a Python float must not make Inductor compute in float64."""
     counter = CompileCounterWithBackend("inductor")
 
     @torch.compile(fullgraph=True, backend=counter, dynamic=True)
@@ -156,7 +156,7 @@ def every_kind_of_target(device):
 
 
 def test_every_kind_of_target_compiles(device, impl, logits, log_prior):
-    """Class 3 is at -inf, and no target asks for it."""
+    """Class 3 is at -inf, and no target has mass on it."""
     log_prior = log_prior.index_fill(0, torch.tensor(3, device=device), -torch.inf)
     kinds = every_kind_of_target(device)
 
@@ -177,7 +177,7 @@ def test_every_kind_of_target_compiles(device, impl, logits, log_prior):
 
 @pytest.mark.parametrize("shape", [(5,), (2, 5, 3), (0, 5)], ids=str)
 def test_every_shape_compiles(device, impl, log_prior, shape):
-    """Also transposed in memory."""
+    """The logits are also transposed in memory."""
     logits = torch.randn(shape[::-1], dtype=torch.float64, device=device).permute(*range(len(shape))[::-1])
     target = torch.randint(0, 5, shape[:-1][:1] + shape[2:] if len(shape) > 1 else (), device=device)
 
@@ -194,7 +194,7 @@ def test_every_shape_compiles(device, impl, log_prior, shape):
 
 
 def test_no_adjustment_compiles_beside_a_small_one(device, impl, logits, target, log_prior):
-    """At tau = 0 a class at -inf is back in the sum; that is a graph of its own."""
+    """At tau = 0 a class at -inf takes part in the sum again, which needs a separate graph."""
     log_prior = log_prior.index_fill(0, torch.tensor(1, device=device), -torch.inf)
     loss = torch.compile(logit_adjusted_cross_entropy, fullgraph=True, backend="aot_eager")
     for tau in (0.0, 1e-3, 0.0):
@@ -315,7 +315,7 @@ def test_graph_holds_the_operator_or_the_formula(device, any_impl, logits, targe
     assert any("log1p" in t for t in targets) == (not is_opaque(any_impl, device))
 
 
-# (logits as an operator takes them, reduction)
+# (logits in the operator's shape (N, P, C), reduction)
 OPERANDS = {
     "float16 rows": (lambda device: torch.randn(3, 1, 5, device=device).half(), "mean"),
     "float32 transposed": (lambda device: torch.randn(5, 3, device=device).T.unsqueeze(1), "none"),
@@ -326,7 +326,7 @@ OPERANDS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # from opcheck
 @pytest.mark.parametrize(("impl", "operands"), one_in(2, ["blocked", "triton"], list(OPERANDS)))
 def test_operators_are_what_they_declare(device, log_prior, impl, operands):
     """Schema, fake tensors, autograd registration and AOTAutograd, by PyTorch's own checks."""

@@ -1,8 +1,8 @@
-"""Tensors without values, and graphs that are recorded: fake tensors, `make_fx`, `aot_function`, PyTorch's estimators.
+"""Tensors without values and recorded graphs: fake tensors, `make_fx`, `aot_function`, PyTorch's estimators.
 
-Where `F.cross_entropy(logits + log_prior, target)` works, so does every loss here: what a CPU would read (labels,
-priors, whether every row counts) is not there, and a graph must not keep what was read of the tensors that it was
-recorded with. So graphs are run on labels and priors of another kind than those.
+Every loss works wherever `F.cross_entropy(logits + log_prior, target)` does. The values that an implementation reads on
+a CPU (labels, priors, whether every row counts) are missing there, and a graph must not bake in values of the tensors
+that it was recorded with. So graphs are run on labels and priors that differ in kind from the recorded ones.
 """
 
 import itertools
@@ -88,7 +88,7 @@ def test_losses_of_fake_heads_have_the_shapes_of_real_ones(impl, kind):
 
 
 def test_fake_tensors_of_a_gpu_need_none():
-    """As an estimator has them on a machine without one; a module may have been built before."""
+    """Memory estimators use them on machines without a GPU; a module may have been built before."""
     before = LogitAdjustedCrossEntropyLoss([1] * 5)
     with FakeTensorMode():
         logits, target = torch.empty(4, 5, device="cuda"), torch.empty(4, dtype=torch.int64, device="cuda")
@@ -118,7 +118,7 @@ def test_a_model_is_built_and_trained_under_a_fake_mode():
 
 
 def test_a_module_that_was_built_before_takes_fake_logits_and_stays_real():
-    """As an estimator makes a model's parameters fake, and sees no other tensors."""
+    """An estimator makes a model's parameters fake and leaves other tensors as they are."""
     target = torch.tensor([0, 1, 2, -100])
     for module in (
         LogitAdjustedCrossEntropyLoss([900, 90, 10], weight=[1, 2, 3]),
@@ -139,7 +139,7 @@ def test_fake_tensors_outlive_their_mode():
 
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # torchmetrics copies its states
-def test_what_is_beside_the_losses_takes_fake_tensors():
+def test_priors_metrics_and_posthoc_functions_take_fake_tensors():
     with FakeTensorMode():
         target = torch.tensor([0, 1, 2, 0])
         counts = count_classes(target, 3)
@@ -164,13 +164,13 @@ def test_what_is_beside_the_losses_takes_fake_tensors():
             margins.consistency(margins.logit_adjusted(log_prior), log_prior)
 
 
-def test_shapes_that_do_not_fit_are_told_of_fake_tensors_too():
+def test_wrong_shapes_of_fake_tensors_are_refused_too():
     with FakeTensorMode(), pytest.raises(ValueError, match=r"log_prior must have shape \(5,\), got \(4,\)"):
         logit_adjusted_cross_entropy(torch.randn(4, 5), torch.zeros(4, dtype=torch.int64), torch.zeros(4))
 
 
 def test_the_products_of_a_fake_head_are_counted():
-    """Two floating-point operations for each of N * C * D: once forward, three times backward."""
+    """A product has 2 * N * C * D floating-point operations: one product forward, three backward."""
     with FakeTensorMode(), FlopCounterMode(display=False) as counter:
         features, weight = (torch.randn(n, 8, requires_grad=True) for n in (4, 5))
         linear_logit_adjusted_cross_entropy(
@@ -181,7 +181,7 @@ def test_the_products_of_a_fake_head_are_counted():
 
 # Graphs ---------------------------------------------------------------------------------------------------------------
 
-# Of the labels and the prior that a graph is recorded with, all count and are finite.
+# Graphs are recorded with labels that all count and a finite prior; these labels and this prior differ.
 OTHER = dict(
     target=torch.tensor([2, -100, 0, 3], device=DEVICE),
     log_prior=torch.tensor([0.2, 0.0, 0.3, 0.5, 0.0], device=DEVICE).log(),
@@ -197,7 +197,7 @@ def gradient_of(impl):
 
 
 @pytest.mark.parametrize("tracing", TRACING)
-def test_a_graph_that_make_fx_records_keeps_nothing_that_was_read(impl, tracing):
+def test_a_graph_that_make_fx_records_bakes_in_no_values(impl, tracing):
     recorded = problem_of("labels")
     inputs = recorded["logits"], recorded["target"], recorded["log_prior"]
     graph = make_fx(gradient_of(impl), tracing_mode=tracing)(*inputs)
@@ -206,12 +206,12 @@ def test_a_graph_that_make_fx_records_keeps_nothing_that_was_read(impl, tracing)
         want = truth(recorded["logits"], target, log_prior)
         torch.testing.assert_close(loss.double(), want.loss, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(grad.double(), want.grad_logits, rtol=1e-5, atol=1e-7)
-    # A label out of range is NaN there, as on a GPU.
+    # In a graph a label out of range gives NaN, as on a GPU.
     assert graph(recorded["logits"], torch.full_like(OTHER["target"], 7), recorded["log_prior"])[0].isnan()
 
 
 @pytest.mark.parametrize("tracing", TRACING)
-def test_a_graph_of_a_head_keeps_nothing_that_was_read(impl, tracing):
+def test_a_graph_of_a_head_bakes_in_no_values(impl, tracing):
     def gradient(features, weight, target, log_prior):
         loss = linear_logit_adjusted_cross_entropy(features, weight, target, log_prior, impl=impl)
         return loss, torch.autograd.grad(loss, features)[0]
@@ -241,13 +241,14 @@ def test_aot_function_records_both_passes(impl):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_target_is_recorded(impl, kind):
     arguments = problem_of(kind)
-    names = list(arguments)
-    tensors = [arguments[name] for name in names if isinstance(arguments[name], torch.Tensor)]
-    which = [name for name in names if isinstance(arguments[name], torch.Tensor)]
-    numbers = {name: arguments[name] for name in names if name not in which}
-    graph = make_fx(
-        lambda *given: logit_adjusted_cross_entropy(**dict(zip(which, given, strict=True)), **numbers, impl=impl)
-    )(*tensors)
+    tensor_names = [name for name, value in arguments.items() if isinstance(value, torch.Tensor)]
+    tensors = [arguments[name] for name in tensor_names]
+    numbers = {name: value for name, value in arguments.items() if name not in tensor_names}
+
+    def loss(*tensors):
+        return logit_adjusted_cross_entropy(**dict(zip(tensor_names, tensors, strict=True)), **numbers, impl=impl)
+
+    graph = make_fx(loss)(*tensors)
     want = truth(**{name: t.detach() if isinstance(t, torch.Tensor) else t for name, t in arguments.items()}).loss
     torch.testing.assert_close(graph(*tensors).double(), want, rtol=2e-6, atol=1e-6)
 
@@ -293,7 +294,7 @@ def test_a_module_is_recorded(tracing, pre_dispatch):
 
 
 def test_raw_logits_of_a_head_are_traced_by_torch_fx():
-    """As torchvision's create_feature_extractor does."""
+    """torchvision's create_feature_extractor traces models this way."""
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), LogitAdjustedLinear(3, [9, 5, 1]))
     x = torch.randn(4, 3)
 
@@ -308,13 +309,13 @@ def test_raw_logits_of_a_head_are_traced_by_torch_fx():
 def test_torch_jit_trace_takes_a_criterion():
     criterion = LogitAdjustedCrossEntropyLoss([900, 90, 10])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of tracing, and of its end
+        warnings.simplefilter("ignore")  # warnings of tracing, and of the deprecation of torch.jit
         traced = torch.jit.trace(criterion, (torch.randn(4, 3), torch.tensor([0, 1, 2, 0])), check_trace=False)
     logits, target = torch.randn(4, 3), torch.tensor([-100, 1, 2, 0])
     torch.testing.assert_close(traced(logits, target), criterion(logits, target))
 
 
-@pytest.mark.filterwarnings("ignore")  # PyTorch's, of what it does itself
+@pytest.mark.filterwarnings("ignore")  # PyTorch's warnings about its own code
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("kind", ["logits", "head"])
 def test_compiled_autograd_records_backward(kind, reduction):
@@ -334,13 +335,13 @@ def test_compiled_autograd_records_backward(kind, reduction):
     torch.testing.assert_close(weight.grad, want)
 
 
-def test_what_goes_on_as_values_tell_it_cannot_be_recorded():
+def test_functions_that_branch_on_values_cannot_be_recorded():
     with pytest.raises(ValueError, match="logits must have values that estimate_prior can look at, got a tensor that"):
         make_fx(lambda x, p: estimate_prior(x, p))(torch.randn(4, 3), torch.zeros(3))
 
 
-def test_what_is_read_is_read_again_behind_a_trace():
-    """No state of a trace is left: errors come as before."""
+def test_values_are_checked_again_after_a_trace():
+    """A trace leaves no state behind: bad labels raise as before."""
     criterion = LogitAdjustedCrossEntropyLoss([900, 90, 10])
     for tracing, mode in itertools.product(TRACING[:1], [FakeTensorMode]):
         make_fx(criterion, tracing_mode=tracing)(torch.randn(1, 3), torch.tensor([0]))

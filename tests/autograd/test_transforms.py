@@ -1,8 +1,8 @@
-"""Derivatives through torch.func: its operators in every order, batches of losses, gradients for each sample.
+"""Derivatives through torch.func: its operators in every order, batches of losses, per-sample gradients.
 
-Oracle: the same transform of `F.cross_entropy` in float64, on logits that the offset was added to. Every transform is
-one of three things to the package: reverse mode (a graph at its level), forward mode (a tangent), or a batch (vmap),
-and what breaks is their nesting: a tangent that is not seen below a graph, a graph that is not seen below a batch.
+Oracle: the same transform of `F.cross_entropy` in float64, on logits that the offset was added to. The package sees
+three kinds of transform: reverse mode (a graph at its level), forward mode (a tangent) and vmap (a batch). Their
+nesting is what breaks: a tangent that is not seen below a graph, a graph that is not seen below a batch.
 """
 
 import pytest
@@ -13,7 +13,7 @@ from torch.func import grad, grad_and_value, hessian, jacfwd, jacrev, jvp, linea
 from torch.testing import assert_close
 
 from fused_la import logit_adjusted_cross_entropy
-from fused_la._autograd.loss import implementation
+from fused_la._autograd.implementations import implementation
 
 # PyTorch scripts a few of its own formulas when forward mode is first used.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is")
@@ -44,7 +44,7 @@ def target(device):
 
 
 def losses(impl, reduction="mean", weight=None):
-    """The loss and its oracle, both of (logits, target, log_prior); classes last but for images."""
+    """The loss and its oracle as functions of (logits, target, log_prior); logits are (C,), (N, C) or (N, C, d)."""
 
     def loss(logits, target, log_prior):
         return logit_adjusted_cross_entropy(
@@ -131,7 +131,7 @@ def test_hessian_vector_products_agree_in_every_order(logits, target, log_prior,
 @pytest.mark.parametrize("name", ["jacrev", "hessian"])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_derivative_is_the_same_inside_no_grad(logits, target, log_prior, impl, name, reduction):
-    """torch.func differentiates there too."""
+    """torch.func also differentiates inside no_grad."""
 
     def derivative(function):
         with torch.no_grad():
@@ -161,7 +161,7 @@ def test_a_graph_built_before_may_be_differentiated_inside_a_batch(logits, targe
 
 @pytest.mark.parametrize("argument", ["logits", "log_prior"])
 def test_tangents_of_the_loss_itself_survive_a_graph_below_them(logits, target, log_prior, impl, argument):
-    """The loss that `grad_and_value` returns has second derivatives as any other."""
+    """The loss that `grad_and_value` returns has second derivatives, as any other loss has."""
 
     def value(function):
         if argument == "logits":
@@ -169,8 +169,8 @@ def test_tangents_of_the_loss_itself_survive_a_graph_below_them(logits, target, 
         return lambda p: grad_and_value(lambda x: function(x, target, p))(logits)[1], log_prior
 
     def second(function):
-        loss, at = value(function)
-        return jacfwd(jacfwd(loss))(at)
+        loss, point = value(function)
+        return jacfwd(jacfwd(loss))(point)
 
     compare(second, losses(impl))
 
@@ -190,7 +190,7 @@ def test_tangent_of_the_loss_itself_survives_a_graph_below_it(logits, target, lo
 
 @pytest.fixture
 def batch(device):
-    """4 losses of 3 rows, one with an ignored row; each with a log prior of its own."""
+    """4 losses of 3 rows, one with an ignored row; each has its own log prior."""
     target = torch.tensor([[0, 3, 2], [1, -100, 4], [2, 2, 0], [4, 3, 1]], device=device)
     return (
         torch.randn(4, 3, 5, dtype=torch.float64, device=device),
@@ -199,7 +199,7 @@ def batch(device):
     )
 
 
-# Of logits, target, log_prior; None is not batched.
+# in_dims of (logits, target, log_prior); None is not batched.
 IN_DIMS = [
     (0, 0, None), (0, None, None), (None, 0, None), (None, None, 0), (0, 0, 0), (1, 1, None), (2, 0, None),
     (-1, -1, -1), (0, 0, 1), (None, 1, 1),
@@ -208,7 +208,7 @@ IN_DIMS = [
 
 @pytest.fixture(params=IN_DIMS, ids=str)
 def batched(request, batch):
-    """(in_dims, arguments): the batch moved to where in_dims say, contiguous there."""
+    """(in_dims, arguments): contiguous arguments with the batch dimension at in_dims."""
     arguments = [
         x[0] if dim is None else x.movedim(0, dim).contiguous() for x, dim in zip(batch, request.param, strict=True)
     ]
@@ -225,7 +225,7 @@ def test_a_batch_of_losses_is_each_of_them(batched, batch, impl, reduction, weig
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_gradient_of_a_batch_of_losses_is_that_of_cross_entropy(batched, impl, reduction, weight):
-    """By grad of vmap, and by backward through vmap."""
+    """Both as grad of vmap and as backward through vmap."""
     in_dims, (logits, target, log_prior) = batched
 
     def gradients(function):
@@ -240,7 +240,7 @@ def test_gradient_of_a_batch_of_losses_is_that_of_cross_entropy(batched, impl, r
 
 
 def test_gradient_of_each_loss_of_a_batch_is_that_of_cross_entropy(batched, impl, weight):
-    """vmap of grad, for the logits and for the log prior."""
+    """The vmap of grad, for the logits and for the log prior."""
     in_dims, arguments = batched
     compare(lambda f: vmap(grad(f, argnums=(0, 2)), in_dims)(*arguments), losses(impl, "mean", weight))
 
@@ -268,7 +268,7 @@ def test_gradients_of_weights_for_each_sample_are_those_of_cross_entropy(batch, 
 
 
 def test_images_may_be_batched_over_any_dimension(impl, device, log_prior):
-    """(N, C, d) with the batch in the middle, and a result that is batched elsewhere."""
+    """Logits (N, C, d) have the batch in the middle, and the result has it in another dimension."""
     logits = torch.randn(2, 5, 4, 3, dtype=torch.float64, device=device)
     target = torch.randint(0, 5, (2, 3, 4), device=device)
     compare(lambda f: vmap(f, in_dims=(2, 2, None), out_dims=1)(logits, target, log_prior), losses(impl, "none"))
@@ -276,7 +276,7 @@ def test_images_may_be_batched_over_any_dimension(impl, device, log_prior):
 
 @pytest.fixture
 def passes(impl, monkeypatch):
-    """What the implementation is called for: ("forward" or "backward", rows) of each call."""
+    """("forward" or "backward", number of rows) of each call of the implementation."""
     module, calls = implementation(impl), []
 
     def recorded(name, run):
@@ -324,7 +324,7 @@ def test_batches_may_be_nested(batch, impl, inner):
 
 
 def test_options_of_a_batch_may_be_batched(impl, device, batch, log_prior):
-    """Weighted labels, class weights, smoothing: against one call for each."""
+    """Weighted labels, class weights and smoothing, compared with one call for each element of the batch."""
     logits = batch[0]
     target = torch.tensor([[0, 3], [2, 2], [4, -100]], device=device)
     target_weight = torch.rand(4, 3, 2, dtype=torch.float64, device=device)
@@ -343,7 +343,7 @@ def test_options_of_a_batch_may_be_batched(impl, device, batch, log_prior):
         assert_close(vmap(loss, in_dims)(*arguments), torch.stack(each), **EXACT)
 
 
-def test_a_batch_of_nothing_to_average_is_nan_in_that_loss_alone(batch, impl, log_prior):
+def test_a_loss_of_a_batch_without_counting_labels_is_nan_and_no_other_is(batch, impl, log_prior):
     logits, target, _ = batch
     target = target.index_fill(0, torch.tensor(1, device=target.device), -100)
     loss = vmap(losses(impl)[0], (0, 0, None))(logits, target, log_prior)
@@ -375,7 +375,7 @@ def test_forward_mode_of_each_loss_of_a_batch_is_that_of_cross_entropy(batch, im
 
 
 def weighted_losses(impl, log_prior):
-    """Functions of (logits, target_weight): two labels a row, as mixup has."""
+    """The loss and its oracle as functions of (logits, target_weight), with two labels a row as in mixup."""
     target = torch.tensor([[0, 3], [2, 2], [4, 1]], device=log_prior.device)
 
     def loss(logits, target_weight):

@@ -1,6 +1,6 @@
 """`benchmarks/on_gpu.sh` without a GPU: which stages and jobs run or stop, which results stay, what its checks find.
 
-Times are asserted only where something must stop. The dry run itself is slow; `.ci/run` makes it too.
+Times are asserted only where something must stop. The test of the dry run itself is slow.
 """
 
 import base64

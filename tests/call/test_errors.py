@@ -1,9 +1,9 @@
-"""Bad inputs stop at the door: the right exception, and a message with the argument, what was expected and what came.
+"""Bad inputs to the public functions: the exception, and a message with the argument, what was expected and what came.
 
-Each table holds the bad values of one argument and the whole message that each must give; every implementation is
-asked, since none may be reached. Tensors on "meta" stand for another device. The values of a tensor (labels out of
-range, a NaN in the prior) are looked at on a CPU only, outside of transforms and tracing; where they are not, a bad
-label or prior has to show as NaN in its own rows, and nowhere else.
+Each table holds the bad values of one argument and the whole message that each must give. Every implementation is
+tried, since the check comes before all of them. Tensors on "meta" stand for another device. The values of a tensor
+(labels out of range, a NaN in the prior) are checked on a CPU only, outside of transforms and tracing. Elsewhere a bad
+label or prior must give NaN in its own rows, and in no other.
 """
 
 import functools
@@ -49,7 +49,7 @@ MOVE = "; move it, or the module that holds it, with .to(logits.device)"
 
 
 def assert_refused(error, message, call):
-    """The whole message, so that a text that names the wrong thing or stops short does not pass."""
+    """`call` raises `error` with exactly this message, so a text that names the wrong thing does not pass."""
     with pytest.raises(error, match=f"^{re.escape(message)}$") as caught:
         call()
     assert type(caught.value) is error
@@ -57,7 +57,7 @@ def assert_refused(error, message, call):
 
 @functools.cache
 def assert_valid_arguments_pass(impl, device, target_kind):
-    """So that what is changed in them is at fault."""
+    """The unchanged arguments are valid, so an error comes from what a test changes in them."""
     assert logit_adjusted_cross_entropy(**valid_arguments(device, target_kind), impl=impl).isfinite()
 
 
@@ -77,7 +77,7 @@ def table(*rows):
 
 @pytest.fixture
 def cpu(device):
-    """For errors that need a tensor's values, which are read on a CPU alone."""
+    """The device of tests whose errors need a tensor's values, which are read on a CPU only."""
     if device != "cpu":
         pytest.skip("values are checked on a CPU")
     return device
@@ -181,7 +181,7 @@ def test_class_vectors_that_are_not_floating_are_refused(impl, device, name, dty
 
 @pytest.mark.parametrize("tau", [0.0, 1.0])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
-def test_class_counts_as_log_prior_are_refused_with_the_way_to_a_log_prior(impl, device, dtype, tau):
+def test_class_counts_as_log_prior_are_refused_with_a_hint(impl, device, dtype, tau):
     counts = torch.tensor([5, 4, 3, 2, 1], device=device).to(dtype)
     hint = "; log_prior_from_counts makes a log prior from class counts"
     message = FLOATING.format("log_prior", dtype) + hint
@@ -221,7 +221,7 @@ def test_a_log_prior_that_leaves_no_class_is_refused_where_it_is_used(impl, cpu)
         assert abs(loss.item() - expected.item()) <= 2 * torch.finfo(torch.float32).eps * expected.item()
 
 
-def adds_up_to(total, smallest):
+def distribution_message(total, smallest):
     expected = "smoothing_distribution must hold probabilities that add up to 1"
     return f"{expected}, got a smallest value of {smallest} and a sum of {total}"
 
@@ -242,7 +242,7 @@ def adds_up_to(total, smallest):
 def test_smoothing_toward_no_distribution_is_refused(impl, cpu, label_smoothing, distribution, total, smallest):
     bad = torch.tensor(distribution)
     options = dict(smoothing_distribution=bad, label_smoothing=label_smoothing)
-    assert_loss_refuses(impl, cpu, ValueError, adds_up_to(total, smallest), **options)
+    assert_loss_refuses(impl, cpu, ValueError, distribution_message(total, smallest), **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -327,8 +327,8 @@ MOVED = LAST + ", pass logits.movedim(-1, 1)"
          "target must have shape (2, 5) for class indices, got (2, 6)"),
     ],
 )  # fmt: skip
-def test_where_classes_are_looked_for_in_the_last_dimension_the_right_one_is_named(change, message):
-    """Logits (N, L, C) with labels (N, L), as a language model has them."""
+def test_the_class_dimension_is_named_if_arguments_fit_the_last_one(change, message):
+    """Logits (N, L, C) with labels (N, L), as language models have them."""
     arguments = dict(logits=torch.randn(2, 7, 5), target=torch.zeros(2, 7).long(), log_prior=torch.zeros(5)) | change
     assert_refused(ValueError, message, lambda: logit_adjusted_cross_entropy(**arguments))
     if "target" not in change:
@@ -343,7 +343,7 @@ def test_where_classes_are_looked_for_in_the_last_dimension_the_right_one_is_nam
 @pytest.mark.parametrize("ignored", [-100, 255, 2])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_labels_may_be_uint8_as_those_of_cross_entropy(impl, device, ignored, reduction):
-    """As segmentation masks are; to uint8 -100 is 156."""
+    """Segmentation masks are uint8, where -100 would be 156."""
     logits, log_prior = torch.randn(6, 200, 2, device=device), torch.randn(200, device=device)
     target = torch.tensor([[0, 156], [199, 2], [ignored % 256, 3]] * 2, device=device, dtype=torch.uint8)
     if ignored == -100:
@@ -513,7 +513,7 @@ def test_labels_out_of_range_are_found_at_every_rank(impl, cpu):
 @pytest.mark.parametrize(
     ("labels", "ignore_index", "named"),
     [
-        ([0, -100, 4], -1, -100),  # PyTorch's default is ignored only where it is the ignore_index
+        ([0, -100, 4], -1, -100),  # PyTorch's default is ignored only if it is the ignore_index
         ([0, -1, -2], -1, -2),
         ([0, 255, 256], 255, 256),
         ([3, 3, 5], 3, 5),
@@ -575,8 +575,8 @@ def assert_all_nan_but_the_first(loss, gradient):
     assert gradient[1:].isnan().all()
 
 
-def derivatives_of_priors(device, impl):
-    """Losses and gradients as a function of the log prior; the first of the priors is a good one."""
+def losses_of_priors(device, impl):
+    """(losses as a function of the log prior and the logits, logits, log priors); only the first prior is good."""
     arguments = valid_arguments(device)
     good = arguments.pop("log_prior")
     priors = torch.stack([good, good, good, torch.full_like(good, -math.inf)])
@@ -592,39 +592,37 @@ def derivatives_of_priors(device, impl):
 
 
 def test_under_vmap_an_impossible_log_prior_makes_loss_and_gradient_nan(impl, device):
-    losses, logits, priors = derivatives_of_priors(device, impl)
+    losses, logits, priors = losses_of_priors(device, impl)
     gradient = vmap(lambda prior: grad(lambda x: losses(prior, x).sum())(logits))(priors)
     assert_all_nan_but_the_first(vmap(losses)(priors), gradient)
 
 
 def compiled_outcome(losses, logits, *rows):
-    """Stacked losses and gradients, where a tracer hides the values from the door."""
+    """Stacked losses and gradients of the compiled function: a tracer hides values from the checks."""
     torch.compiler.reset()
     compiled, outcomes = torch.compile(losses, fullgraph=True, backend="aot_eager"), []
     for row in rows:
         x = logits.detach().requires_grad_()
         loss = compiled(row, x)
         outcomes.append((loss.detach(), torch.autograd.grad(loss.sum(), x)[0]))
-    return [torch.stack(part) for part in zip(*outcomes, strict=True)]
+    return [torch.stack(values) for values in zip(*outcomes, strict=True)]
 
 
 @pytest.mark.parametrize("impl", ["reference", "blocked"])
 def test_a_traced_impossible_log_prior_makes_loss_and_gradient_nan(impl, cpu):
-    losses, logits, priors = derivatives_of_priors(cpu, impl)
+    losses, logits, priors = losses_of_priors(cpu, impl)
     assert_all_nan_but_the_first(*compiled_outcome(losses, logits, *priors))
 
 
 def test_second_derivatives_of_an_impossible_log_prior_are_nan():
-    """Of the reference's closed form, which the other implementations differentiate."""
+    """The other implementations differentiate the reference's closed-form gradient, which is tested here."""
     logits, log_prior = torch.zeros(1, 1, 5), torch.full((5,), -math.inf)
     problem = Problem(logits, log_prior, torch.zeros(1, 1, 1).long())
     assert fused_la.reference.gradient(problem, torch.ones(1, 1)).isnan().all()
 
 
 @pytest.mark.parametrize("target_kind", INTERFACES)
-def test_where_it_cannot_be_read_smoothing_toward_no_distribution_makes_loss_and_gradient_nan(
-    impl, device, target_kind
-):
+def test_smoothing_toward_no_distribution_makes_loss_and_gradient_nan_if_values_are_hidden(impl, device, target_kind):
     arguments = valid_arguments(device, target_kind)
     logits = arguments.pop("logits")
     distributions = torch.tensor(
@@ -658,7 +656,7 @@ def test_under_vmap_shapes_are_still_checked(impl, device):
 
 
 def assert_compiled_loss_makes_the_row_nan(device, impl, backend, target_kind):
-    """Here a label out of range reaches every implementation, for a tracer hides it from the door."""
+    """A tracer hides values from the checks, so a label out of range reaches every implementation."""
     torch.compiler.reset()
     arguments = valid_arguments(device, target_kind)
     logits, good = arguments["logits"].requires_grad_(), arguments["target"]
@@ -747,7 +745,7 @@ def test_what_is_not_a_number_is_refused(impl, device, name, value):
 
 
 @pytest.mark.parametrize("tau", [torch.tensor(1.0), torch.nn.Parameter(torch.ones(())), torch.ones(3)])
-def test_a_tau_that_is_learned_is_told_how(tau):
+def test_a_tau_tensor_is_refused_with_the_way_to_learn_tau(tau):
     message = f"tau must be a number, got {type(tau).__name__}" + LEARN_TAU
     assert_refused(TypeError, message, lambda: LogitAdjustedCrossEntropyLoss(COUNTS, tau=tau))
     logits, log_prior = torch.randn(2, 5), torch.zeros(5)
@@ -819,7 +817,7 @@ def on_meta():
 
 @pytest.mark.parametrize("impl", ["reference", "auto"])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_the_reference_gives_shapes_where_there_are_no_values(impl, reduction):
+def test_the_reference_gives_shapes_of_tensors_without_values(impl, reduction):
     arguments = on_meta()
     logits = arguments["logits"].requires_grad_()
     options = dict(weight=torch.ones(5, device="meta"), label_smoothing=0.1)
@@ -919,7 +917,7 @@ def test_the_module_refuses_unusable_counts(counts, error, message):
             ValueError,
             "smoothing_distribution must have shape (5,), got (4,)",
         ),
-        (dict(smoothing_distribution=torch.ones(5)), ValueError, adds_up_to("5", "1")),
+        (dict(smoothing_distribution=torch.ones(5)), ValueError, distribution_message("5", "1")),
     ],
 )
 def test_the_module_refuses_bad_options_before_training_starts(options, error, message):

@@ -1,9 +1,9 @@
-"""Classes over ranks against one process that has them all: 2 and 3 processes on gloo, their loss and every gradient.
+"""Losses and gradients with classes sharded over 2 and 3 gloo processes, against one process with all classes.
 
-A pool of processes for each world size runs one function of this file after the other, the same on every rank, so each
-test is a call of its own and the processes start once. After an error the pool goes on: that it does is part of what
-is tested, for a rank that still waited for another would get its next message. Nobody waits longer than TIMEOUT, which
-is long because a process may take a minute to import PyTorch on a busy machine.
+For each world size a pool of processes starts once and runs functions of this file, one call at a time, the same on
+every rank. The pool continues after an error. That is tested too: a rank that still waited for another would receive
+the next call's message. No rank waits longer than TIMEOUT, which is long because a process may take a minute to import
+PyTorch on a busy machine.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ TIMEOUT = 120.0  # seconds for which a rank waits for another
 # Processes ------------------------------------------------------------------------------------------------------------
 
 
-def serve(rank: int, size: int, store: str, pipe: Any) -> None:
-    """What a process does: call what it is sent, and send back the result, or the error's type and words."""
+def run_worker(rank: int, size: int, store: str, pipe: Any) -> None:
+    """Loop of a process: call each function that arrives, and send back its result, or its error's type and message."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=TIMEOUT)
@@ -56,7 +56,7 @@ def serve(rank: int, size: int, store: str, pipe: Any) -> None:
             answer = function(*arguments)
         except Exception as error:
             answer = Failed(type(error).__name__, str(error))
-        pipe.send_bytes(pickle.dumps(answer))  # plain pickle: tensors by value, not in shared memory
+        pipe.send_bytes(pickle.dumps(answer))  # plain pickle sends tensors by value, not in shared memory
     dist.destroy_process_group()
 
 
@@ -72,20 +72,20 @@ class Pool:
         self.pipes, self.processes = [], []
         for rank in range(size):
             mine, theirs = context.Pipe()
-            process = context.Process(target=serve, args=(rank, size, store, theirs), daemon=True)
+            process = context.Process(target=run_worker, args=(rank, size, store, theirs), daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(mine)
             self.processes.append(process)
 
     def __call__(self, function: Any, *arguments: Any) -> list[Any]:
-        """The answer of every rank; arguments in a list of as many as there are ranks are one for each."""
+        """The answer of every rank; an argument of type `PerRank` has one value for each rank."""
         self.send(function, *arguments)
         return [self.receive(rank) for rank in range(self.size)]
 
     def send(self, function: Any, *arguments: Any) -> None:
         for rank, pipe in enumerate(self.pipes):
-            own = [argument[rank] if isinstance(argument, Each) else argument for argument in arguments]
+            own = [argument[rank] if isinstance(argument, PerRank) else argument for argument in arguments]
             pipe.send_bytes(pickle.dumps((function, own)))
 
     def receive(self, rank: int) -> Any:
@@ -101,8 +101,8 @@ class Pool:
             process.kill()
 
 
-class Each(list):
-    """Arguments that differ from rank to rank."""
+class PerRank(list):
+    """The values of an argument that differs between ranks, one for each."""
 
 
 @pytest.fixture(scope="module")
@@ -130,11 +130,11 @@ def pool(request, pools) -> Pool:
 N, C, D = 7, 12, 5
 WIDTHS = {2: [5, 7], 3: [4, 0, 8]}  # classes of each rank
 PRIOR = torch.tensor([0.3, 0.2, 0.12, 0.1, 0.08, 0.06, 0.05, 0.04, 0.03, 0.01, 0.007, 0.003]).log()
-OF_CLASSES = ("weight", "class_weight", "smoothing_distribution")
+PER_CLASS_OPTIONS = ("weight", "class_weight", "smoothing_distribution")
 
 
 class Case(NamedTuple):
-    """The arguments of one process; a rank takes its classes of them."""
+    """The arguments of a loss in one process; each rank slices them to its classes."""
 
     logits: Tensor
     target: Tensor
@@ -143,24 +143,27 @@ class Case(NamedTuple):
     grad_loss: Tensor | float = 1.0
 
 
-def of_rank(value: Any, first: int, last: int, dim: int = 0) -> Any:
+def slice_classes(value: Any, first: int, last: int, dim: int = 0) -> Any:
     if isinstance(value, PairwiseMargin):
         return value.of_classes(first, last)
     return value.narrow(dim, first, last - first).clone() if isinstance(value, Tensor) else value
 
 
-def classes_of(widths: list[int]) -> tuple[int, int]:
+def class_range(widths: list[int]) -> tuple[int, int]:
     rank = dist.get_rank()
     return sum(widths[:rank]), sum(widths[: rank + 1])
 
 
 def shard_keywords(keywords: dict[str, Any], first: int, last: int) -> dict[str, Any]:
-    return {name: of_rank(value, first, last) if name in OF_CLASSES else value for name, value in keywords.items()}
+    return {
+        name: slice_classes(value, first, last) if name in PER_CLASS_OPTIONS else value
+        for name, value in keywords.items()
+    }
 
 
 @contextlib.contextmanager
 def small_tiles():
-    """Several tiles of rows and classes in every case."""
+    """Make tiles so small that every case has several tiles of rows and classes."""
     from fused_la._tiled import head as tiled_head
 
     with pytest.MonkeyPatch.context() as patch:
@@ -169,11 +172,11 @@ def small_tiles():
 
 
 def run_logits(case: Case, widths: list[int]) -> dict[str, Any]:
-    """Loss and gradients on one rank."""
-    first, last = classes_of(widths)
-    logits = of_rank(case.logits, first, last, 1).requires_grad_()
-    prior = of_rank(case.prior, first, last)
-    target = of_rank(case.target, first, last, 1) if case.target.is_floating_point() else case.target
+    """Loss and gradients of this rank."""
+    first, last = class_range(widths)
+    logits = slice_classes(case.logits, first, last, 1).requires_grad_()
+    prior = slice_classes(case.prior, first, last)
+    target = slice_classes(case.target, first, last, 1) if case.target.is_floating_point() else case.target
     is_margin = isinstance(prior, PairwiseMargin)
     if is_margin:
         loss_of = class_parallel.class_parallel_margin_cross_entropy
@@ -187,8 +190,8 @@ def run_logits(case: Case, widths: list[int]) -> dict[str, Any]:
     return answer if is_margin else {**answer, "log_prior": prior.grad}
 
 
-def joined(answers: list[dict[str, Any]]) -> dict[str, Any]:
-    """What one process would have: the ranks' losses, which are one, and their gradients side by side."""
+def join_ranks(answers: list[dict[str, Any]]) -> dict[str, Any]:
+    """Answers of all ranks as one process would give them: the loss, equal on all ranks, and gradients concatenated."""
     for answer in answers:
         assert not isinstance(answer, Failed), answer
         assert torch.equal(answer["loss"].nan_to_num(-7), answers[0]["loss"].nan_to_num(-7))
@@ -213,8 +216,8 @@ def one_process(case: Case, dtype: torch.dtype | None = None, impl: str = "block
     return answer if is_margin else {**answer, "log_prior": prior.grad}
 
 
-def assert_as_good(found: dict[str, Any], single: dict[str, Any], exact: dict[str, Any]) -> None:
-    """No further from the truth than twice what one process is, and a few roundings of the largest number."""
+def assert_as_accurate(found: dict[str, Any], single: dict[str, Any], exact: dict[str, Any]) -> None:
+    """Errors are at most twice those of one process, plus four ulps of the largest element."""
     assert found.keys() == exact.keys()
     for name, truth in exact.items():
         truth = truth.double()
@@ -245,7 +248,7 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 
 def cases() -> dict[str, Case]:
     logits = 3.0 * random(N, C)
-    several = torch.stack([labels(1), labels(2), labels(2)], 1)  # two of a row are one class
+    several = torch.stack([labels(1), labels(2), labels(2)], 1)  # two labels of a row are equal
     several[0, 0], several[1] = -100, -100
     shares = torch.rand(N, 3, generator=torch.Generator().manual_seed(3))
     probabilities = random(N, C, seed=4).softmax(1)
@@ -311,26 +314,26 @@ def cases() -> dict[str, Case]:
 
 
 @pytest.mark.parametrize("name", cases())
-def test_logits_over_ranks_are_as_good_as_in_one_process(pool, name):
+def test_logits_over_ranks_are_as_accurate_as_in_one_process(pool, name):
     case = cases()[name]
-    found = joined(pool(run_logits, case, WIDTHS[pool.size]))
-    assert_as_good(found, one_process(case), exact_of(case))
+    found = join_ranks(pool(run_logits, case, WIDTHS[pool.size]))
+    assert_as_accurate(found, one_process(case), exact_of(case))
 
 
-def test_the_part_of_a_rank_without_labels_or_classes_is_not_a_special_case(pool):
-    """Ranks without classes: loss, gradients, and their own gradients of shape (N, 0)."""
+def test_some_ranks_may_have_no_classes(pool):
+    """Loss and gradients are right, and the gradient of such a rank's logits has shape (N, 0)."""
     widths = {2: [0, C], 3: [C, 0, 0]}[pool.size]
     chosen = ["one label", "tau 0", "smoothing", "smoothing toward the prior", "probabilities, weight, smoothing"]
     for name in chosen:
         case = cases()[name]
         answers = pool(run_logits, case, widths)
-        assert_as_good(joined(answers), one_process(case), exact_of(case))
+        assert_as_accurate(join_ranks(answers), one_process(case), exact_of(case))
         without = answers[widths.index(0)]
         assert without["logits"].shape == (N, 0)
         assert without["log_prior"].shape == (0,)
 
 
-# The kernels, and the family ------------------------------------------------------------------------------------------
+# Kernels and margins --------------------------------------------------------------------------------------------------
 
 
 TRITON_CASES = (
@@ -345,11 +348,11 @@ TRITON_CASES = (
 
 
 @pytest.mark.parametrize("name", TRITON_CASES)
-def test_the_kernels_serve_ranks_as_well(pools, name):
-    """In Triton's interpreter; the pool has a device only where there is none."""
+def test_triton_kernels_run_with_classes_over_ranks(pools, name):
+    """In Triton's interpreter, because the processes compute on the CPU."""
     case = cases()[name]
     case = case._replace(keywords={**case.keywords, "impl": "triton"})
-    assert_as_good(joined(pools(2)(run_logits, case, WIDTHS[2])), one_process(case), exact_of(case))
+    assert_as_accurate(join_ranks(pools(2)(run_logits, case, WIDTHS[2])), one_process(case), exact_of(case))
 
 
 MARGINS = {
@@ -368,10 +371,10 @@ K_LABELS = {"target_weight": torch.rand(N, 2, generator=torch.Generator().manual
     ("name", "impl"),
     [*((name, "blocked") for name in MARGINS), ("consistent", "triton"), ("scaled and shifted", "triton")],
 )
-def test_margins_over_ranks_are_those_of_one_process(pools, name, impl):
-    """Alpha and offsets of a label are with the rank that holds its class; the float64 reference is the truth."""
+def test_margins_over_ranks_are_as_accurate_as_in_one_process(pools, name, impl):
+    """Only the rank with a label's class has its alpha and offsets. The float64 reference is the exact result."""
     several = torch.stack([labels(1), labels(2)], 1)
-    several[0] = several[0, 0]  # the two are one class
+    several[0] = several[0, 0]  # two equal labels
     weight = torch.linspace(0.5, 1.5, C)
     for target, keywords in (
         (labels(), {}),
@@ -380,24 +383,24 @@ def test_margins_over_ranks_are_those_of_one_process(pools, name, impl):
     ):
         case = Case(2.0 * random(N, C), target, MARGINS[name], {**keywords, "impl": impl})
         for size in (2,) if impl == "triton" else (2, 3):
-            found = joined(pools(size)(run_logits, case, WIDTHS[size]))
+            found = join_ranks(pools(size)(run_logits, case, WIDTHS[size]))
             exact = one_process(case, torch.float64, "reference")
-            assert_as_good(found, one_process(case, impl=impl), exact)
+            assert_as_accurate(found, one_process(case, impl=impl), exact)
 
 
-def test_a_margin_serves_a_rank_without_classes(pool):
+def test_a_margin_allows_a_rank_without_classes(pool):
     widths = {2: [C, 0], 3: [0, 5, 7]}[pool.size]
     for name in ("adaptive", "erm", "balanced", "scaled and shifted"):
         case = Case(2.0 * random(N, C), labels(), MARGINS[name])
         exact = one_process(case, torch.float64, "reference")
-        assert_as_good(joined(pool(run_logits, case, widths)), one_process(case), exact)
+        assert_as_accurate(join_ranks(pool(run_logits, case, widths)), one_process(case), exact)
 
 
 # Heads ----------------------------------------------------------------------------------------------------------------
 
 
 class Head(NamedTuple):
-    """A case at head level: features (N, D), weight (C, D), bias (C,)."""
+    """A case of a head's loss: features (N, D), weight (C, D), bias (C,)."""
 
     case: Case  # its logits are not used
     features: Tensor
@@ -416,12 +419,12 @@ def head_keywords(keywords: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_head(head: Head, widths: list[int], counts: list[int] | None = None, average: bool = False) -> dict[str, Any]:
-    first, last = classes_of(widths)
+    first, last = class_range(widths)
     case = head.case
-    features, weight = head.features.clone(), of_rank(head.weight, first, last).requires_grad_()
-    bias = None if head.bias is None else of_rank(head.bias, first, last).requires_grad_()
-    prior = of_rank(case.prior, first, last)
-    target = of_rank(case.target, first, last, 1) if case.target.is_floating_point() else case.target
+    features, weight = head.features.clone(), slice_classes(head.weight, first, last).requires_grad_()
+    bias = None if head.bias is None else slice_classes(head.bias, first, last).requires_grad_()
+    prior = slice_classes(case.prior, first, last)
+    target = slice_classes(case.target, first, last, 1) if case.target.is_floating_point() else case.target
     keywords, grad_loss = shard_keywords(head_keywords(case.keywords), first, last), torch.as_tensor(case.grad_loss)
     if counts is not None:
         rank = dist.get_rank()
@@ -448,8 +451,11 @@ def run_head(head: Head, widths: list[int], counts: list[int] | None = None, ave
     return answer if is_margin else {**answer, "log_prior": prior.grad}
 
 
-def joined_head(answers: list[dict[str, Any]], of_own_rows: bool = False) -> dict[str, Any]:
-    """Features' gradients are whole on every rank, or those of its own rows, as losses then may be."""
+def join_head_ranks(answers: list[dict[str, Any]], of_own_rows: bool = False) -> dict[str, Any]:
+    """Answers of all ranks as one process would give them.
+
+    With `of_own_rows` each rank has the features' gradient of its own rows only, and so unreduced losses.
+    """
     for answer in answers:
         assert not isinstance(answer, Failed), answer
     rows_of = {
@@ -461,10 +467,10 @@ def joined_head(answers: list[dict[str, Any]], of_own_rows: bool = False) -> dic
         assert all(answer[name].equal(answers[0][name]) or answer[name].isnan().all() for answer in answers), name
         rows_of[name] = answers[0][name]
     same = [{**answer, "loss": rows_of["loss"]} for answer in answers]
-    return {**joined(same), "features": rows_of["features"]}
+    return {**join_ranks(same), "features": rows_of["features"]}
 
 
-def head_in_one(head: Head, impl: str = "blocked", dtype: torch.dtype | None = None) -> dict[str, Any]:
+def head_in_one_process(head: Head, impl: str = "blocked", dtype: torch.dtype | None = None) -> dict[str, Any]:
     case = head.case
     tensors = [None if t is None else t.to(dtype or t.dtype, copy=True).requires_grad_() for t in head[1:]]
     features, weight, bias = tensors
@@ -482,7 +488,7 @@ def head_in_one(head: Head, impl: str = "blocked", dtype: torch.dtype | None = N
 
 
 def exact_of_head(head: Head) -> dict[str, Any]:
-    """The oracle's gradient of the logits, and what the product makes of it."""
+    """The exact result: the oracle's gradient of the logits, multiplied to those of features, weight and bias."""
     features, weight = head.features.double(), head.weight.double()
     logits = features @ weight.T + (0.0 if head.bias is None else head.bias.double())
     exact = exact_of(head.case._replace(logits=logits))
@@ -507,11 +513,11 @@ HEAD_CASES = (
 
 
 @pytest.mark.parametrize("name", HEAD_CASES)
-def test_heads_over_ranks_are_as_good_as_in_one_process(pool, name):
+def test_heads_over_ranks_are_as_accurate_as_in_one_process(pool, name):
     for bias, dtype in ((True, torch.float32), (False, torch.float64), (True, torch.bfloat16)):
         head = head_of(cases()[name], dtype, bias)
-        found = joined_head(pool(run_head, head, WIDTHS[pool.size]))
-        assert_as_good(found, head_in_one(head), exact_of_head(head))
+        found = join_head_ranks(pool(run_head, head, WIDTHS[pool.size]))
+        assert_as_accurate(found, head_in_one_process(head), exact_of_head(head))
 
 
 COUNTS = {2: [[5, 2], [0, 7]], 3: [[3, 4, 0], [2, 2, 3]]}  # rows of each rank
@@ -522,11 +528,11 @@ COUNTS = {2: [[5, 2], [0, 7]], 3: [[3, 4, 0], [2, 2, 3]]}  # rows of each rank
     ["one label", "none", "ignored", "upstream", "several labels, weight, smoothing", "a rank's classes are out"],
 )
 def test_ranks_with_rows_of_their_own_share_a_head(pool, name):
-    """Rows are uneven, a rank may have none; 2-byte features travel with 8-byte labels."""
+    """Ranks have different numbers of rows, or none; one buffer holds 2-byte features and 8-byte labels."""
     for counts, dtype in zip(COUNTS[pool.size], (torch.float32, torch.bfloat16), strict=True):
         head = head_of(cases()[name], dtype)
-        found = joined_head(pool(run_head, head, WIDTHS[pool.size], counts), of_own_rows=True)
-        assert_as_good(found, head_in_one(head), exact_of_head(head))
+        found = join_head_ranks(pool(run_head, head, WIDTHS[pool.size], counts), of_own_rows=True)
+        assert_as_accurate(found, head_in_one_process(head), exact_of_head(head))
 
 
 def strided_on_the_last_rank(head: Head, widths: list[int]) -> dict[str, Any]:
@@ -536,10 +542,10 @@ def strided_on_the_last_rank(head: Head, widths: list[int]) -> dict[str, Any]:
 
 
 def test_strides_may_differ_between_ranks(pool):
-    """What a sum over ranks adds up is memory."""
+    """A reduction over ranks adds up memory, whatever its strides."""
     head = head_of(cases()["one label"])
-    found = joined_head(pool(strided_on_the_last_rank, head, WIDTHS[pool.size]))
-    assert_as_good(found, head_in_one(head), exact_of_head(head))
+    found = join_head_ranks(pool(strided_on_the_last_rank, head, WIDTHS[pool.size]))
+    assert_as_accurate(found, head_in_one_process(head), exact_of_head(head))
 
 
 def under_autocast(head: Head, widths: list[int], counts: list[int] | None, everywhere: bool) -> dict[str, Any]:
@@ -549,31 +555,31 @@ def under_autocast(head: Head, widths: list[int], counts: list[int] | None, ever
 
 @pytest.mark.parametrize("everywhere", [True, False], ids=["everywhere", "on one rank"])
 def test_autocast_changes_nothing_on_a_cpu(pool, everywhere):
-    """Its functions would refuse float16 beside bfloat16, after the others have gone on."""
+    """PyTorch's autocast functions would refuse float16 beside bfloat16, after the other ranks have gone on."""
     head = head_of(cases()["one label"], torch.float16)
-    widths = [12, 0, 0][: pool.size]  # rank 1 has none
-    found = joined_head(pool(under_autocast, head, widths, None, everywhere))
-    assert_as_good(found, head_in_one(head), exact_of_head(head))
-    found = joined_head(pool(under_autocast, head, widths, COUNTS[pool.size][0], everywhere), of_own_rows=True)
-    assert_as_good(found, head_in_one(head), exact_of_head(head))
+    widths = [12, 0, 0][: pool.size]  # rank 1 has no classes
+    found = join_head_ranks(pool(under_autocast, head, widths, None, everywhere))
+    assert_as_accurate(found, head_in_one_process(head), exact_of_head(head))
+    found = join_head_ranks(pool(under_autocast, head, widths, COUNTS[pool.size][0], everywhere), of_own_rows=True)
+    assert_as_accurate(found, head_in_one_process(head), exact_of_head(head))
 
 
-def test_features_of_even_ranks_and_of_no_rows_at_all(pool):
+def test_ranks_with_equal_numbers_of_rows_and_without_any_rows(pool):
     head = head_of(Case(random(6, C), labels(n=6)))
-    found = joined_head(pool(run_head, head, WIDTHS[pool.size], [6 // pool.size] * pool.size), of_own_rows=True)
-    assert_as_good(found, head_in_one(head), exact_of_head(head))
+    found = join_head_ranks(pool(run_head, head, WIDTHS[pool.size], [6 // pool.size] * pool.size), of_own_rows=True)
+    assert_as_accurate(found, head_in_one_process(head), exact_of_head(head))
     for reduction in ("mean", "none"):
         head = head_of(Case(random(0, C), labels(n=0), keywords={"reduction": reduction}))
-        found = joined_head(pool(run_head, head, WIDTHS[pool.size], [0] * pool.size), of_own_rows=True)
+        found = join_head_ranks(pool(run_head, head, WIDTHS[pool.size], [0] * pool.size), of_own_rows=True)
         assert found["loss"].isnan() if reduction == "mean" else found["loss"].shape == (0,)
         assert found["weight"].eq(0.0).all()
 
 
-def test_averaging_over_ranks_multiplies_the_features_gradient_alone(pool):
+def test_averaging_over_ranks_multiplies_only_the_gradient_of_features(pool):
     head = head_of(cases()["one label"])
     counts = COUNTS[pool.size][0]
     plain, averaged = (
-        joined_head(pool(run_head, head, WIDTHS[pool.size], counts, average), of_own_rows=True)
+        join_head_ranks(pool(run_head, head, WIDTHS[pool.size], counts, average), of_own_rows=True)
         for average in (False, True)
     )
     assert torch.equal(averaged.pop("features"), pool.size * plain.pop("features"))
@@ -581,28 +587,30 @@ def test_averaging_over_ranks_multiplies_the_features_gradient_alone(pool):
 
 
 @pytest.mark.parametrize("name", MARGINS)
-def test_heads_with_margins_are_those_of_one_process(pools, name):
+def test_heads_with_margins_are_as_accurate_as_in_one_process(pools, name):
     head = head_of(Case(random(N, C), labels(), MARGINS[name], {"weight": torch.linspace(0.5, 1.5, C)}))
-    exact = head_in_one(head, "reference", torch.float64)
+    exact = head_in_one_process(head, "reference", torch.float64)
     for size, widths in ((2, [5, 7]), (3, [0, 4, 8])):
-        assert_as_good(joined_head(pools(size)(run_head, head, widths)), head_in_one(head), exact)
-        found = joined_head(pools(size)(run_head, head, widths, COUNTS[size][0]), of_own_rows=True)
-        assert_as_good(found, head_in_one(head), exact)
+        assert_as_accurate(join_head_ranks(pools(size)(run_head, head, widths)), head_in_one_process(head), exact)
+        found = join_head_ranks(pools(size)(run_head, head, widths, COUNTS[size][0]), of_own_rows=True)
+        assert_as_accurate(found, head_in_one_process(head), exact)
 
 
 def test_heads_run_the_kernels(pools):
     case = cases()["several labels, weight, smoothing"]
     head = head_of(case._replace(keywords={**case.keywords, "impl": "triton"}))
-    assert_as_good(joined_head(pools(2)(run_head, head, [5, 7])), head_in_one(head), exact_of_head(head))
-    found = joined_head(pools(2)(run_head, head, [5, 7], [4, 3]), of_own_rows=True)
-    assert_as_good(found, head_in_one(head), exact_of_head(head))
+    assert_as_accurate(
+        join_head_ranks(pools(2)(run_head, head, [5, 7])), head_in_one_process(head), exact_of_head(head)
+    )
+    found = join_head_ranks(pools(2)(run_head, head, [5, 7], [4, 3]), of_own_rows=True)
+    assert_as_accurate(found, head_in_one_process(head), exact_of_head(head))
 
 
 # Collectives ----------------------------------------------------------------------------------------------------------
 
 
-class Counted(TorchDispatchMode):
-    """The names of the collectives that PyTorch is asked for, by whatever function."""
+class RecordedCollectives(TorchDispatchMode):
+    """Records the names of all collectives that PyTorch runs, whichever function starts them."""
 
     def __init__(self):
         super().__init__()
@@ -615,7 +623,7 @@ class Counted(TorchDispatchMode):
 
 
 def count_collectives(reduction: str) -> dict[str, list[str]]:
-    """Of a second step: the first makes room for the features."""
+    """The collectives of a second step: the first step enlarges the buffer for the features."""
     rank, size = dist.get_rank(), dist.get_world_size()
     logits, features, weight = random(N, 4), random(N, D), random(4, D, seed=1 + rank)
     target, prior = labels(high=4 * size), torch.zeros(4)
@@ -632,9 +640,9 @@ def count_collectives(reduction: str) -> dict[str, list[str]]:
             features.detach(), weight.requires_grad_(), target, prior, reduction=reduction)),
     ):  # fmt: skip
         loss_of()
-        with Counted() as forward:
+        with RecordedCollectives() as forward:
             loss = loss_of()
-        with Counted() as backward:
+        with RecordedCollectives() as backward:
             loss.sum().backward()
         counted[name] = [forward.names, backward.names]
     return counted
@@ -643,7 +651,7 @@ def count_collectives(reduction: str) -> dict[str, list[str]]:
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_two_collectives_forward_and_at_most_one_reduction_backward(pool, reduction):
     gather, reduce, scatter = "allgather_base", "allreduce", "reduce_scatter_base"
-    upstream = [gather] if reduction == "none" else []  # of the rows of the other ranks
+    upstream = [gather] if reduction == "none" else []  # the upstream gradient of the other ranks' rows
     for counted in pool(count_collectives, reduction):
         assert counted == {
             "logits": [[gather] * 2, []],
@@ -654,16 +662,16 @@ def test_two_collectives_forward_and_at_most_one_reduction_backward(pool, reduct
 
 
 class Step(NamedTuple):
-    """What ranks with rows of their own do together: the forward collectives of that, and its error, if it is one."""
+    """One call of ranks with rows of their own: its number of forward collectives, and its error if it fails."""
 
     does: str
-    counts: list[int]  # rows of each rank; a third has 2
+    counts: list[int]  # rows of each rank; a third rank has 2
     collectives: int
     error: str = ""
     dtype: torch.dtype = torch.float32
 
 
-STEPS_IN_A_ROW = (
+GATHER_STEPS = (
     Step("first", [5, 2], 3),
     Step("as before", [5, 2], 2),
     Step("most rows on another rank", [1, 5], 2),
@@ -685,10 +693,10 @@ STEPS_IN_A_ROW = (
 )
 
 
-def take(step: Step, widths: list[int], group: Any) -> Tensor:
+def run_step(step: Step, widths: list[int], group: Any) -> Tensor:
     rank = dist.get_rank()
     counts = [*step.counts, 2][: len(widths)]
-    own, (first, last) = slice(sum(counts[:rank]), sum(counts[: rank + 1])), classes_of(widths)
+    own, (first, last) = slice(sum(counts[:rank]), sum(counts[: rank + 1])), class_range(widths)
     features, weight, target = rows_of_step(step, len(widths))
     if step.does == "all count" or (step.does == "rank 1 counts" and rank == 1):
         return fused_la.count_classes(target[own], C, group=group)
@@ -706,24 +714,24 @@ def rows_of_step(step: Step, size: int) -> tuple[Tensor, Tensor, Tensor]:
     return random(n, D, seed=n, dtype=step.dtype), random(C, D, dtype=step.dtype), labels(n, n)
 
 
-def take_in_a_row(widths: list[int]) -> list[tuple[int, Any]]:
-    """The collectives of each step, and its loss or error, on a group that has no room yet."""
+def run_steps(widths: list[int]) -> list[tuple[int, Any]]:
+    """The number of collectives of each step, and its loss or error, on a group that has no buffer for rows yet."""
     group, found = dist.new_group(), []
-    for step in STEPS_IN_A_ROW:
-        with Counted() as counted:
+    for step in GATHER_STEPS:
+        with RecordedCollectives() as counted:
             try:
-                answer: Any = take(step, widths, group)
+                answer: Any = run_step(step, widths, group)
             except ValueError as error:
                 answer = str(error)
         found.append((len(counted.names), answer))
     return found
 
 
-def test_features_travel_with_the_header_until_they_do_not_fit(pool):
-    """The size of what is sent follows from calls that all ranks agreed on, so that no error lets one wait."""
+def test_features_are_gathered_with_the_header_if_they_fit(pool):
+    """The size of the buffer follows from calls that all ranks agreed on, so an error leaves no rank waiting."""
     widths = [4, 8] if pool.size == 2 else [4, 3, 5]
-    for answers in pool(take_in_a_row, widths):
-        for step, (collectives, answer) in zip(STEPS_IN_A_ROW, answers, strict=True):
+    for answers in pool(run_steps, widths):
+        for step, (collectives, answer) in zip(GATHER_STEPS, answers, strict=True):
             assert collectives == step.collectives, step
             if step.error:
                 assert step.error in answer, step
@@ -752,30 +760,31 @@ def good_arguments(name: str) -> tuple:
     return (random(N, 5), labels(), prior) if name == LOGITS else (random(N, D), random(5, D), labels(), prior)
 
 
-def but(place: int, value: Any) -> Any:
-    return lambda arguments: (*arguments[:place], value, *arguments[place + 1 :])
+def swap(index: int, value: Any) -> Any:
+    """A change that replaces one positional argument."""
+    return lambda arguments: (*arguments[:index], value, *arguments[index + 1 :])
 
 
-TARGETS = torch.stack([labels(1), labels(2)], 1)
+TWO_LABELS = torch.stack([labels(1), labels(2)], 1)
 SHARES = torch.full((N, 2), 0.5)
-# function, what rank 1 does otherwise to the arguments and the keywords, the words on every rank
+# function, change of the arguments on rank 1, keywords on rank 1, error message on every rank
 DIFFERENCES = {
-    "dtype": (LOGITS, but(0, random(N, 5).double()), {}, "logits must be of one dtype on every rank, got "
+    "dtype": (LOGITS, swap(0, random(N, 5).double()), {}, "logits must be of one dtype on every rank, got "
               "torch.float32 on {others}, torch.float64 on rank 1"),
     "rows": (LOGITS, lambda a: (a[0][1:], a[1][1:], a[2]), {}, "logits must be of one number of rows on every rank, "
              "got 7 rows on {others}, 6 rows on rank 1"),
-    "labels": (LOGITS, but(1, labels(1)), {}, "target must be the same labels and weights on every rank, got "),
-    "order of labels": (LOGITS, but(1, labels().roll(1)), {}, "target must be the same labels and weights on every "
+    "labels": (LOGITS, swap(1, labels(1)), {}, "target must be the same labels and weights on every rank, got "),
+    "order of labels": (LOGITS, swap(1, labels().roll(1)), {}, "target must be the same labels and weights on every "
                         "rank, got "),
-    "kind of target": (LOGITS, but(1, random(N, 5).softmax(1)), {}, "target must be of one kind on every rank, got "
+    "kind of target": (LOGITS, swap(1, random(N, 5).softmax(1)), {}, "target must be of one kind on every rank, got "
                        "1 labels a row on {others}, class probabilities on rank 1"),
-    "number of labels": (LOGITS, but(1, TARGETS), {"target_weight": SHARES}, "target must be of one kind on every "
+    "number of labels": (LOGITS, swap(1, TWO_LABELS), {"target_weight": SHARES}, "target must be of one kind on every "
                          "rank, got 1 labels a row on {others}, 2 labels a row on rank 1"),
     "weight": (LOGITS, None, {"weight": torch.ones(5)}, "weight must be given or None on every rank, got None on "
                "{others}, a tensor on rank 1"),
     "reduction": (LOGITS, None, {"reduction": "sum"}, "reduction must be the same on every rank, got 'mean' on "
                   "{others}, 'sum' on rank 1"),
-    "tau": (LOGITS, but(2, torch.zeros(5)), {"tau": 0.5}, "tau must be the same on every rank, got 1.0 on {others}, "
+    "tau": (LOGITS, swap(2, torch.zeros(5)), {"tau": 0.5}, "tau must be the same on every rank, got 1.0 on {others}, "
             "0.5 on rank 1"),
     "smoothing": (LOGITS, None, {"label_smoothing": 0.1}, "label_smoothing must be the same on every rank, got 0.0 on "
                   "{others}, 0.1 on rank 1"),
@@ -787,7 +796,7 @@ DIFFERENCES = {
              "a tensor on rank 1"),
     "gather": (HEAD, None, {"gather_features": True}, "gather_features must be the same on every rank, got False on "
                "{others}, True on rank 1"),
-    "gradient": (HEAD, but(0, random(N, D).requires_grad_()), {}, "features.requires_grad must be the same on every "
+    "gradient": (HEAD, swap(0, random(N, D).requires_grad_()), {}, "features.requires_grad must be the same on every "
                  "rank, got False on {others}, True on rank 1"),
 }  # fmt: skip
 
@@ -802,19 +811,19 @@ def test_a_rank_that_differs_is_an_error_on_every_rank(pool, difference):
     arguments = good_arguments(name)
     changed = arguments if change is None else change(arguments)
     each = [changed if rank == 1 else arguments for rank in range(pool.size)]
-    answers = pool(call, name, Each(each), Each([keywords if rank == 1 else {} for rank in range(pool.size)]))
+    answers = pool(call, name, PerRank(each), PerRank([keywords if rank == 1 else {} for rank in range(pool.size)]))
     assert {answer[:1] for answer in answers} == {("ValueError",)}, answers
     assert len({answer.message for answer in answers}) == 1, "the same on every rank"
     assert answers[0].message.startswith(message.format(others=others_of(pool.size))), answers[0].message
 
 
-def test_label_weights_that_travel_are_of_one_dtype(pool):
-    """Where they do not travel, float64 on one rank is as good: they are compared as float64."""
+def test_gathered_label_weights_must_have_one_dtype(pool):
+    """If they are not gathered, one rank may have float64: they are compared as float64."""
     _, weight, _, prior = good_arguments(HEAD)
-    arguments = (random(N, D), weight, TARGETS % 5, prior)
-    keywords = Each([{"target_weight": SHARES.double() if rank == 1 else SHARES} for rank in range(pool.size)])
+    arguments = (random(N, D), weight, TWO_LABELS % 5, prior)
+    keywords = PerRank([{"target_weight": SHARES.double() if rank == 1 else SHARES} for rank in range(pool.size)])
     assert len({loss.item() for loss in pool(call, HEAD, arguments, keywords)}) == 1
-    answers = pool(call, HEAD, arguments, Each([each | {"gather_features": True} for each in keywords]))
+    answers = pool(call, HEAD, arguments, PerRank([each | {"gather_features": True} for each in keywords]))
     message = (
         f"target_weight must be of one dtype on every rank, got torch.float32 on {others_of(pool.size)}, "
         "torch.float64 on rank 1"
@@ -822,11 +831,11 @@ def test_label_weights_that_travel_are_of_one_dtype(pool):
     assert answers == [Failed("ValueError", message)] * pool.size
 
 
-def test_ranks_that_call_different_functions_are_told_so(pool):
+def test_ranks_that_call_different_functions_raise_an_error(pool):
     margin = margins.adaptive(PRIOR).of_classes(0, 5)
     names = ["margin_cross_entropy" if rank == 1 else LOGITS for rank in range(pool.size)]
     priors = [margin if rank == 1 else torch.zeros(5) for rank in range(pool.size)]
-    answers = pool(call, Each(names), Each([(random(N, 5), labels(), prior) for prior in priors]), {})
+    answers = pool(call, PerRank(names), PerRank([(random(N, 5), labels(), prior) for prior in priors]), {})
     assert answers == [
         Failed("ValueError", f"The call must be of the same function on every rank, got class_parallel_{LOGITS} on "
                              f"{others_of(pool.size)}, class_parallel_margin_cross_entropy on rank 1")
@@ -834,14 +843,14 @@ def test_ranks_that_call_different_functions_are_told_so(pool):
 
 
 REFUSED = {
-    "shape": (LOGITS, but(2, torch.zeros(4)), {}, "ValueError", r"log_prior must have shape \(5,\), got \(4,\)"),
-    "kind": (LOGITS, but(1, [0] * N), {}, "TypeError", "target must be a torch.Tensor, got list"),
+    "shape": (LOGITS, swap(2, torch.zeros(4)), {}, "ValueError", r"log_prior must have shape \(5,\), got \(4,\)"),
+    "kind": (LOGITS, swap(1, [0] * N), {}, "TypeError", "target must be a torch.Tensor, got list"),
     "option": (LOGITS, None, {"label_smoothing": 2.0}, "ValueError", "label_smoothing must be between 0 and 1, got 2"),
     "implementation": (LOGITS, None, {"impl": "reference"}, "ValueError", "impl must be 'auto', 'blocked' or 'triton'"),
     "gradient of weights": (LOGITS, None, {"weight": torch.ones(5, requires_grad=True)}, "ValueError",
                             "classes over ranks have no implementation for a gradient of target, "),
-    "weight": (HEAD, but(1, torch.zeros(5, D + 1)), {}, "ValueError", r"weight must have shape \(C, 5\), got "),
-    "probabilities of own rows": (HEAD, but(2, random(N, 5).softmax(1)), {"gather_features": True}, "ValueError",
+    "weight": (HEAD, swap(1, torch.zeros(5, D + 1)), {}, "ValueError", r"weight must have shape \(C, 5\), got "),
+    "probabilities of own rows": (HEAD, swap(2, random(N, 5).softmax(1)), {"gather_features": True}, "ValueError",
                                   "target must be class indices with gather_features, got class probabilities"),
     "average without gather": (HEAD, None, {"average_over_ranks": True}, "ValueError",
                                "average_over_ranks must be False without gather_features, got True"),
@@ -850,28 +859,28 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("mistake", REFUSED)
-def test_what_one_rank_refuses_raises_on_all(pool, mistake):
+def test_an_error_on_one_rank_raises_on_all(pool, mistake):
     name, change, keywords, kind, message = REFUSED[mistake]
     arguments = good_arguments(name)
     changed = arguments if change is None else change(arguments)
     each = [changed if rank == 1 else arguments for rank in range(pool.size)]
-    answers = pool(call, name, Each(each), Each([keywords if rank == 1 else {} for rank in range(pool.size)]))
+    answers = pool(call, name, PerRank(each), PerRank([keywords if rank == 1 else {} for rank in range(pool.size)]))
     assert {answer[:1] for answer in answers} == {(kind,)}, answers
     for rank, answer in enumerate(answers):
         told = "" if rank == 1 else f"rank 1 raised an error in class_parallel_{name}: "
         assert re.match(told + message, answer.message), answer
 
 
-def test_what_only_all_classes_show_raises_on_all_ranks(pool):
-    """Labels beyond all classes, also those of one rank's own rows, a prior without a class, no distribution."""
+def test_errors_that_depend_on_all_ranks_raise_on_all(pool):
+    """Labels out of range, also in one rank's own rows; a prior that excludes every class; a wrong distribution."""
     n_classes = 5 * pool.size
     target = labels().index_fill(0, torch.tensor([3]), n_classes)
     outside = f"Target {n_classes} is out of bounds: target must hold class indices in [0, {n_classes}) or ignore_index"
     logits, _, prior = good_arguments(LOGITS)
     features, weight, fine, _ = good_arguments(HEAD)
-    own = Each([(features, weight, target if rank == 1 else fine, prior) for rank in range(pool.size)])
+    own = PerRank([(features, weight, target if rank == 1 else fine, prior) for rank in range(pool.size)])
     parts = [prior + 0.2, torch.tensor([-0.5, 0.5, 0.0, 0.0, 0.0]), prior][: pool.size]  # negative on one rank alone
-    smoothings = Each([{"label_smoothing": 0.1, "smoothing_distribution": part} for part in parts])
+    smoothings = PerRank([{"label_smoothing": 0.1, "smoothing_distribution": part} for part in parts])
     for answers, kind, message in (
         (pool(call, LOGITS, (logits, fine, prior), smoothings), "ValueError",
          "smoothing_distribution must hold probabilities that add up to 1, got a smallest value of -0.5 "),
@@ -880,7 +889,7 @@ def test_what_only_all_classes_show_raises_on_all_ranks(pool):
         (pool(call, LOGITS, (logits, labels() - 9, prior), {}), "IndexError", "Target -9 is out of bounds"),
         (pool(call, LOGITS, (logits, fine, prior - torch.inf), {}), "ValueError",
          "log_prior must be finite for some class, got -inf for every class"),
-        (pool(call, LOGITS, (logits, fine, Each([prior, prior / 0.0, prior])[1]), {}), "ValueError",
+        (pool(call, LOGITS, (logits, fine, PerRank([prior, prior / 0.0, prior])[1]), {}), "ValueError",
          "log_prior must be finite or -inf, got nan for some class"),
         (pool(call, LOGITS, (logits, fine, prior), {"label_smoothing": 0.1, "smoothing_distribution": prior + 0.2}),
          "ValueError", "smoothing_distribution must hold probabilities that add up to 1, got a smallest value of 0.2 "),
@@ -907,7 +916,7 @@ def in_batches() -> None:
     torch.autograd.grad(loss, logits, torch.eye(4), is_grads_batched=True)
 
 
-def test_ranks_say_that_they_exchange_values(pools):
+def test_fake_tensors_and_batched_gradients_are_refused(pools):
     for answer in pools(2)(on_fake_tensors):
         message = "logits must have values that ranks can look at, got a tensor that is fake or is traced"
         assert answer == Failed("ValueError", message)
@@ -925,7 +934,7 @@ def test_a_group_that_is_none_is_named():
 
 
 def in_a_smaller_group(case: Case) -> Any:
-    """Ranks 0 and 2 hold the classes, rank 1 is not asked."""
+    """Ranks 0 and 2 hold the classes; rank 1 is not in the group."""
     group = dist.new_group([0, 2])
     if dist.get_rank() == 1:
         return None
@@ -956,7 +965,7 @@ def in_a_transform() -> None:
     )(random(N, 5))
 
 
-def test_what_is_not_there_says_so(pool):
+def test_second_derivatives_and_transforms_are_refused(pool):
     twice = Failed("RuntimeError", "a loss with classes over ranks has no second derivatives")
     assert pool(differentiate_twice) == [twice] * pool.size
     why = "classes over ranks have no implementation for a transform of torch.func: use the loss of whole logits"
@@ -964,18 +973,18 @@ def test_what_is_not_there_says_so(pool):
         assert answer.message.endswith(why), answer
 
 
-def count(target: Any, n_classes: int, how: dict[str, Any]) -> list[int]:
-    return fused_la.count_classes(target, n_classes, group=dist.group.WORLD, **how).tolist()
+def count(target: Any, n_classes: int, keywords: dict[str, Any]) -> list[int]:
+    return fused_la.count_classes(target, n_classes, group=dist.group.WORLD, **keywords).tolist()
 
 
 def test_counting_classes_fails_on_all_ranks_or_on_none(pool):
-    targets = Each([[0, 2], [1, 1], [0]][: pool.size])
+    targets = PerRank([[0, 2], [1, 1], [0]][: pool.size])
     assert pool(count, targets, 3, {}) == [[1 + (pool.size == 3), 2, 1]] * pool.size
     message = "target must have entries in [0, 3) or equal to ignore_index = -100, got 3 at flat index 1"
-    answers = pool(count, Each([[0], [0, 3], [0]][: pool.size]), 3, {})
+    answers = pool(count, PerRank([[0], [0, 3], [0]][: pool.size]), 3, {})
     assert answers[1] == Failed("IndexError", message)
     assert set(answers) == {answers[1], Failed("IndexError", f"rank 1 raised an error in count_classes: {message}")}
-    answers = pool(count, [0], Each([3, 4, 3][: pool.size]), {})
+    answers = pool(count, [0], PerRank([3, 4, 3][: pool.size]), {})
     others = others_of(pool.size)
     assert set(answers) == {
         Failed("ValueError", f"n_classes must be the same on every rank, got 3 on {others}, 4 on rank 1")
@@ -984,18 +993,18 @@ def test_counting_classes_fails_on_all_ranks_or_on_none(pool):
 
 # A rank that dies -----------------------------------------------------------------------------------------------------
 
-SHORT = 3.0  # seconds, the timeout of the groups that lose a rank
+SHORT_TIMEOUT = 3.0  # seconds, the timeout of the groups that lose a rank
 
 
-def lose(case: Case, widths: list[int], lost: int, how: str) -> Any:
-    """What a call says without the rank that is lost, and after how long."""
-    group = dist.new_group(timeout=timedelta(seconds=SHORT))
+def call_without_a_rank(case: Case, widths: list[int], lost: int, how: str) -> Any:
+    """The error of a call that one rank does not join, and the seconds until it is raised."""
+    group = dist.new_group(timeout=timedelta(seconds=SHORT_TIMEOUT))
     dist.barrier()
     if dist.get_rank() == lost:
         if how == "dies":
             os.kill(os.getpid(), signal.SIGKILL)
         return None
-    first, last = classes_of(widths)
+    first, last = class_range(widths)
     start = time.monotonic()
     try:
         class_parallel.class_parallel_logit_adjusted_cross_entropy(
@@ -1007,96 +1016,99 @@ def lose(case: Case, widths: list[int], lost: int, how: str) -> Any:
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_killed_ends_the_others_with_an_error(tmp_path):
-    """At once: gloo sees that the connection is closed. Never later than the timeout of the group."""
+def test_a_killed_rank_raises_an_error_on_the_others(tmp_path):
+    """At once, because gloo notices the closed connection, and never later than the timeout of the group."""
     pool = Pool(3, str(tmp_path / "store"))
     try:
-        pool.send(lose, cases()["one label"], WIDTHS[3], 2, "dies")
+        pool.send(call_without_a_rank, cases()["one label"], WIDTHS[3], 2, "dies")
         for rank in range(2):
             kind, seconds = pool.receive(rank)
             assert kind != "no error"
-            assert seconds < SHORT + 2.0
+            assert seconds < SHORT_TIMEOUT + 2.0
     finally:
         pool.close()
 
 
-def test_a_rank_that_does_not_come_ends_the_others_after_the_timeout(pools):
-    answers = pools(2)(lose, cases()["one label"], WIDTHS[2], 1, "stays away")
+def test_a_rank_that_makes_no_call_raises_an_error_on_the_others_after_the_timeout(pools):
+    answers = pools(2)(call_without_a_rank, cases()["one label"], WIDTHS[2], 1, "stays away")
     kind, seconds = answers[0]
     assert kind != "no error"
-    assert SHORT / 2 < seconds < SHORT + 5.0
+    assert SHORT_TIMEOUT / 2 < seconds < SHORT_TIMEOUT + 5.0
 
 
 # DTensor --------------------------------------------------------------------------------------------------------------
 
 
-class AsDTensor(NamedTuple):
-    """A case with its logits as a DTensor on a mesh of this shape, its classes sharded over `mesh_dim`."""
+class DTensorCase(NamedTuple):
+    """A case whose logits are a DTensor on a mesh of this shape, with the classes sharded over `mesh_dim`."""
 
     case: Case
     mesh: tuple[int, ...]
     mesh_dim: int
-    whole: bool = False  # what is per class comes as whole tensors
+    whole: bool = False  # vectors over the classes are plain tensors
 
 
-def on_mesh(how: AsDTensor, value: Any, dim: int = 0) -> Any:
-    mesh = init_device_mesh("cpu", how.mesh)
-    placements = [Shard(dim) if i == how.mesh_dim else Replicate() for i in range(len(how.mesh))]
+def on_mesh(sharded: DTensorCase, value: Any, dim: int = 0) -> Any:
+    mesh = init_device_mesh("cpu", sharded.mesh)
+    placements = [Shard(dim) if i == sharded.mesh_dim else Replicate() for i in range(len(sharded.mesh))]
     return distribute_tensor(value, mesh, placements) if isinstance(value, Tensor) else value
 
 
-def options_on_mesh(how: AsDTensor, keywords: dict[str, Any]) -> dict[str, Any]:
+def options_on_mesh(sharded: DTensorCase, keywords: dict[str, Any]) -> dict[str, Any]:
     return {
-        name: on_mesh(how, value) if name in OF_CLASSES and not how.whole else value for name, value in keywords.items()
+        name: on_mesh(sharded, value) if name in PER_CLASS_OPTIONS and not sharded.whole else value
+        for name, value in keywords.items()
     }
 
 
-def whole_gradients(how: AsDTensor, loss: Any, leaves: dict[str, Any]) -> dict[str, Any]:
-    loss.backward(torch.ones_like(loss) * how.case.grad_loss)
+def whole_gradients(sharded: DTensorCase, loss: Any, leaves: dict[str, Any]) -> dict[str, Any]:
+    loss.backward(torch.ones_like(loss) * sharded.case.grad_loss)
     assert all(placement.is_replicate() for placement in loss.placements)
     answer = {"loss": loss.to_local().detach()}
     for name, leaf in leaves.items():
         if isinstance(leaf, DTensor):
-            placed = zip(leaf.placements, how.mesh, strict=True)
+            placed = zip(leaf.placements, sharded.mesh, strict=True)
             uneven = any(placement.is_shard() and leaf.shape[placement.dim] % n > 0 for placement, n in placed)
-            gathers = torch.__version__.startswith("2.11.")  # every gradient of uneven shards
+            gathers = torch.__version__.startswith("2.11.")  # it gathers every gradient of uneven shards
             assert leaf.grad.placements == leaf.placements or (uneven and gathers), name
         answer[name] = leaf.grad.full_tensor() if isinstance(leaf, DTensor) else leaf.grad
     return answer
 
 
-def run_dtensor(how: AsDTensor) -> dict[str, Any]:
-    case, is_margin = how.case, isinstance(how.case.prior, PairwiseMargin)
-    logits = on_mesh(how, case.logits, 1).requires_grad_()
-    target = on_mesh(how, case.target, 1) if case.target.is_floating_point() and not how.whole else case.target
+def run_dtensor(sharded: DTensorCase) -> dict[str, Any]:
+    case, is_margin = sharded.case, isinstance(sharded.case.prior, PairwiseMargin)
+    logits = on_mesh(sharded, case.logits, 1).requires_grad_()
+    target = on_mesh(sharded, case.target, 1) if case.target.is_floating_point() and not sharded.whole else case.target
     leaves = {"logits": logits}
     if is_margin:
         prior, loss_of = case.prior, fused_la.margin_cross_entropy
     else:
-        prior = case.prior if how.whole else on_mesh(how, case.prior).requires_grad_()
+        prior = case.prior if sharded.whole else on_mesh(sharded, case.prior).requires_grad_()
         loss_of = fused_la.logit_adjusted_cross_entropy
-        leaves |= {} if how.whole else {"log_prior": prior}
-    loss = loss_of(logits, target, prior, **options_on_mesh(how, case.keywords))
-    return whole_gradients(how, loss, leaves)
+        leaves |= {} if sharded.whole else {"log_prior": prior}
+    loss = loss_of(logits, target, prior, **options_on_mesh(sharded, case.keywords))
+    return whole_gradients(sharded, loss, leaves)
 
 
-def run_head_dtensor(how: AsDTensor, head: Head) -> dict[str, Any]:
-    case = how.case
+def run_head_dtensor(sharded: DTensorCase, head: Head) -> dict[str, Any]:
+    case = sharded.case
     features = head.features.clone().requires_grad_()
-    if not how.whole:
-        features = distribute_tensor(head.features, init_device_mesh("cpu", how.mesh), [Replicate()] * len(how.mesh))
+    if not sharded.whole:
+        features = distribute_tensor(
+            head.features, init_device_mesh("cpu", sharded.mesh), [Replicate()] * len(sharded.mesh)
+        )
         features.requires_grad_()
-    weight = on_mesh(how, head.weight).requires_grad_()
-    bias = on_mesh(how, head.bias).requires_grad_()
-    keywords = options_on_mesh(how, head_keywords(case.keywords))
+    weight = on_mesh(sharded, head.weight).requires_grad_()
+    bias = on_mesh(sharded, head.bias).requires_grad_()
+    keywords = options_on_mesh(sharded, head_keywords(case.keywords))
     leaves = {"features": features, "weight": weight, "bias": bias}
     if isinstance(case.prior, PairwiseMargin):
         loss = fused_la.linear_margin_cross_entropy(features, weight, case.target, case.prior, bias=bias, **keywords)
     else:
-        prior = case.prior if how.whole else on_mesh(how, case.prior).requires_grad_()
-        leaves |= {} if how.whole else {"log_prior": prior}
+        prior = case.prior if sharded.whole else on_mesh(sharded, case.prior).requires_grad_()
+        leaves |= {} if sharded.whole else {"log_prior": prior}
         loss = fused_la.linear_logit_adjusted_cross_entropy(features, weight, case.target, prior, bias=bias, **keywords)
-    return whole_gradients(how, loss, leaves)
+    return whole_gradients(sharded, loss, leaves)
 
 
 DTENSOR_CASES = (
@@ -1108,38 +1120,38 @@ DTENSOR_CASES = (
 def assert_of_dtensors(answers: list[dict[str, Any]], single: dict[str, Any], exact: dict[str, Any]) -> None:
     for answer in answers:
         assert not isinstance(answer, Failed), answer
-        assert_as_good(answer, {k: single[k] for k in answer}, {k: exact[k] for k in answer})
+        assert_as_accurate(answer, {k: single[k] for k in answer}, {k: exact[k] for k in answer})
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["sharded vectors", "whole vectors"])
 @pytest.mark.parametrize("name", DTENSOR_CASES)
-def test_dtensor_logits_are_those_of_one_process(pools, name, whole):
-    """On the second of two mesh dimensions with 2 ranks, on the only one with 3; 10 classes on 3 ranks are uneven."""
+def test_dtensor_logits_are_as_accurate_as_in_one_process(pools, name, whole):
+    """2 ranks shard over the second of two mesh dimensions, 3 ranks over the only one."""
     for size, mesh, mesh_dim in ((2, (1, 2), 1), (3, (3,), 0)):
         case = cases()[name]
         case = case._replace(grad_loss=2.0)
-        answers = pools(size)(run_dtensor, AsDTensor(case, mesh, mesh_dim, whole))
+        answers = pools(size)(run_dtensor, DTensorCase(case, mesh, mesh_dim, whole))
         assert_of_dtensors(answers, one_process(case), exact_of(case))
 
 
 def test_dtensors_of_fewer_classes_than_ranks_and_of_a_margin(pools):
     case = Case(random(N, 2), labels(high=2), PRIOR[:2], {"label_smoothing": 0.1})
-    assert_of_dtensors(pools(3)(run_dtensor, AsDTensor(case, (3,), 0)), one_process(case), exact_of(case))
+    assert_of_dtensors(pools(3)(run_dtensor, DTensorCase(case, (3,), 0)), one_process(case), exact_of(case))
     case = Case(random(N, 10), labels(high=10), margins.adaptive(PRIOR[:10]))
     exact = one_process(case, torch.float64, "reference")
-    assert_of_dtensors(pools(3)(run_dtensor, AsDTensor(case, (3,), 0)), one_process(case), exact)
+    assert_of_dtensors(pools(3)(run_dtensor, DTensorCase(case, (3,), 0)), one_process(case), exact)
 
 
 @pytest.mark.parametrize("name", ["one label", "none", "several labels, weight, smoothing"])
-def test_heads_with_a_dtensor_as_weight_are_those_of_one_process(pools, name):
+def test_heads_with_a_dtensor_as_weight_are_as_accurate_as_in_one_process(pools, name):
     case = cases()[name]._replace(grad_loss=2.0)
     head = head_of(case)
     for size, mesh, mesh_dim, whole in ((2, (2, 1), 0, False), (3, (1, 3), 1, True)):
-        answers = pools(size)(run_head_dtensor, AsDTensor(case, mesh, mesh_dim, whole), head)
-        assert_of_dtensors(answers, head_in_one(head), exact_of_head(head))
+        answers = pools(size)(run_head_dtensor, DTensorCase(case, mesh, mesh_dim, whole), head)
+        assert_of_dtensors(answers, head_in_one_process(head), exact_of_head(head))
     head = head_of(Case(random(N, C), labels(), margins.adaptive(PRIOR)))
-    answers = pools(2)(run_head_dtensor, AsDTensor(head.case, (2,), 0), head)
-    assert_of_dtensors(answers, head_in_one(head), head_in_one(head, "reference", torch.float64))
+    answers = pools(2)(run_head_dtensor, DTensorCase(head.case, (2,), 0), head)
+    assert_of_dtensors(answers, head_in_one_process(head), head_in_one_process(head, "reference", torch.float64))
 
 
 def call_with_dtensors(kind: str) -> Any:
@@ -1159,7 +1171,7 @@ def call_with_dtensors(kind: str) -> Any:
     fused_la.logit_adjusted_cross_entropy(logits, labels(high=6)[: len(logits)], prior)
 
 
-NOT_ONE = (
+WRONG_PLACEMENTS = (
     "logits must be a DTensor with Shard(1), its classes, on one mesh dimension and Replicate() on all others, got "
 )
 
@@ -1167,9 +1179,9 @@ NOT_ONE = (
 @pytest.mark.parametrize(
     ("kind", "messages"),
     [
-        ("two dimensions", [NOT_ONE + "(Shard(dim=1), Shard(dim=1))"] * 2),
-        ("partial", [NOT_ONE + "(Partial(sum), Replicate())"] * 2),
-        ("rows", [NOT_ONE + "(Shard(dim=0), Replicate())"] * 2),
+        ("two dimensions", [WRONG_PLACEMENTS + "(Shard(dim=1), Shard(dim=1))"] * 2),
+        ("partial", [WRONG_PLACEMENTS + "(Partial(sum), Replicate())"] * 2),
+        ("rows", [WRONG_PLACEMENTS + "(Shard(dim=0), Replicate())"] * 2),
         ("learned", ["log_prior must be a DTensor that is sharded as logits is to get a gradient, got a "
                      "whole tensor"] * 2),
         ("sharded otherwise", ["log_prior must be sharded as the classes of logits are, (Shard(dim=0), Replicate()) on "
@@ -1185,7 +1197,7 @@ def test_other_dtensors_are_refused_on_every_rank(pools, kind, messages):
 # The rest of a model --------------------------------------------------------------------------------------------------
 
 
-def trunk() -> torch.nn.Module:
+def make_trunk() -> torch.nn.Module:
     torch.manual_seed(11)
     return torch.nn.Sequential(torch.nn.Linear(3, 6), torch.nn.Tanh(), torch.nn.Linear(6, D))
 
@@ -1195,11 +1207,11 @@ STEPS = 3
 
 
 def train(wrap: str | None, counts: list[int], widths: list[int]) -> dict[str, Tensor]:
-    """A few steps of a trunk, whose gradients a wrapper averages over ranks, and a head whose classes they share."""
+    """A few steps of a trunk, whose gradients a wrapper averages over ranks, and a head with its classes over ranks."""
     rank = dist.get_rank()
     own = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
-    first, last = classes_of(widths)
-    model = trunk()
+    first, last = class_range(widths)
+    model = make_trunk()
     weight = torch.nn.Parameter(random(C, D, seed=7)[first:last].clone())
     if wrap == "DDP":
         model = torch.nn.parallel.DistributedDataParallel(model)
@@ -1213,13 +1225,13 @@ def train(wrap: str | None, counts: list[int], widths: list[int]) -> dict[str, T
         )
         loss.backward()
         optimizer.step()
-    of_trunk = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
-    return {"loss": loss.detach(), "trunk": torch.cat([p.detach().flatten() for p in of_trunk]),
+    trunk_parameters = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
+    return {"loss": loss.detach(), "trunk": torch.cat([p.detach().flatten() for p in trunk_parameters]),
             "weight": weight.detach()}  # fmt: skip
 
 
 def train_alone() -> dict[str, Tensor]:
-    model, weight = trunk(), torch.nn.Parameter(random(C, D, seed=7))
+    model, weight = make_trunk(), torch.nn.Parameter(random(C, D, seed=7))
     optimizer = torch.optim.SGD([*model.parameters(), weight], 0.5)
     for _ in range(STEPS):
         optimizer.zero_grad()
@@ -1247,11 +1259,11 @@ HEAD_COUNTS = [400, 90, 10, 5, 3, 0, 2]
 
 
 def sharded_head(cosine: bool, bias: bool) -> Any:
-    """A head of 7 classes, and the same with its classes over the ranks."""
+    """A head of 7 classes, the same head with its classes over the ranks, and the mesh."""
     torch.manual_seed(3)
     head = fused_la.LogitAdjustedLinear(D, HEAD_COUNTS, cosine=cosine, bias=bias, exclude_absent=True)
     with torch.no_grad():
-        head.weight[5] *= 100  # of the class that takes no part
+        head.weight[5] *= 100  # an excluded class
     over_ranks = copy.deepcopy(head)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for name, parameter in list(head.named_parameters()):
@@ -1291,7 +1303,7 @@ def predict_with_few(n_classes: int) -> Any:
     torch.manual_seed(3)
     head = fused_la.LogitAdjustedLinear(D, [1] * n_classes)
     with torch.no_grad():
-        head.bias -= 10.0  # below what a rank without classes might say
+        head.bias -= 10.0  # below 0, which a rank without classes might report
     mesh, features = init_device_mesh("cpu", (dist.get_world_size(),)), random(9, D)
     want = head.predict(features)
     for name, parameter in list(head.named_parameters()):
@@ -1300,14 +1312,14 @@ def predict_with_few(n_classes: int) -> Any:
 
 
 @pytest.mark.parametrize("n_classes", [1, 4])
-def test_a_rank_without_classes_predicts_none(pools, n_classes):
+def test_predictions_are_right_with_ranks_without_classes(pools, n_classes):
     for answer in pools(3)(predict_with_few, n_classes):
         assert not isinstance(answer, Failed), answer
         assert torch.equal(*answer)
 
 
 def predict_ties_and_nan() -> Tensor:
-    """The largest logit on two ranks, NaN on the second of them, and on both."""
+    """Predictions for a largest logit that two ranks share, and for NaN on both."""
     _, over_ranks, mesh = sharded_head(False, False)
     weight = torch.zeros(7, D)
     weight[1, 0] = weight[6, 0] = 1.0  # a tie of two ranks
@@ -1317,7 +1329,7 @@ def predict_ties_and_nan() -> Tensor:
     return over_ranks.predict(features).to_local()
 
 
-def test_ties_over_ranks_go_to_the_lowest_class_and_nan_is_above_all(pools):
+def test_ties_over_ranks_go_to_the_lowest_class_and_nan_is_the_largest(pools):
     for answer in pools(2)(predict_ties_and_nan):
         assert answer.tolist() == [4, 4]  # NaN times 0 is NaN
 
@@ -1328,15 +1340,15 @@ def with_plain_features(call: str) -> Any:
 
 
 @pytest.mark.parametrize("call", ["predict", "logits"])
-def test_a_sharded_head_says_what_features_it_needs(pools, call):
+def test_a_sharded_head_refuses_plain_features(pools, call):
     for answer in pools(2)(with_plain_features, call):
         assert answer.kind == "TypeError"
         assert "features must be a DTensor with Replicate()" in answer.message
         assert 'register_fsdp_forward_method(head, "predict")' in answer.message
 
 
-def deferred(registered: bool) -> Any:
-    """A model on the meta device, sharded, given memory and initialised: then a step, logits and predictions."""
+def train_from_meta_device(registered: bool) -> Any:
+    """Shard a model on the meta device, allocate and initialise it; then a step, logits and predictions."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     with torch.device("meta"):
         model = torch.nn.ModuleDict(
@@ -1370,23 +1382,23 @@ def deferred(registered: bool) -> Any:
 
 def test_a_model_on_the_meta_device_is_sharded_and_initialised_by_fsdp2(pools):
     prior = [(n + 1) / (sum(HEAD_COUNTS) + 7) for n in HEAD_COUNTS]
-    answers = pools(2)(deferred, True)
+    answers = pools(2)(train_from_meta_device, True)
     assert not torch.equal(answers[0][3], answers[1][3])  # ranks have rows of their own
     for loss, by_logits, predicted, logits in answers:
         want = oracle.truth(logits, torch.tensor([0, 1, 2, 6]), torch.tensor(prior, dtype=torch.float64).log()).loss
         assert_close(loss.double(), want, rtol=1e-5, atol=1e-6)
         assert_close(by_logits.double(), want, rtol=1e-5, atol=1e-6)
         assert torch.equal(predicted, logits.argmax(1))
-    for answer in pools(2)(deferred, False):
+    for answer in pools(2)(train_from_meta_device, False):
         assert answer.kind == "TypeError"
         assert 'register_fsdp_forward_method(head, "predict")' in answer.message
 
 
-def compiled(case: Case, widths: list[int]) -> Any:
-    """A step with a call in it, and how many graphs it became; what is around the call is compiled."""
+def compiled_step(case: Case, widths: list[int]) -> Any:
+    """Compile a step around a call: (is its gradient right, number of graphs, is fullgraph refused)."""
     from torch._dynamo.testing import CompileCounter
 
-    first, last = classes_of(widths)
+    first, last = class_range(widths)
     weight = torch.linspace(0.5, 1.5, last - first).requires_grad_()
     logits, prior = case.logits[:, first:last], case.prior[first:last]
 
@@ -1406,10 +1418,10 @@ def compiled(case: Case, widths: list[int]) -> Any:
 
 
 def test_a_compiled_step_breaks_its_graph_at_the_call_and_nowhere_else(pools):
-    assert pools(2)(compiled, cases()["one label"], [5, 7]) == [(True, 2, True)] * 2
+    assert pools(2)(compiled_step, cases()["one label"], [5, 7]) == [(True, 2, True)] * 2
 
 
-def test_importing_the_package_does_not_import_what_only_ranks_need():
+def test_importing_the_package_does_not_import_its_distributed_modules():
     script = (
         "import sys, fused_la; before = set(sys.modules); fused_la.distributed; "
         "print([m for m in before if m.startswith(('fused_la.distributed', 'fused_la._class_parallel.exchange', "

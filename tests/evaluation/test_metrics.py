@@ -2,7 +2,7 @@
 
 Regimes: logits of every shape and dtype, predicted classes; classes absent from the evaluation, groups without
 classes, no examples at all; labels that are ignored; one process and two; checkpoints, copies, collections, plots,
-wrappers; fake tensors. What torchmetrics' own `MetricTester` asks of a metric is asked here.
+wrappers; fake tensors. The tests include what torchmetrics' `MetricTester` checks of a metric.
 """
 
 import copy
@@ -43,7 +43,7 @@ def computed(preds, target, class_counts=COUNTS, **options):
 
 
 def exact_rates(preds, target, class_counts):
-    """By counting, in fractions; NaN for a mean over nothing."""
+    """The rates by counting, as exact fractions; NaN for a mean over nothing."""
 
     def mean(errors):
         return float(sum(errors) / len(errors)) if errors else math.nan
@@ -67,7 +67,7 @@ def exact_rates(preds, target, class_counts):
 
 
 def assert_exact(result, batches, class_counts=COUNTS, ignore_index=-100):
-    """That a result is float32 rates, and int64 numbers, of the examples of these batches."""
+    """A result holds the float32 rates and the int64 numbers of the examples of these batches."""
     pairs = [pair for preds, target in batches for pair in zip(preds.tolist(), target.tolist(), strict=True)]
     preds, target = [p for p, t in pairs if t != ignore_index], [t for _, t in pairs if t != ignore_index]
     for name, value in exact_rates(preds, target, class_counts).items():
@@ -103,7 +103,7 @@ def test_the_balanced_error_is_that_of_scikit_learn_and_torchmetrics(pairs):
 
 
 def test_the_balanced_error_is_that_of_torchmetrics_where_every_class_is_present():
-    """Not left to the draws of the test above."""
+    """A fixed case, since the test above may draw none."""
     target = torch.arange(6).repeat(20)
     preds = torch.randint(6, (120,))
     for each in (MulticlassRecall(6, average="macro"), MulticlassAccuracy(6, average="macro")):
@@ -174,7 +174,7 @@ def test_predictions_at_ignored_labels_may_be_anything():
 
 @pytest.mark.parametrize("kind", ["logits", "classes"])
 def test_uint8_labels_are_not_compared_in_uint8(kind):
-    """Where -100 is 156, and 300 classes are 44."""
+    """In uint8, -100 would be 156 and 300 classes would be 44."""
     target = torch.tensor([156, 200, 44, 156], dtype=torch.uint8)
     preds = torch.tensor([156, 200, 43, 0])
     result = computed(torch.eye(300)[preds] if kind == "logits" else preds, target, [1] * 300)
@@ -222,7 +222,7 @@ def test_a_sweep_and_the_metric_agree():
 
 
 def test_the_interval_is_that_of_resampled_examples():
-    """Against resampling the examples themselves, class by class."""
+    """Compared with resampling the examples themselves, class by class."""
     generator = np.random.default_rng(1)
     sizes, errors = (30, 8, 100), (0.3, 0.5, 0.05)
     wrong = [generator.random(size) < error for size, error in zip(sizes, errors, strict=True)]
@@ -233,7 +233,7 @@ def test_the_interval_is_that_of_resampled_examples():
         result = computed(preds, target, [9, 9, 9], n_bootstrap=4000, confidence=confidence)
         expected = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
         interval = [result["balanced_error_low"].item(), result["balanced_error_high"].item()]
-        assert interval == pytest.approx(expected, abs=0.01)  # of a width of 0.09 and 0.26
+        assert interval == pytest.approx(expected, abs=0.01)  # the widths are 0.09 and 0.26
 
 
 def test_the_interval_covers_the_error_as_often_as_it_says():
@@ -433,7 +433,7 @@ CASTS = {
 @pytest.mark.parametrize("cast", CASTS)
 @pytest.mark.parametrize("is_computed", [False, True])
 def test_no_cast_rounds_counts_or_rates(cast, is_computed):
-    """Half precision holds no 4097; what `compute` and `forward` gave before the cast is not to be cast either."""
+    """Half precision cannot hold 4097; results of `compute` and `forward` before the cast must not be cast either."""
     many = torch.zeros(4097).long(), torch.zeros(4097).long()
     metric = updated(BalancedError(COUNTS, ignore_index=5), many)
     interval = updated(BalancedError(COUNTS, ignore_index=5), many, FIRST).compute()["balanced_error_high"]
@@ -459,7 +459,7 @@ def test_forward_is_update_and_compute_of_the_batch():
     assert_exact(metric.compute(), [FIRST, SECOND])
 
 
-def test_states_are_saved_where_asked_for():
+def test_states_are_saved_only_if_persistent():
     metric = BalancedError(COUNTS)
     assert metric.state_dict() == {}
     metric.persistent(True)
@@ -467,7 +467,7 @@ def test_states_are_saved_where_asked_for():
 
 
 def test_a_checkpoint_serves_several_metrics():
-    """They would count into one tensor, the checkpoint's, if they counted in place."""
+    """If they counted in place, all would count into the checkpoint's tensor."""
     saved = updated(BalancedError(COUNTS), FIRST)
     saved.persistent(True)
     checkpoint = saved.state_dict()
@@ -487,7 +487,7 @@ def test_counting_goes_on_outside_of_inference_mode():
 
 
 def test_results_are_of_the_counts_that_were_loaded_or_merged():
-    """torchmetrics would give what it computed before."""
+    """torchmetrics by itself would give the cached result."""
     other = updated(BalancedError(COUNTS), SECOND)
     other.persistent(True)
     loaded, merged = updated(BalancedError(COUNTS), FIRST), updated(BalancedError(COUNTS), FIRST)
@@ -500,7 +500,7 @@ def test_results_are_of_the_counts_that_were_loaded_or_merged():
     assert_exact(merged.compute(), [FIRST, SECOND, SECOND])
 
 
-# -1 is all ones in binary: a fingerprint of -100 changes nothing there, bit by bit.
+# -1 is all ones in binary, so combining it bitwise with a fingerprint of -100 changes nothing.
 @pytest.mark.parametrize(("own", "others"), [(-100, 2), (2, -100), (-1, -100), (-100, -1), (-(2**63), 2**63 - 1)])
 def test_counts_of_another_ignore_index_are_an_error(own, others):
     other = updated(BalancedError(COUNTS, ignore_index=others), FIRST)
@@ -550,7 +550,7 @@ def test_fake_tensors_give_the_shapes_and_dtypes(device, kind):
 
 # Collections ----------------------------------------------------------------------------------------------------------
 
-# Name, training counts and ignore_index of metrics that a first batch without label 2 leaves with one state.
+# Training counts and ignore_index by name. After a first batch without label 2 these metrics have equal states.
 KINDS = {"all": (COUNTS, -100), "few": ([1] * 6, -100), "without": (COUNTS, 2)}
 
 
@@ -559,7 +559,7 @@ def metrics_of(*names):
 
 
 def assert_each_exact(results, batches, names=KINDS):
-    """That every metric of a collection has its own rates, and the interval that it has alone."""
+    """Every metric of a collection has its own rates, and the same interval as outside of the collection."""
     for name in names:
         class_counts, ignore_index = KINDS[name]
         own = {key.split(f"{name}_", 1)[1]: value for key, value in results.items() if f"{name}_" in key}
@@ -572,7 +572,7 @@ def after_a_copy(collection, copied):
     return updated(copied(updated(collection, FIRST)), SECOND)
 
 
-def added(collection):
+def with_added_metrics(collection):
     start = updated(MetricCollection(metrics_of("all", "few")), FIRST)
     start.add_metrics({"without": updated(metrics_of("without")["without"], FIRST)})
     return updated(start, SECOND)
@@ -584,7 +584,7 @@ def in_a_second_epoch(collection):
     return updated(collection, FIRST, SECOND)
 
 
-def restored(collection):
+def through_state_dict(collection):
     updated(collection, FIRST).persistent(True)
     other = MetricCollection(metrics_of(*KINDS))
     other.persistent(True)
@@ -592,7 +592,7 @@ def restored(collection):
     return updated(other, SECOND)
 
 
-def looked_at(collection):
+def through_items(collection):
     for _, metric in updated(collection, FIRST).items():
         metric.compute()
     return updated(collection, SECOND)
@@ -611,10 +611,10 @@ WAYS = {
     "deepcopy": lambda collection: after_a_copy(collection, copy.deepcopy),
     "pickle": lambda collection: after_a_copy(collection, lambda c: pickle.loads(pickle.dumps(c))),
     "set_dtype": lambda collection: after_a_copy(collection, lambda c: c.set_dtype(torch.float16)),
-    "add_metrics": added,
+    "add_metrics": with_added_metrics,
     "second epoch": in_a_second_epoch,
-    "state_dict": restored,
-    "items": looked_at,
+    "state_dict": through_state_dict,
+    "items": through_items,
 }
 
 
@@ -671,7 +671,7 @@ def test_a_collection_plots_together():
     matplotlib.pyplot.close(figure)
 
 
-# Wrappers, which take a metric of one number, or the metric itself ----------------------------------------------------
+# Wrappers around a metric of one number or around the metric itself ---------------------------------------------------
 
 
 def rate(name="balanced_error", **options):
@@ -679,7 +679,7 @@ def rate(name="balanced_error", **options):
 
 
 def exact_rate(*batches, name="balanced_error"):
-    """In float64."""
+    """The rate of these batches in float64."""
     preds, target = (torch.cat(parts).tolist() for parts in zip(*batches, strict=True))
     return exact_rates(preds, target, COUNTS)[name]
 
@@ -732,7 +732,7 @@ def test_a_bootstrapped_rate_is_spread_around_the_rate():
     target = torch.arange(6).repeat(100)
     preds = torch.where(torch.arange(600) % 4 == 0, (target + 1) % 6, target)
     result = updated(wrappers.BootStrapper(rate(), num_bootstraps=100), (preds, target)).compute()
-    assert result["mean"].item() == pytest.approx(exact_rate((preds, target)), abs=0.01)  # its own spread is 0.002
+    assert result["mean"].item() == pytest.approx(exact_rate((preds, target)), abs=0.01)  # the mean varies by 0.002
     assert result["std"].item() == pytest.approx((0.25 * 0.75 / 600) ** 0.5, rel=0.5)
 
 
@@ -865,7 +865,7 @@ def test_wrong_batches_are_named(preds, target, error, message):
 
 @pytest.mark.parametrize("build", ["to meta", "default device"])
 def test_a_metric_that_was_built_on_the_meta_device_begins_to_count_once_it_has_memory(build):
-    """As a part of a model, whose `to_empty` finds whatever memory held before."""
+    """As part of a model whose `to_empty` gives it uninitialised memory."""
     if build == "to meta":
         metric = BalancedError([200, 50, 5], ignore_index=7)
         metric.update(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 2]))
@@ -881,8 +881,8 @@ def test_a_metric_that_was_built_on_the_meta_device_begins_to_count_once_it_has_
         metric.reset()
 
 
-def test_metrics_of_a_collection_share_no_counts_by_themselves():
-    """Not even those that count the same: what is done to one of them alone then stays its own."""
+def test_metrics_of_a_collection_share_no_counts_by_default():
+    """Even metrics that count the same are separate, so changing one of them does not change the others."""
     collection = MetricCollection({name: BalancedError([200, 50, 5]) for name in ("one", "two")})
     collection.update(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 2]))
     assert len(collection.compute_groups) == 2

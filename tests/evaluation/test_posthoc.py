@@ -1,8 +1,8 @@
 """Post hoc corrections against their formulas in float64, and sweeps over tau against one argmax for each tau.
 
 Regimes: every shape and dtype of logits; classes that were never seen or do not occur; a posterior that is known
-exactly; rows of ties, NaN and infinities; one tau and more than a program of the kernel takes; classes around the
-width of its tile. The kernel runs in Triton's interpreter where there is no GPU.
+exactly; rows of ties, NaN and infinities; one tau and more taus than one program of the kernel takes; numbers of
+classes around the width of its tile. Without a GPU the kernel runs in Triton's interpreter.
 """
 
 import copy
@@ -42,7 +42,7 @@ def along_classes(vector, logits):
 
 
 def ulps(result, exact):
-    """The largest error in units of the last place of the float32 (float64) numbers that were added."""
+    """The largest error in units of the last place (at magnitude 8 or more) of the result's dtype."""
     eps = torch.finfo(result.dtype).eps
     return ((result.double() - exact).abs() / (eps * exact.abs().clamp(min=8.0))).max().item() if len(exact) else 0.0
 
@@ -147,7 +147,7 @@ def test_a_class_that_does_not_occur_at_test_time_is_never_predicted():
 
 
 @pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 5, 3)], ids=str)
-def test_corrections_are_differentiable_in_all_they_take(shape):
+def test_corrections_are_differentiable_in_all_tensors(shape):
     logits = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     log_prior = LOG_PRIOR.double().requires_grad_()
     target = torch.randn(5, dtype=torch.float64, requires_grad=True)
@@ -281,7 +281,7 @@ def naive_em(logits, log_prior, n_iterations):
 
 
 def sample(n_rows, prior, train):
-    """Labels of a prior, and the calibrated logits of a model that was trained under another."""
+    """Labels drawn from `prior`, and calibrated logits of a model that was trained under the prior `train`."""
     means = 1.5 * torch.randn(len(prior), 6, dtype=torch.float64)
     target = torch.multinomial(prior, n_rows, replacement=True)
     features = means[target] + torch.randn(n_rows, 6, dtype=torch.float64)
@@ -297,7 +297,7 @@ def test_the_prior_of_unlabelled_examples_is_found():
     estimate = estimate_prior(logits, TRAIN.log())
     assert estimate.dtype == torch.float64
     shares = torch.bincount(target) / 4000
-    assert (estimate.exp() - shares).abs().max() < 0.02  # 2.5 standard errors of a share; from the training prior: 0.7
+    assert (estimate.exp() - shares).abs().max() < 0.02  # 2.5 standard errors of a share; TRAIN is off by 0.7
     torch.testing.assert_close(estimate.exp(), naive_em(logits, TRAIN.log(), 5000), atol=1e-4, rtol=0)
 
 
@@ -313,11 +313,11 @@ def test_no_prior_is_more_likely_by_more_than_the_tolerance():
         maximum - mean_log_likelihood(estimate_prior(logits, TRAIN.log(), tolerance=10.0**-k).exp()) for k in (1, 3, 6)
     ]
     assert all(gap <= 10.0**-k for gap, k in zip(gaps, (1, 3, 6), strict=True))
-    assert gaps[0] > gaps[1] > gaps[2]  # the tolerance is what ends it
+    assert gaps[0] > gaps[1] > gaps[2]  # so the tolerance ends the iteration
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_estimates_come_back_in_float32_computed_in_float64(dtype):
+def test_float32_estimates_are_computed_in_float64(dtype):
     logits = sample(200, TEST, TRAIN)[0].to(dtype)
     estimate = estimate_prior(logits, TRAIN.float().log())
     assert estimate.dtype == torch.float32
@@ -397,14 +397,14 @@ def test_wrong_arguments_of_an_estimate_are_named(arguments, error, message):
 
 @pytest.fixture(params=["blocked", "kernel"])
 def predict(request, device):
-    """(predict, device): the two implementations, each where it runs."""
+    """(predict, device) of the two implementations."""
     if request.param == "kernel":
         return launch_argmax, device
     return argmax.predict, "cpu"
 
 
 def expected_predictions(logits, scale, offset):
-    """One argmax a tau over (N, P, C); in PyTorch the first of equals and the first NaN on a CPU."""
+    """One argmax for each tau over (N, P, C); on a CPU PyTorch returns the first of equals and the first NaN."""
     predictions = []
     for t in range(len(scale if scale is not None else offset)):
         z = logits.to((scale if scale is not None else offset).dtype)
@@ -451,20 +451,20 @@ SPECIAL = st.sampled_from([0.0, -0.0, 1.0, -1.0, INF, -INF, NAN, -NAN, 1e-45, -1
 @settings(deadline=None, max_examples=40)
 @example([-0.0, 0.0], [0.0, 0.0], torch.float32)
 @example([0.0, -0.0], [0.0, 0.0], torch.float64)
-@example([INF, -NAN, NAN], [0.0, 0.0, 0.0], torch.float32)  # the sign of a NaN counts for nothing
+@example([INF, -NAN, NAN], [0.0, 0.0, 0.0], torch.float32)  # the sign of a NaN has no effect
 @given(
     st.lists(SPECIAL, min_size=5, max_size=5),
     st.lists(st.sampled_from([0.0, -INF]), min_size=5, max_size=5),
     st.sampled_from([torch.float32, torch.float64]),
 )
-def test_ties_nan_infinities_and_classes_out_are_argmax(row, out, dtype):
-    """Ties to the lowest class, -0 equal to 0, the first NaN above everything, and a class at -inf out."""
+def test_ties_nan_infinities_and_excluded_classes_are_argmax(row, class_offset, dtype):
+    """Ties go to the lowest class, -0 equals 0, the first NaN beats everything, and a class at -inf never wins."""
     logits = torch.tensor([[row]], dtype=dtype)
-    offset = torch.tensor([[0.0] * len(row), out], dtype=dtype)
+    offset = torch.tensor([[0.0] * len(row), class_offset], dtype=dtype)
     for run in (argmax.predict, launch_argmax) if not torch.cuda.is_available() else (argmax.predict,):
         check_predictions((run, "cpu"), logits, None, offset)
         check_predictions((run, "cpu"), logits, torch.ones_like(offset), offset)
-        check_predictions((run, "cpu"), logits, torch.ones_like(offset), None)  # no sum that would make -0 to 0
+        check_predictions((run, "cpu"), logits, torch.ones_like(offset), None)  # without a sum, which turns -0 into 0
 
 
 def test_ties_across_tiles_go_to_the_lowest_class(predict):
@@ -480,7 +480,7 @@ def test_ties_across_tiles_go_to_the_lowest_class(predict):
 def test_blocks_bound_the_memory_and_change_no_prediction(monkeypatch):
     logits, offset = torch.randn(6, 7, 10).half(), torch.randn(5, 10)
     whole = argmax.predict(logits, None, offset)
-    given = {tensor.untyped_storage().data_ptr() for tensor in (logits, offset)}
+    inputs = {tensor.untyped_storage().data_ptr() for tensor in (logits, offset)}
     largest = 0
 
     class Sizes(TorchDispatchMode):
@@ -488,15 +488,15 @@ def test_blocks_bound_the_memory_and_change_no_prediction(monkeypatch):
             nonlocal largest
             result = function(*args, **(kwargs or {}))
             if isinstance(result, torch.Tensor) and result.is_floating_point():
-                own = result.untyped_storage().data_ptr() not in given
-                largest = max(largest, own * result.numel())
+                is_new = result.untyped_storage().data_ptr() not in inputs
+                largest = max(largest, is_new * result.numel())
             return result
 
     monkeypatch.setattr(argmax, "BLOCK_ELEMENTS", 80)
     with Sizes():
         blocked = argmax.predict(logits, None, offset)
     assert torch.equal(blocked, whole)
-    assert 0 < largest <= 40  # half of a block, with the logits in the other half; 420 elements in all
+    assert 0 < largest <= 40  # half of a block, the logits are the other half; all results have 420 elements
 
 
 COMPILE = """
@@ -528,11 +528,11 @@ compile("*fp64", True, True, True)
 """
 
 
-def test_the_kernel_compiles_for_a_gpu_that_is_not_here(tmp_path):
-    """And rounds product and sum apart, as a CPU does."""
+def test_the_kernel_compiles_without_a_gpu_and_without_fused_multiply_add(tmp_path):
+    """Product and sum are rounded separately, as on a CPU."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
-    script = tmp_path / "compile_argmax.py"  # Triton reads the source of what it compiles from files
+    script = tmp_path / "compile_argmax.py"  # Triton reads the source of a kernel from its file
     script.write_text(COMPILE)
     run = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
@@ -550,7 +550,7 @@ COUNTS = [400, 120, 60, 15, 4]
 
 
 def long_tailed(n_rows=200, shape=(), dtype=torch.float32):
-    """Logits of a head whose norms follow the frequencies, with the head."""
+    """(logits, target, features, weight, bias) of a head whose row norms follow the class frequencies."""
     weight = torch.randn(5, 8) * torch.tensor([2.0, 1.6, 1.2, 0.9, 0.7])[:, None]
     bias = 0.5 * torch.randn(5)
     target = torch.randint(5, (n_rows, *shape))
@@ -598,7 +598,7 @@ def test_a_sweep_of_a_normalized_classifier_leaves_the_bias_undivided(has_bias):
 
 def test_the_rates_of_a_sweep_are_means_over_classes():
     logits, target, *_ = long_tailed()
-    target[target == 1] = 0  # class 1 is absent: the only one of 101 and more but class 0
+    target[target == 1] = 0  # class 1 is absent, so class 0 alone has more than 100 training examples
     log_prior = log_prior_from_counts(COUNTS)
     sweep = TauSweep(log_prior, TAUS, split="val", class_counts=COUNTS)
     sweep.update(logits, target)
@@ -629,7 +629,7 @@ def test_the_smallest_of_equally_good_taus_is_best():
 
 
 def test_equal_means_of_errors_in_another_order_are_a_tie():
-    """Summed as floating numbers, 0.1 + 0.2 + 0.3 + 0.7 and 0.7 + 0.3 + 0.1 + 0.2 differ in the last digit."""
+    """As floating-point sums, 0.1 + 0.2 + 0.3 + 0.7 and 0.7 + 0.3 + 0.1 + 0.2 differ in the last digit."""
     errors = list(itertools.permutations([1, 2, 3, 7]))
     for first in errors:
         sweep = TauSweep(torch.zeros(4), range(1 + len(errors)), split="val")
@@ -639,14 +639,14 @@ def test_equal_means_of_errors_in_another_order_are_a_tie():
 
 
 def test_a_group_without_classes_has_no_error():
-    """NaN, not 0; and without training counts no class is in a group."""
+    """Its error is NaN, not 0; without training counts every group is without classes."""
     sweep = TauSweep(torch.zeros(2), [0.0], split="val", class_counts=[101, 19])
-    counted = TauSweep(torch.zeros(2), [0.0], split="val")
-    for each in (sweep, counted):
+    without_counts = TauSweep(torch.zeros(2), [0.0], split="val")
+    for each in (sweep, without_counts):
         each.update(torch.eye(2), torch.tensor([0, 1]))
     groups = ("many_error", "medium_error", "few_error")
     assert [sweep.compute()[name].isnan().item() for name in groups] == [False, True, False]
-    assert [counted.compute()[name].isnan().item() for name in groups] == [True, True, True]
+    assert [without_counts.compute()[name].isnan().item() for name in groups] == [True, True, True]
 
 
 def test_ignored_labels_are_not_counted():
@@ -665,7 +665,7 @@ def test_ignored_labels_are_not_counted():
 
 
 def test_labels_that_only_a_gpu_holds_are_found_when_counts_are_read(monkeypatch):
-    """Where looking at values would synchronise, they are counted apart."""
+    """If checking labels would synchronise, bad labels are counted separately."""
     monkeypatch.setattr(checks, "label_range", lambda labels: (None, None))
     sweep = TauSweep(torch.zeros(2), [0.0, 1.0], split="val")
     sweep.update(torch.eye(2), torch.tensor([0, -100]))
@@ -678,7 +678,7 @@ def test_labels_that_only_a_gpu_holds_are_found_when_counts_are_read(monkeypatch
             read()
 
 
-def test_the_state_of_a_sweep_is_counts_alone():
+def test_the_tensors_of_a_sweep_do_not_grow_with_examples():
     sweep = TauSweep(log_prior_from_counts(COUNTS), TAUS, split="val")
     before = {name: value.shape for name, value in vars(sweep).items() if isinstance(value, torch.Tensor)}
     logits, target, *_ = long_tailed(1000)
@@ -728,7 +728,7 @@ from fused_la.posthoc import TauSweep
 rank, store = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
 sweep = TauSweep(torch.tensor([0.9, 0.1]).log(), [0.0, 1.0], split="val")
-if rank == 0:  # the other has no examples
+if rank == 0:  # the other rank has no examples
     sweep.update(torch.tensor([[5.0, 1.0], [1.0, 0.0], [1.0, 0.5]]), torch.tensor([0, 1, 1]))
 total = sweep.sync(dist.group.WORLD)
 again = sweep.sync(dist.group.WORLD)

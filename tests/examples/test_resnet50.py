@@ -57,6 +57,14 @@ def _one_thread():
     torch.set_num_threads(n_threads)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _end_workers_soon():
+    """Otherwise a data loader whose data set raised an error waits 5 s for its worker when it is deleted."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
+        yield
+
+
 @pytest.fixture(scope="module")
 def listed(tmp_path_factory) -> Path:
     """Images of three colours in the format of ImageNet-LT. A few steps learn them, but not without errors."""

@@ -4,6 +4,7 @@ Every message names the file and the line, or the option; the tables below pair 
 """
 
 import errno
+import gc
 import io
 import json
 import os
@@ -1113,13 +1114,17 @@ def test_every_image_is_decoded_when_asked(tmp_path):
     )
 
 
-def test_worker_names_an_image_that_it_cannot_read(tmp_path):
+def test_worker_names_an_image_that_it_cannot_read(tmp_path, monkeypatch):
+    # Otherwise the loader waits 5 s for its worker when it is deleted.
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
     write_lists(tmp_path)
     images = load("imagenet-lt", tmp_path).train.images
     (tmp_path / "train/my image 1.jpg").write_bytes(b"no image")
     loader = torch.utils.data.DataLoader(images, batch_size=2, num_workers=1, collate_fn=len)
-    with pytest.raises(DataError, match=r"ImageNet_LT_train.txt:2: image .*my image 1.jpg cannot be read"):
+    with pytest.raises(DataError, match=r"ImageNet_LT_train.txt:2: image .*my image 1.jpg cannot be read") as raised:
         list(loader)
+    del raised
+    gc.collect()  # deletes the iterator, which its own error refers to
 
 
 @pytest.mark.parametrize(("kind", "mode"), [(np.uint16, "I;16"), (np.int32, "I"), (np.float32, "F")])

@@ -1,4 +1,4 @@
-"""The family of losses against the paper's formula with an explicit (C, C) matrix of margins, and Theorem 1.
+"""Margin losses against the paper's formula with an explicit (C, C) matrix of margins, and Theorem 1.
 
 Oracle, in float64: alpha_y * log[1 + sum over c != y of exp(Delta[y, c] + s_c f_c - s_y f_y)], one label at a time.
 """
@@ -60,7 +60,7 @@ def as_vector(value, n_classes, default):
 
 
 def explicit(logits, target, margin):
-    """(N,) losses of (N, C) float64 logits on a CPU."""
+    """(N,) losses by the explicit matrix, of (N, C) float64 logits on a CPU."""
     n_classes = logits.shape[1]
     u = as_vector(margin.negative_offset, n_classes, 0.0)
     v = as_vector(margin.target_offset, n_classes, 0.0)
@@ -73,7 +73,7 @@ def explicit(logits, target, margin):
 
 
 def tolerance(dtype):
-    """Relative to the largest: an ulp of the rounded gradient, and some of float32 arithmetic at |z| up to 100."""
+    """Relative to the largest value: one ulp of the gradient's dtype, a few of float32 arithmetic at |z| up to 100."""
     return {torch.float64: 1e-12, torch.float32: 2e-5}.get(dtype, 2e-5 + torch.finfo(dtype).eps)
 
 
@@ -103,7 +103,7 @@ def test_every_preset_is_the_explicit_matrix(impl, device, preset, dtype):
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("preset", ["adaptive", "equalised", "vector_scaling", "balanced", "added"])
 def test_reductions_weights_and_several_labels_weigh_losses_of_single_labels(impl, device, preset, reduction):
-    """Two of three labels may be equal, some do not count; the weights are in the mean's denominator, alpha is not."""
+    """Labels of a row may be equal or ignored. Weights are in the mean's denominator, alpha is not."""
     n_rows, n_classes = 6, 9
     margin = PRESETS[preset](make_prior(n_classes))
     logits = 3.0 * torch.randn(n_rows, n_classes, dtype=torch.float64)
@@ -144,7 +144,7 @@ def test_probabilities_and_smoothing_weigh_the_loss_of_every_class(impl, device,
     assert_near(x.grad, exact.grad, torch.float64)
 
 
-def test_where_the_offsets_differ_dense_targets_are_the_references(device):
+def test_only_the_reference_takes_dense_targets_if_the_offsets_differ(device):
     margin = margins.adaptive(make_prior(5))
     logits, target = torch.randn(3, 5, device=device).double(), torch.rand(3, 5, device=device).double().softmax(1)
     loss = margin_cross_entropy(logits, target, margin, reduction="none")
@@ -160,7 +160,7 @@ def test_where_the_offsets_differ_dense_targets_are_the_references(device):
 @pytest.mark.parametrize("gap", [12.0, 30.0, 200.0])
 @pytest.mark.parametrize("shift", [-5.0, 5.0])
 def test_a_confident_row_keeps_its_digits_under_a_margin(impl, device, gap, shift):
-    """Loss and target gradient are exp(-gap - shift) and less than a float32 of 1 tells from 0."""
+    """Loss and target gradient are about exp(-gap - shift), too small to show beside 1 in float32."""
     margin = PairwiseMargin(target_offset=torch.tensor([shift, 0.0, 0.0], device=device))
     logits = torch.tensor([[gap, 0.0, -1.0]], device=device, requires_grad=True)
     loss = margin_cross_entropy(logits, torch.tensor([0], device=device), margin, impl=impl)
@@ -173,7 +173,7 @@ def test_a_confident_row_keeps_its_digits_under_a_margin(impl, device, gap, shif
 
 
 @pytest.mark.parametrize("gap", [50.0, 1e4, 1e30])
-def test_a_label_far_below_the_others_costs_the_distance(impl, device, gap):
+def test_the_loss_of_a_label_far_below_the_others_is_the_distance(impl, device, gap):
     margin = PairwiseMargin(target_offset=torch.tensor([-3.0, 0.0], device=device))
     logits = torch.tensor([[-gap, 0.0]], device=device, requires_grad=True)
     loss = margin_cross_entropy(logits, torch.tensor([0], device=device), margin, impl=impl)
@@ -183,7 +183,7 @@ def test_a_label_far_below_the_others_costs_the_distance(impl, device, gap):
 
 
 def test_a_class_that_competes_with_nobody_may_still_be_a_label(impl, device):
-    """negative_offset = -inf takes it out of the others' sums, not out of its own."""
+    """negative_offset = -inf takes the class out of the sums of other labels, not out of its own sum."""
     margin = PairwiseMargin(negative_offset=torch.tensor([0.0, -math.inf, 0.0], device=device).double())
     logits = torch.randn(4, 3, dtype=torch.float64)
     target = torch.tensor([0, 1, 2, 1])
@@ -198,7 +198,7 @@ def test_a_class_that_competes_with_nobody_may_still_be_a_label(impl, device):
 
 @pytest.mark.parametrize("preset", ["balanced", "logit_adjusted, consistent", "fisher_consistent"])
 def test_no_mass_on_a_class_without_examples_costs_nothing(impl, device, preset):
-    """Its alpha is infinite there, and 0 * inf is not what a target that asks nothing of it may cost."""
+    """The alpha of that class is infinite; target mass 0 on it must add 0 to the loss, not 0 * inf."""
     seen = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
     prior = torch.cat([seen, torch.zeros(1, dtype=torch.float64)]).log()
     log_delta = torch.tensor([0.5, 0.0, -1.0, 2.0], dtype=torch.float64)
@@ -209,7 +209,7 @@ def test_no_mass_on_a_class_without_examples_costs_nothing(impl, device, preset)
     mass = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.3, 0.0, 0.7, 0.0]], dtype=torch.float64)
     labels, shares = torch.tensor([[0, 3], [2, 0]]), torch.tensor([[1.0, 0.0], [0.7, 0.3]], dtype=torch.float64)
     toward = {"label_smoothing": 0.25, "smoothing_distribution": prior.exp().to(device)}
-    for target, options, asked in (
+    for target, options, expected_mass in (
         (mass, {}, mass),
         (labels, {"target_weight": shares.to(device)}, mass),
         (mass, toward, 0.75 * mass + 0.25 * prior.exp()),
@@ -218,7 +218,7 @@ def test_no_mass_on_a_class_without_examples_costs_nothing(impl, device, preset)
         x, exact = logits.clone().to(device).requires_grad_(), logits.clone().requires_grad_()
         loss = margin_cross_entropy(x, target.to(device), margin.to(device), reduction="sum", impl=impl, **options)
         every = torch.stack([explicit(exact, torch.full((2,), c), margin) for c in range(3)], 1)
-        want = (asked[:, :3] * every).sum()
+        want = (expected_mass[:, :3] * every).sum()
         assert_close(loss.detach().cpu(), want.detach(), rtol=1e-12, atol=0.0)
         loss.backward()
         want.backward()
@@ -226,16 +226,16 @@ def test_no_mass_on_a_class_without_examples_costs_nothing(impl, device, preset)
 
 
 def test_weights_and_alpha_multiply_in_the_dtype_of_the_arithmetic(impl, device):
-    """A product in bfloat16 would have 8 bits, and for float64 logits one in float32 24."""
+    """A product in bfloat16 would have 8 bits; a product in float32 has 24, too few for float64 logits."""
     weight = torch.linspace(0.3, 1.7, 5, dtype=torch.float64)
     for logits, given in ((torch.randn(4, 5), torch.bfloat16), (torch.randn(4, 5, dtype=torch.float64), torch.float32)):
-        alpha, of_class = weight.flip(0).sqrt().to(device, given), weight.to(device, given)
+        alpha, class_weight = weight.flip(0).sqrt().to(device, given), weight.to(device, given)
         logits, target = logits.to(device), torch.tensor([0, 1, 2, 4], device=device)
         loss = margin_cross_entropy(
-            logits, target, PairwiseMargin(alpha=alpha), weight=of_class, reduction="sum", impl=impl
+            logits, target, PairwiseMargin(alpha=alpha), weight=class_weight, reduction="sum", impl=impl
         )
         rows = torch.nn.functional.cross_entropy(logits.double(), target, reduction="none")
-        exact = (rows * alpha[target].double() * of_class[target].double()).sum()
+        exact = (rows * alpha[target].double() * class_weight[target].double()).sum()
         torch.testing.assert_close(loss.double(), exact, rtol=4 * torch.finfo(loss.dtype).eps, atol=0.0)
 
 
@@ -244,7 +244,7 @@ def test_margins_of_0_are_0_for_a_class_without_examples_too():
     assert torch.equal(margin.target_offset, torch.zeros(3))
 
 
-def test_logit_adjusted_is_the_loss_of_that_name_to_the_bit(impl, device):
+def test_logit_adjusted_margin_has_the_bits_of_logit_adjusted_cross_entropy(impl, device):
     prior = make_prior(11, dtype=torch.float32)
     logits, target = torch.randn(5, 11, device=device), torch.randint(11, (5,), device=device)
     margin = margins.logit_adjusted(prior, 1.0)
@@ -303,8 +303,8 @@ def test_vectors_of_a_margin_may_be_learned(device):
     logits = torch.randn(3, 5, dtype=torch.float64, device=device)
     target = torch.tensor([0, 3, 3], device=device)
 
-    def loss(alpha, negative, of_target, scale):
-        margin = PairwiseMargin(alpha, negative, of_target, scale)
+    def loss(alpha, negative_offset, target_offset, scale):
+        margin = PairwiseMargin(alpha, negative_offset, target_offset, scale)
         return margin_cross_entropy(logits, target, margin, weight=logits[0].exp())
 
     assert gradcheck(loss, fields)
@@ -358,7 +358,7 @@ def test_consistency_is_that_of_the_table(preset):
         (lambda prior: PairwiseMargin(None, *2 * [1.00001 * prior]), r"a factor of up to 1\.0000"),
     ],
 )
-def test_what_is_not_met_is_said(make, unmet):
+def test_a_verdict_names_the_condition_that_is_not_met(make, unmet):
     prior = make_prior(12)
     assert re.search(unmet, str(margins.consistency(make(prior), prior)))
 
@@ -373,18 +373,18 @@ def test_constants_that_change_no_minimum_change_no_verdict():
 
 
 def test_two_classes_have_no_more_conditions_than_differences():
-    """Delta_01 = -Delta_10 is all that equal offsets say there."""
+    """For two classes, equal offsets only mean Delta_01 = -Delta_10."""
     prior = torch.tensor([0.95, 0.05], dtype=torch.float64).log()
     u, v = prior - prior[0], prior - prior[0]
     assert margins.consistency(PairwiseMargin(None, u, v), prior)
-    # u_1 - v_0 and u_0 - v_1 are all that the loss sees.
+    # The loss depends only on u_1 - v_0 and u_0 - v_1.
     shifted = PairwiseMargin(None, u + torch.tensor([1.0, 0.0]), v + torch.tensor([0.0, 1.0]))
     assert margins.consistency(shifted, prior)
     assert not margins.consistency(PairwiseMargin(None, u, v - 1.0), prior)
 
 
 def test_the_minimiser_of_a_covered_loss_is_the_balanced_bayes_rule():
-    """With P(y | x) known at one x, the logits of least expected loss have the balanced posterior's order."""
+    """Given P(y | x) at one x, the logits of least expected loss rank classes as the balanced posterior does."""
     prior = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64)
     likelihood = torch.tensor([0.2, 0.5, 0.45], dtype=torch.float64)  # of x under each class: the balanced posterior
     posterior = (prior * likelihood) / (prior * likelihood).sum()
@@ -463,7 +463,7 @@ def test_bad_input_is_named(make, error, message):
         make()
 
 
-def test_a_margin_prints_moves_and_keeps_equal_offsets_one():
+def test_a_margin_that_moves_or_is_added_keeps_equal_offsets_as_one_tensor():
     margin = margins.logit_adjusted(log_prior_from_counts([5, 3]))
     moved = margin.to(torch.float64)
     assert moved.negative_offset is moved.target_offset

@@ -1,8 +1,8 @@
-"""The modules of a loss among others: moved, cast, copied, saved, loaded, compiled, and called as people's loops do.
+"""Loss modules inside models: moved, cast, copied, saved, loaded, compiled, and called as training loops call them.
 
-What must not happen to what they hold of each class: `model.half()` rounds a log prior of -12 to steps of 1/128, in
-bfloat16 of 1/16; a loader that fills buffers with fresh memory, or a checkpoint with another prior, replaces it. A
-loader's fresh memory holds by chance what was there before, so tests look at what is held, not at one loss alone.
+Their per-class vectors must survive all of that. `model.half()` must not round a log prior of -12 to steps of 1/128
+(1/16 in bfloat16). A loader that fills buffers with fresh memory, or a checkpoint with another prior, must not replace
+it. Fresh memory may hold the old values by chance, so tests compare the vectors, not only one loss.
 """
 
 import copy
@@ -56,7 +56,7 @@ def log_prior_of(counts):
 
 
 def per_class(module: nn.Module) -> dict[str, torch.Tensor]:
-    """What a module of MODULES holds of each class."""
+    """The per-class vectors of a module of MODULES, by name."""
     names = ["class_counts", "log_prior", "weight", "class_weight", "smoothing_distribution"]
     held = {name: getattr(module, name, None) for name in names}
     if isinstance(module, LogitAdjustedLinear):
@@ -67,7 +67,7 @@ def per_class(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def assert_intact(module: nn.Module) -> None:
-    """The numbers that went in, in all their digits."""
+    """The per-class vectors hold exactly the numbers that the module was made from."""
     held = per_class(module)
     assert len(held) >= 3
     right = {
@@ -114,7 +114,7 @@ def test_a_copy_computes_the_same_bits_and_shares_nothing(module, copied):
     assert_intact(duplicate)
 
 
-def test_nothing_of_it_is_saved_or_trained(module):
+def test_per_class_vectors_are_neither_saved_nor_trained(module):
     names = {"weight", "bias"} if isinstance(module, LogitAdjustedLinear) else set()
     assert set(module.state_dict()) == {name for name, _ in module.named_parameters()} == names
     assert list(module.buffers()) == []
@@ -135,13 +135,13 @@ def test_checkpoints_load_strictly_into_models_with_cross_entropy_and_with_more_
 
 
 def old_state(prefix: str, counts, **more) -> dict[str, torch.Tensor]:
-    """What was saved when the module had buffers."""
+    """A state dict as modules saved it when they had buffers."""
     return {f"{prefix}log_prior": log_prior_of(counts).float(), **{prefix + name: v for name, v in more.items()}}
 
 
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("prefix", ["", "criterion."])
-def test_an_old_checkpoint_loads_and_says_what_of_it_is_not_used(caplog, strict, prefix):
+def test_an_old_checkpoint_loads_and_warns_of_entries_that_are_not_used(caplog, strict, prefix):
     criterion = MODULES["loss"]()
     model = nn.ModuleDict({"criterion": criterion}) if prefix else criterion
     same = old_state(prefix, COUNTS, weight=torch.tensor(WEIGHT), smoothing_distribution=torch.tensor(DISTRIBUTION))
@@ -152,7 +152,7 @@ def test_an_old_checkpoint_loads_and_says_what_of_it_is_not_used(caplog, strict,
     assert [message.split()[0] for message in caplog.messages] == [f"{prefix}log_prior", f"{prefix}weight"]
     assert "is not used" in caplog.text
     caplog.clear()
-    model.load_state_dict(old_state(prefix, [3, 2, 1]), strict=strict)  # of another number of classes
+    model.load_state_dict(old_state(prefix, [3, 2, 1]), strict=strict)  # another number of classes
     assert len(caplog.messages) == 1
     assert_intact(criterion)
 
@@ -169,7 +169,7 @@ def test_an_old_checkpoint_of_a_head_loads(caplog):
         head.load_state_dict({"bias": head.bias})
 
 
-# Without memory of its own --------------------------------------------------------------------------------------------
+# Meta device and other loaders ----------------------------------------------------------------------------------------
 
 
 class _Config(PretrainedConfig):
@@ -198,7 +198,7 @@ class _Model(PreTrainedModel):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_that_transformers_loads_has_its_prior(tmp_path, dtype):
-    """It builds on the meta device, and gives buffers that no checkpoint has fresh memory."""
+    """transformers builds on the meta device, and gives fresh memory to buffers that the checkpoint lacks."""
     model = _Model(_Config())
     model.save_pretrained(tmp_path)
     loaded = _Model.from_pretrained(tmp_path, dtype=dtype)
@@ -207,7 +207,7 @@ def test_a_model_that_transformers_loads_has_its_prior(tmp_path, dtype):
         assert_intact(held)
     if dtype == torch.float32:
         assert torch.equal(loss_of(loaded.to(DEVICE)), loss_of(model.to(DEVICE)))
-    # With counts of the data that it is tuned on.
+    # Counts of the data that the model is tuned on.
     tuned = _Model.from_pretrained(tmp_path, counts=NEW_COUNTS)
     assert tuned.criterion.class_counts.tolist() == tuned.head.class_counts.tolist() == NEW_COUNTS
 
@@ -230,7 +230,7 @@ class _WithHead(_Base):
 
 @pytest.mark.parametrize("saved", [_Base, _WithHead])
 def test_a_head_that_no_checkpoint_has_is_initialised_as_linear_layers_are(tmp_path, saved):
-    """Of a model without one, or with one of other classes. transformers initialises by the kind of a layer."""
+    """The checkpoint has no head or one of other classes. transformers initialises by the type of a layer."""
     saved(_Config()).save_pretrained(tmp_path)
     model = _WithHead.from_pretrained(tmp_path, counts=[3, 2, 1, 1, 1, 1, 1], ignore_mismatched_sizes=True)
     assert model.head.weight.shape == (7, 5)
@@ -239,7 +239,7 @@ def test_a_head_that_no_checkpoint_has_is_initialised_as_linear_layers_are(tmp_p
 
 
 def test_a_whole_module_that_was_pickled_with_buffers_works():
-    """With the prior that it was saved with; the counts were not kept, but for a factor."""
+    """It keeps the prior that it was saved with; the counts are known only up to a factor."""
     for name in ("loss", "head"):
         module = MODULES[name]().to(DEVICE)
         old = copy.deepcopy(module)
@@ -317,9 +317,9 @@ CASTS = {
 @pytest.mark.parametrize("cast", CASTS)
 @pytest.mark.parametrize("parents", [0, 2])
 def test_no_cast_rounds_what_a_module_holds(module, cast, parents):
-    """Cast by itself, or with the model that it is a part of."""
+    """The module is cast by itself or with the model that holds it."""
     if cast == "shared" and DEVICE != "cpu":
-        pytest.skip("of the CPU's memory")
+        pytest.skip("only CPU memory can be shared")
     whole = module
     for _ in range(parents):
         whole = nn.Sequential(nn.Linear(3, 3), whole)
@@ -339,13 +339,13 @@ def test_a_half_precision_model_has_the_loss_of_an_exact_prior(impl, dtype):
     loss = criterion(logits, target)
     assert loss.dtype == torch.float32
     want = truth(logits, target, log_prior_of(COUNTS).to(DEVICE), 1.3).loss
-    # float32 has steps of 2**-20 below 16: of the log prior, times tau, plus the logit, and of the loss.
+    # float32 has steps of 2**-20 below 16; four values are rounded: the log prior, times tau, plus the logit, the loss.
     assert abs(loss.double().item() - want.item()) <= 4 * 2**-20
 
 
 @pytest.mark.parametrize("make", MODULES.values(), ids=MODULES)
-def test_it_goes_where_the_logits_are(make):
-    """The meta device stands for one that nobody has moved the module to."""
+def test_per_class_vectors_follow_the_logits_to_their_device(make):
+    """The meta device stands for a device that the module was not moved to."""
     module = make()
     if isinstance(module, LogitAdjustedLinear):
         module.weight, module.bias = (nn.Parameter(p.to("meta")) for p in (module.weight, module.bias))
@@ -357,8 +357,8 @@ def test_it_goes_where_the_logits_are(make):
 @pytest.mark.parametrize(
     "make", [MODULES["loss"], lambda: MarginCrossEntropyLoss(PairwiseMargin(scale=torch.ones(5)), weight=WEIGHT)]
 )
-def test_it_goes_where_the_module_goes(make):
-    """A fake GPU; compiled code finds everything in its place then."""
+def test_per_class_vectors_move_with_the_module(make):
+    """On a fake GPU. Compiled code then needs no copy between devices."""
     with FakeTensorMode():
         module = nn.Sequential(make()).to("cuda")[0]
         assert {value.device.type for name, value in per_class(module).items() if name != "class_counts"} == {"cuda"}
@@ -392,15 +392,15 @@ def test_a_parameter_may_be_assigned_and_stays_the_callers_own():
 @pytest.mark.parametrize("name", ["loss", "margin"])
 def test_a_loss_made_in_inference_mode_trains(name):
     with torch.inference_mode():
-        made = MODULES[name]().to(DEVICE)
-        made.weight = torch.tensor(WEIGHT, device=DEVICE)
+        module = MODULES[name]().to(DEVICE)
+        module.weight = torch.tensor(WEIGHT, device=DEVICE)
     logits = torch.randn(4, 5, device=DEVICE, requires_grad=True)
-    made(logits, torch.tensor([0, 4, -100, 2], device=DEVICE)).backward()
+    module(logits, torch.tensor([0, 4, -100, 2], device=DEVICE)).backward()
     assert logits.grad.isfinite().all()
-    assert not any(value.is_inference() for value in per_class(made).values())
+    assert not any(value.is_inference() for value in per_class(module).values())
 
 
-# Around it ------------------------------------------------------------------------------------------------------------
+# Around the module ----------------------------------------------------------------------------------------------------
 
 
 class Whole(nn.Module):
@@ -413,7 +413,7 @@ class Whole(nn.Module):
 
 
 @pytest.mark.parametrize("use_buffers", [True, False])
-def test_an_averaged_model_has_it(module, use_buffers):
+def test_an_averaged_model_keeps_per_class_vectors(module, use_buffers):
     model = Whole(module).to(DEVICE)
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=use_buffers)
     for _ in range(3):
@@ -422,7 +422,7 @@ def test_an_averaged_model_has_it(module, use_buffers):
     assert torch.allclose(loss_of(averaged), loss_of(model))
 
 
-def test_functional_call_has_it(module):
+def test_functional_call_keeps_per_class_vectors(module):
     model = Whole(module).to(DEVICE)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     halved = {name: tensor / 2 for name, tensor in tensors.items()}
@@ -438,7 +438,7 @@ def inputs_of():
 
 
 def test_replicas_of_data_parallel_do_not_move_what_others_hold(module):
-    """A replica is a shallow copy; the meta device stands for its GPU."""
+    """A replica is a shallow copy; the meta device stands for the replica's GPU."""
     replica = module._replicate_for_data_parallel()
     if isinstance(module, LogitAdjustedLinear):
         replica.weight, replica.bias = module.weight.to("meta"), module.bias.to("meta")
@@ -448,7 +448,7 @@ def test_replicas_of_data_parallel_do_not_move_what_others_hold(module):
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_compiled_it_is_traced_once_whatever_is_assigned(name):
+def test_a_compiled_module_is_traced_once_whatever_is_assigned(name):
     torch._dynamo.reset()
     module = MODULES[name]().to(DEVICE)
     model, counter = Whole(module).to(DEVICE), CompileCounterWithBackend("aot_eager")
@@ -468,14 +468,14 @@ def test_compiled_it_is_traced_once_whatever_is_assigned(name):
         loss.backward()
         torch.testing.assert_close(compiled(*inputs_of()), loss)
         torch.testing.assert_close(compiled_gradient, model.trunk.weight.grad)
-    # One graph that needs a gradient; no copy of what it holds is in it.
+    # One graph with a gradient, and it copies no per-class vector.
     assert counter.frame_count == 1
     targets = [str(node.target) for graph in counter.graphs for node in graph.graph.nodes if node.op != "placeholder"]
     assert not any(word in target for target in targets for word in ("clone", "copy_", "to_copy"))
 
 
-def test_compiled_code_that_finds_a_module_elsewhere_breaks_or_says_so():
-    """The meta device stands for that of the logits."""
+def test_compiling_a_module_on_another_device_breaks_the_graph_or_raises():
+    """The meta device stands for the device of the logits."""
     inputs = torch.zeros(4, 5, device="meta"), torch.zeros(4, dtype=torch.int64, device="meta")
     torch._dynamo.reset()
     with pytest.raises(torch._dynamo.exc.Unsupported, match=r"move the module there first, with \.to\(\)"):
@@ -510,14 +510,14 @@ def test_counts_can_be_read_back_and_assigned(impl):
         criterion.class_counts = counts
         values = list(counts.values()) if isinstance(counts, dict) else [float(n) for n in counts]
         assert criterion.class_counts.tolist() == values
-        assert criterion.log_prior is held  # where compiled code and captured graphs look
+        assert criterion.log_prior is held  # the tensor that compiled code and captured graphs read
         want = truth(logits, target, log_prior_of(values).to(DEVICE), 1.3).loss
         torch.testing.assert_close(criterion(logits, target).double(), want, rtol=1e-6, atol=1e-6)
-    criterion.class_counts[0] = 7  # of a copy
+    criterion.class_counts[0] = 7  # class_counts gives a copy
     assert criterion.class_counts.tolist() == COUNTS
 
 
-def test_counts_of_more_classes_may_be_assigned_unless_something_else_says_how_many():
+def test_counts_of_more_classes_may_be_assigned_unless_another_vector_fixes_their_number():
     criterion = LogitAdjustedCrossEntropyLoss([3, 2, 1], pseudocount=1)
     criterion.class_counts = [3, 0, 1, 4]  # with the pseudocount of the constructor
     torch.testing.assert_close(criterion.log_prior.double(), log_prior_of([4, 1, 2, 5]), rtol=0, atol=1e-7)
@@ -533,7 +533,7 @@ def test_counts_of_more_classes_may_be_assigned_unless_something_else_says_how_m
     assert weighted.log_prior.isfinite().all()
 
 
-def test_a_module_may_have_other_parameters_than_of_classes():
+def test_a_module_may_have_parameters_that_are_not_per_class():
     criterion = LogitAdjustedCrossEntropyLoss([3, 2, 1])
     criterion.temperature = nn.Parameter(torch.ones(()))
     head = torch.nn.utils.parametrizations.weight_norm(LogitAdjustedLinear(2, [3, 2, 1]), dim=None)
@@ -542,7 +542,7 @@ def test_a_module_may_have_other_parameters_than_of_classes():
         assert module.class_counts.tolist() == [1, 1, 2]
 
 
-def test_what_follows_from_counts_is_not_assigned():
+def test_what_follows_from_counts_cannot_be_assigned():
     criterion = LogitAdjustedCrossEntropyLoss(COUNTS)
     for name, value in (("pseudocount", 1.0), ("exclude_absent", True)):
         with pytest.raises(AttributeError):
@@ -561,7 +561,7 @@ def test_weights_and_distributions_may_be_assigned():
     torch.testing.assert_close(criterion(logits, target).cpu().double(), want, rtol=1e-6, atol=1e-6)
     before = criterion.weight
     criterion.weight = torch.ones(5)
-    criterion.weight = before  # what was read may be put back
+    criterion.weight = before  # a value that was read may be assigned again
     torch.testing.assert_close(criterion(logits, target).cpu().double(), want, rtol=1e-6, atol=1e-6)
     criterion.weight = criterion.smoothing_distribution = None
     want = truth(logits.cpu(), target.cpu(), log_prior_of(COUNTS), label_smoothing=0.1).loss
@@ -588,7 +588,7 @@ def margin_loss(logits, target, margin):
     return losses
 
 
-def test_the_module_of_a_margin_is_its_function():
+def test_the_margin_module_gives_the_loss_of_the_formula():
     for margin in (MARGIN, SCALED, PairwiseMargin(scale=2.0), PairwiseMargin()):
         criterion = MarginCrossEntropyLoss(margin, weight=WEIGHT, reduction="none").to(DEVICE)
         logits, target = inputs_of()
@@ -606,8 +606,8 @@ def test_the_module_of_a_margin_is_its_function():
     assert "n_classes=5" in repr(criterion)
 
 
-def test_a_margin_whose_offsets_are_one_tensor_keeps_them_so():
-    """It costs less than two that are equal."""
+def test_a_margin_whose_offsets_are_one_tensor_keeps_one_tensor():
+    """One tensor costs less than two equal ones."""
     criterion = MarginCrossEntropyLoss(SCALED).to(DEVICE)
     assert criterion.margin.offsets_are_equal
     criterion.margin = margins.vector_scaling(log_prior_from_counts(NEW_COUNTS), gamma=0.2, tau=1.0)
@@ -635,18 +635,18 @@ def test_input_is_another_name_of_the_first_argument(module):
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-def test_a_call_may_have_a_reduction_of_its_own(module, reduction):
-    own = loss_of(module, reduction=reduction)
+def test_a_call_may_override_the_reduction(module, reduction):
+    want = loss_of(module, reduction=reduction)
     assert module.reduction == "mean"
     module.reduction = reduction
-    assert torch.equal(loss_of(module), own)
+    assert torch.equal(loss_of(module), want)
     with pytest.raises(ValueError, match="reduction must be 'none', 'mean' or 'sum', got 'batchmean'"):
         loss_of(module, reduction="batchmean")
 
 
 @pytest.mark.parametrize("number", [7, 7.0, torch.tensor(7), torch.tensor(7.0), torch.tensor([7])], ids=repr)
 def test_a_mean_may_be_over_a_given_number_of_items(module, number):
-    """Two halves of a batch, accumulated, are the batch."""
+    """So the losses of two halves of a batch add up to the loss of the batch."""
     torch.testing.assert_close(loss_of(module, num_items_in_batch=number), loss_of(module, reduction="sum") / 7)
 
 
@@ -669,7 +669,7 @@ def test_a_number_of_items_that_means_nothing_is_refused(module, options, error,
         loss_of(module, **options)
 
 
-def test_the_output_of_a_transformers_model_comes_in_the_place_of_its_logits():
+def test_the_output_of_a_transformers_model_may_be_passed_as_logits():
     from transformers.modeling_outputs import ImageClassifierOutput
 
     inputs, target = inputs_of()
@@ -693,7 +693,7 @@ def test_a_class_without_examples_may_take_no_part(impl):
     assert criterion.log_prior.isinf().tolist() == [True, False, True, False]
 
 
-def test_classes_that_take_no_part_are_not_asked_for():
+def test_options_that_would_count_excluded_classes_are_refused():
     for options, message in (
         (
             dict(label_smoothing=0.1),
@@ -748,8 +748,8 @@ def test_impl_of_the_module_is_the_one_that_runs(impl, monkeypatch):
     assert ran == [impl]
 
 
-def test_what_a_default_device_makes_is_there(monkeypatch):
-    """Compiled code is then traced once; the meta device, which has no values, is passed over."""
+def test_a_module_puts_its_vectors_on_the_default_device(monkeypatch):
+    """Compiled code is then traced once. The meta device, which has no values, is left out."""
     moved = []
     monkeypatch.setattr(torch, "get_default_device", functools.partial(torch.device, "cuda"))
     monkeypatch.setattr(

@@ -1,18 +1,18 @@
 """Every public call that reaches a kernel compiles as Triton specialises it, and calls share compiled kernels.
 
-The interpreter, in which the other tests run kernels, specialises nothing. It cannot show that a size of 1 is a
-constant without methods, or that another number of rows compiles a kernel anew. Here `every_call.py` makes the calls
-under `benchmarks.static.compile_only`, Triton with a driver that launches nothing, in processes without
+The other tests run kernels in the interpreter, which specialises nothing. It cannot show that a size of 1 is a
+constant without methods, or that another number of rows compiles a kernel again. Here `every_call.py` makes the calls
+under `benchmarks.static.compile_only`, which is Triton with a driver that launches nothing, in processes without
 TRITON_INTERPRET.
 
-The calls are those of every entry point over its axes: rows, classes, labels and features from 1 on, in and out of
-multiples of 16; dtypes; layouts; reductions; options; with and without gradient. Each value occurs in some call, and in
-the slow tests any two meet in one. These go through Triton's front end for sm_90. The slow tests also send calls in
+The calls combine values of every entry point's axes: rows, classes, labels and features from 1 on, multiples of 16 and
+others; dtypes; layouts; reductions; options; with and without gradient. Each value occurs in some call, and in the slow
+tests each pair of values does. These calls go through Triton's front end for sm_90. The slow tests also send calls in
 which each value occurs through the whole compiler.
 
-Left out: three values that meet, of losses and of heads (`-m large` has them); AMD GPUs, for which this driver has no
-target (`python -m benchmarks.disassemble --all` compiles every variant for one); graphs of torch.compile, which launch
-what a call without them does; more than one rank; and strides beyond 2**31, which are 64-bit arguments.
+Left out: triples of values of losses and heads (`-m large` has them); AMD GPUs, for which this driver has no target
+(`python -m benchmarks.disassemble --all` compiles every variant for one); graphs of torch.compile, which launch the
+same kernels; more than one rank; and strides beyond 2**31, which are 64-bit arguments.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import slow
+from conftest import large, slow
 
 pytest.importorskip("triton")
 import every_call
 
 ROOT = Path(__file__).parents[2]
-FLEXIBLE = ("losses", "heads")  # entry points with so many values that any three take minutes
+OTHERS = tuple(name for name in every_call.ENTRY_POINTS if name not in ("losses", "heads"))
 N_PARTS = 2  # processes that share the calls of a test
 
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory) -> dict[str, str]:
-    """Of a process whose kernels are not interpreted and with a cache of its own."""
+    """Environment of a process that does not interpret kernels and has a separate Triton cache."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     cache = str(tmp_path_factory.mktemp("triton"))
     return env | {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": cache, "OMP_NUM_THREADS": "1"}
 
 
 def run_parts(environment: dict[str, str], *arguments: str) -> tuple[list[dict], list[dict]]:
-    """(what `every_call.py` found, the summary of each of its processes)."""
+    """(lines that `every_call.py` reports, the summary of each of its processes)."""
 
     def part(i: int) -> list[dict]:
         command = [sys.executable, str(ROOT / "tests" / "every_call.py"), *arguments, "--part", str(i), str(N_PARTS)]
@@ -76,26 +76,20 @@ def test_every_argument_compiles(environment):
     assert_compiles(environment, *every_call.ENTRY_POINTS, strength=1)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("target", [large("sm_80"), slow("sm_90"), large("sm_100")])
 def test_every_argument_passes_the_whole_compiler(environment, target):
     options = ("--whole-compiler", "--target", target)
     assert_compiles(environment, *every_call.ENTRY_POINTS, strength=1, options=options)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FLEXIBLE)
-def test_any_two_arguments_compile_together(environment, name):
-    assert_compiles(environment, name, strength=2)
+@pytest.mark.parametrize("names", [("losses",), ("heads",), OTHERS], ids=" ".join)
+def test_any_two_arguments_compile_together(environment, names):
+    assert_compiles(environment, *names, strength=2)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.large if name in FLEXIBLE else pytest.mark.slow)
-        for name in every_call.ENTRY_POINTS
-    ],
-)
+@pytest.mark.large
+@pytest.mark.parametrize("name", list(every_call.ENTRY_POINTS))
 def test_any_three_arguments_compile_together(environment, name):
     assert_compiles(environment, name, strength=3)
 
@@ -113,8 +107,8 @@ def test_any_two_values_of_any_two_axes_meet_in_some_call():
     assert {(choice["b"], choice["c"]) for choice in choices} == {(b, c) for b in "xyz" for c in (True, False)}
     assert len(choices) < 3 * 3 * 2
     for name in ("rows", "classes", "dtype", "layout", "loss", "target", "option", "reduction", "mode"):
-        of_losses = every_call.combinations(every_call.ENTRY_POINTS["losses"], 1)
-        assert {choice[name] for choice in of_losses} == set(every_call.LOSS[name])
+        loss_choices = every_call.combinations(every_call.ENTRY_POINTS["losses"], 1)
+        assert {choice[name] for choice in loss_choices} == set(every_call.LOSS[name])
 
 
 # Calls that share compiled kernels ------------------------------------------------------------------------------------
@@ -135,7 +129,7 @@ QUICK = (
 
 @pytest.fixture(scope="module")
 def counted(environment):
-    """For each group of calls its variants of each kernel; quick groups are counted apart from slow ones."""
+    """Counts the variants of each kernel that a group of calls launches; quick and slow groups run separately."""
 
     @functools.cache
     def count(quick: bool) -> dict[str, dict]:
@@ -147,7 +141,7 @@ def counted(environment):
 
 @pytest.mark.parametrize("name", [name if name in QUICK else slow(name) for name in SHARED])
 def test_few_variants_of_a_kernel_serve_all_calls(counted, name):
-    """Two for all numbers of rows together; one where anything else changes that changes from batch to batch."""
+    """Two variants for all numbers of rows; one for all values of anything else that changes between batches."""
     found = counted(name)
     most, variants = found["most"], found["variants"]
     assert variants, f"calls over {name} launched nothing: {'; '.join(found['causes'])}"
@@ -157,22 +151,22 @@ def test_few_variants_of_a_kernel_serve_all_calls(counted, name):
     assert not wrong, f"calls over {name} {', and '.join(wrong)}"
 
 
-HOOKED = """
+HOOKS_SCRIPT = """
 import torch
 from triton import knobs
 
 from benchmarks.static.compile_only import CompileOnlyDriver, compile_only
 from fused_la import logit_adjusted_cross_entropy
 
-handed = []
-CompileOnlyDriver.launcher_cls = lambda self, source, metadata: lambda *of_launch: handed.append(of_launch)
+launches = []
+CompileOnlyDriver.launcher_cls = lambda self, source, metadata: lambda *arguments: launches.append(arguments)
 logits, target, log_prior = torch.randn(3, 8), torch.tensor([0, 1, 2]), torch.zeros(8)
 
 def hooks_of_a_launch():
-    handed.clear()
+    launches.clear()
     logit_adjusted_cross_entropy(logits, target, log_prior, reduction="none", impl="triton")
-    (of_launch,) = handed  # grid (3), stream, function, metadata, launch metadata, hooks (2), arguments
-    return of_launch[7:9]
+    (arguments,) = launches  # grid (3), stream, function, metadata, launch metadata, hooks (2), arguments
+    return arguments[7:9]
 
 def listen(metadata):
     pass
@@ -194,10 +188,10 @@ with compile_only("sm_90"):
 """
 
 
-def test_a_profiler_that_hangs_hooks_on_launches_is_called(environment):
-    """The driver here calls no hook; it is handed them, as a GPU's is."""
+def test_launch_hooks_of_a_profiler_reach_the_driver(environment):
+    """The driver here gets the hooks, as a GPU's driver does, and calls none."""
     done = subprocess.run(
-        [sys.executable, "-c", HOOKED],
+        [sys.executable, "-c", HOOKS_SCRIPT],
         cwd=ROOT,
         env=environment,
         capture_output=True,

@@ -1,4 +1,4 @@
-"""What only a GPU can show: graphs, streams, synchronisation, and results where programs really run side by side."""
+"""Properties that only a GPU shows: graphs, streams, synchronisation, and results of programs that run in parallel."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from fused_la._tiled import head as tiled_head
 
 pytestmark = pytest.mark.gpu
 
-# (n_rows, n_classes): one tile; unaligned; several chunks, whose programs share a row; two rows a program.
+# (n_rows, n_classes): one tile; unaligned; several chunks and several programs a row; two rows a program.
 SHAPES = [(256, 1000), (256, 8142), (3, 200_003), (700, 8142)]
 
 
@@ -39,7 +39,7 @@ def test_losses_and_gradients_are_those_of_float64(device, shape, dtype):
     logits, target, log_prior = make(*shape, dtype, device)
     loss, gradient = outcome(logits, target, log_prior)
     expected = truth(logits, target, log_prior)
-    plain = F.cross_entropy(logits.double() + log_prior, target)  # as a check of the check
+    plain = F.cross_entropy(logits.double() + log_prior, target)  # checks the oracle
     torch.testing.assert_close(expected.loss, plain.cpu(), rtol=1e-12, atol=0.0)
     torch.testing.assert_close(loss.double().cpu(), expected.loss, rtol=1e-5, atol=0.0)
     eps = max(torch.finfo(dtype).eps, 1e-5)
@@ -91,8 +91,8 @@ def test_a_captured_graph_replays_on_new_inputs(device, shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_same_inputs_give_the_same_bits_however_programs_fall_in_time(device, shape):
-    """Programs join what others stored, and the last one to come sums: by design in one order."""
+def test_the_same_inputs_give_the_same_bits_in_any_order_of_programs(device, shape):
+    """Programs merge what others stored, and the last one sums, always in the same order."""
     logits, target, log_prior = make(*shape, torch.bfloat16, device)
     first, first_gradient = outcome(logits, target, log_prior)
     streams = [torch.cuda.Stream() for _ in range(4)]
@@ -108,7 +108,7 @@ def test_the_same_inputs_give_the_same_bits_however_programs_fall_in_time(device
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("n_classes", [300, 1001, 8142, 50_257, 200_003])
 def test_row_bits_do_not_depend_on_the_batch(device, n_classes, dtype):
-    """A row alone is split over programs; in a batch it may share one with another row, or have one."""
+    """A single row is split over programs; in a batch a row has one program or shares one with another row."""
     logits, target, log_prior = make(600, n_classes, dtype, device)
     loss, gradient = outcome(logits, target, log_prior, "none")
     for row in (0, 1, 5, 299, 599):
@@ -141,8 +141,8 @@ def test_launches_are_two_forward_and_one_backward(device, shape):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("shape", [(256, 64, 100_001), (5000, 32, 8142)], ids=str)
-def test_a_head_in_tiles_is_that_of_float64_and_waits_for_nothing(device, shape, dtype):
-    """More than one tile of classes, and of rows; no worse than whole logits in the same dtype."""
+def test_a_tiled_head_is_accurate_and_does_not_synchronise(device, shape, dtype):
+    """Several tiles of classes or of rows; errors at most twice those of whole logits in the same dtype."""
     n_rows, n_features, n_classes = shape
     tiles = tiled_head.choose_tile_shape(n_rows, n_classes, device)
     assert tiles.classes < n_classes or tiles.rows < n_rows

@@ -1,8 +1,8 @@
-"""What the kernels promise beyond right numbers: bits, launches, and which pass makes the gradient.
+"""Properties of the kernels beyond right numbers: bits, launches, and which pass computes the gradient.
 
-Rows that stream are 1 to 4 tiles wide here (a tile is 512 classes in float32, 1024 in half precision, 256 in float64),
-and a chunk is one tile: what happens to 50,000 classes on a GPU with 132 multiprocessors happens to 2,000 in the
-interpreter. Resident rows are as they are on a GPU.
+Streamed rows are 1 to 4 tiles wide here (a tile is 512 classes in float32, 1024 in half precision, 256 in float64),
+and a chunk is one tile, so 2,000 classes in the interpreter take the paths that 50,000 classes take on a GPU with 132
+multiprocessors. Resident rows are the same as on a GPU.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from fused_la import PairwiseMargin, logit_adjusted_cross_entropy, margin_cross_
 from fused_la._call.problem import Problem
 
 pytest.importorskip("triton")
-# Modules, where the package holds functions of the same names.
-choosing, passes, variants = (
+# Modules by path: the package has functions of the same names.
+launch_config, passes, variants = (
     importlib.import_module(f"fused_la._triton.{name}") for name in ("launch_config", "loss", "variants")
 )
-H100, SMALL = choosing.Device(132, 50 << 20), choosing.Device(1, 50 << 20)
+H100, SMALL = launch_config.Device(132, 50 << 20), launch_config.Device(1, 50 << 20)
 KINDS = ["label", "weighted labels", "smoothing and weights", "probabilities"]
 VEC = {torch.float16: 8, torch.bfloat16: 8, torch.float32: 4, torch.float64: 2}
 
 
-def on(monkeypatch, device, chunk=1, streams=True):
-    """Launch as on this device, with sums closed after `chunk` classes, or after every tile."""
-    monkeypatch.setattr(choosing, "CHUNK_CLASSES", chunk)
+def use_device(monkeypatch, device, chunk=1, streams=True):
+    """Choose launches for this device, with chunks of `chunk` classes, or of one tile if `chunk` is less."""
+    monkeypatch.setattr(launch_config, "CHUNK_CLASSES", chunk)
     if streams:
-        monkeypatch.setattr(choosing, "RESIDENT_ROW_BYTES", 0)
-        monkeypatch.setattr(choosing, "STREAM_THREADS", 128)
+        monkeypatch.setattr(launch_config, "RESIDENT_ROW_BYTES", 0)
+        monkeypatch.setattr(launch_config, "STREAM_THREADS", 128)
     monkeypatch.setattr(passes, "device_of", lambda _: device)
     passes.plan_launches.cache_clear()
 
@@ -50,29 +50,29 @@ def _plans_of_one_test():
     passes.plan_launches.cache_clear()
 
 
-def share(monkeypatch, rows, programs):
+def share_programs(monkeypatch, rows, programs):
     """Let `rows` rows share a program, and `programs` programs share a row, as far as they can."""
-    on(monkeypatch, SMALL)
+    use_device(monkeypatch, SMALL)
 
-    def launch_of(n_rows, n_classes, dtype, layout, *rest, **options):
-        launch = choosing.choose_launch_config(n_rows, n_classes, dtype, layout, *rest, **options)
+    def shared_launch(n_rows, n_classes, dtype, layout, *rest, **options):
+        launch = launch_config.choose_launch_config(n_rows, n_classes, dtype, layout, *rest, **options)
         period = launch.vec // math.gcd(layout.row_stride, launch.vec) if rows > 1 else 1
         splits = min(programs, launch.n_chunks(n_classes))  # a row of one chunk is never split
         return launch._replace(block_rows=rows, period=period, splits=splits)
 
-    monkeypatch.setattr(passes, "choose_launch_config", launch_of)
+    monkeypatch.setattr(passes, "choose_launch_config", shared_launch)
 
 
-def made_by_forward(loss):
-    """The gradient that the forward pass left with autograd, if it did."""
+def gradient_from_forward(loss):
+    """The gradient that the forward pass saved in the graph, or None."""
     node = loss.grad_fn
-    while not hasattr(node, "gradient"):  # "none" gives the rows the shape of the target
+    while not hasattr(node, "gradient"):  # reduction "none" adds a reshape to the target's shape
         ((node, _),) = node.next_functions
     return node.gradient
 
 
 class Rows(NamedTuple):
-    """Rows of logits as they lie in memory, and the other arguments of a call."""
+    """Rows of logits in a given memory layout, and the other arguments of a call."""
 
     logits: Tensor
     target: Tensor
@@ -87,19 +87,19 @@ class Rows(NamedTuple):
         )
 
     def outcome(self, reduction="sum", upstream=1.0):
-        """Loss, gradient, and whether the forward pass made it."""
+        """Loss, gradient, and whether the forward pass computed the gradient."""
         x, loss = self.loss(reduction, logits=self.logits.detach().requires_grad_())
-        made = made_by_forward(loss) is not None
+        from_forward = gradient_from_forward(loss) is not None
         (gradient,) = torch.autograd.grad(loss, x, torch.full_like(loss, upstream))
-        return loss.detach(), gradient, made
+        return loss.detach(), gradient, from_forward
 
 
-def lay(values, place):
-    """The same values elsewhere: on 16-byte boundaries, an odd number of elements apart, or all 3 after a boundary."""
+def copy_to(values, place):
+    """Copy values to rows on 16-byte boundaries, an odd number of elements apart, or all 3 after a boundary."""
     n_rows, n_classes = values.shape
     aligned = -(-n_classes // 8) * 8
     left, step = {"aligned": (0, aligned), "odd": (0, n_classes | 1), "cut": (3, aligned + 8)}[place]
-    wide = torch.full((n_rows, step), math.nan, dtype=values.dtype, device=values.device)  # read outside, it would show
+    wide = torch.full((n_rows, step), math.nan, dtype=values.dtype, device=values.device)  # read outside: NaN
     wide[:, left : left + n_classes] = values
     rows = wide[:, left : left + n_classes]
     assert (rows.data_ptr() % 16 == 0) == (left == 0)
@@ -121,16 +121,16 @@ def make(kind, n_rows, n_classes, dtype=torch.float32, place="odd", dropped=True
     if kind == "probabilities":
         target = torch.softmax(randn(n_rows, n_classes, dtype=wide), 1)
     if dropped:
-        out = torch.zeros(n_classes, dtype=torch.bool, device=DEVICE)
-        out[5::97] = True
+        excluded = torch.zeros(n_classes, dtype=torch.bool, device=DEVICE)
+        excluded[5::97] = True
         if not target.is_floating_point():
-            out[target.clamp_min(0)] = False
-        prior[out] = -math.inf
+            excluded[target.clamp_min(0)] = False
+        prior[excluded] = -math.inf
         if kind == "probabilities":
-            target[:, out] = 0.0
+            target[:, excluded] = 0.0
         if kind == "smoothing and weights":
             options["smoothing_distribution"] = prior.softmax(0)
-    return Rows(lay(logits, place), target, prior, options)
+    return Rows(copy_to(logits, place), target, prior, options)
 
 
 def same_bits(first, second):
@@ -140,7 +140,7 @@ def same_bits(first, second):
 
 @contextlib.contextmanager
 def launched(run=True):
-    """Names of the kernels launched within, in order; without `run` none runs."""
+    """The names of the kernels that are launched inside, in order; without `run` no kernel runs."""
     names: list[str] = []
     launch = variants.Variant.launch
 
@@ -161,7 +161,7 @@ def launched(run=True):
     ("kind", "dtype", "n_rows", "n_classes", "place"),
     [
         ("label", torch.float32, 2, 1100, "aligned"),
-        slow("label", torch.float32, 6, 1100, "odd"),  # every fourth row lies alike
+        slow("label", torch.float32, 6, 1100, "odd"),  # every fourth row has the same alignment
         ("label", torch.bfloat16, 2, 2050, "cut"),
         slow("label", torch.float16, 3, 2050, "aligned"),
         ("weighted labels", torch.float64, 3, 601, "odd"),
@@ -170,20 +170,20 @@ def launched(run=True):
         ("probabilities", torch.float32, 3, 1032, "aligned"),
     ],
 )
-def test_bits_of_a_row_depend_on_neither_who_computes_it_nor_when(monkeypatch, kind, dtype, n_rows, n_classes, place):
-    """Any number of rows a program and of programs a row, the gradient in either pass: one loss, one gradient."""
+def test_bits_of_a_row_depend_on_neither_the_split_nor_the_pass(monkeypatch, kind, dtype, n_rows, n_classes, place):
+    """The same bits for any number of rows a program and programs a row, with the gradient in either pass."""
     rows = make(kind, n_rows, n_classes, dtype, place)
     problem = problem_of(rows)
     states, outcomes = [], []
-    for rows_a_program, programs_a_row in ((1, 1), (2, 1), (1, 2), (2, 3)):
-        share(monkeypatch, rows_a_program, programs_a_row)
+    for rows_per_program, programs_per_row in ((1, 1), (2, 1), (1, 2), (2, 3)):
+        share_programs(monkeypatch, rows_per_program, programs_per_row)
         outcomes.append(rows.outcome("none")[:2])
-        loss, state, made, _ = passes.forward(problem, "sum", programs_a_row == 1)
+        loss, state, from_forward, _ = passes.forward(problem, "sum", programs_per_row == 1)
         state = state[: 3 * n_rows]
         torch.testing.assert_close(loss, outcomes[-1][0].sum())
         states.append(state)
-        if made is not None:
-            outcomes.append((outcomes[-1][0], made.view(n_rows, n_classes)))
+        if from_forward is not None:
+            outcomes.append((outcomes[-1][0], from_forward.view(n_rows, n_classes)))
     assert len(outcomes) == (6 if dtype != torch.float16 else 4)
     assert all(same_bits(state, states[0]) for state in states)
     for loss, gradient in outcomes[1:]:
@@ -200,17 +200,17 @@ def test_bits_of_a_row_depend_on_neither_who_computes_it_nor_when(monkeypatch, k
         ("probabilities", torch.float64, 4, 517),
     ],
 )
-def test_bits_are_those_of_any_device_and_right(monkeypatch, kind, dtype, n_rows, n_classes):
+def test_bits_are_the_same_on_any_device_and_accurate(monkeypatch, kind, dtype, n_rows, n_classes):
     """A device with one multiprocessor lets rows share a program; one with 132 lets programs share a row."""
     outcomes = {}
     rows = make(kind, n_rows, n_classes, dtype)
     for device, chunk in ((SMALL, 1), (H100, 1)):
-        on(monkeypatch, device, chunk)
+        use_device(monkeypatch, device, chunk)
         outcomes[device] = rows.outcome("sum")
     assert outcomes[SMALL][2]
     assert not outcomes[H100][2], "rows are split"
     assert same_bits(outcomes[SMALL][1], outcomes[H100][1])
-    on(monkeypatch, H100, chunk=1 << 14)
+    use_device(monkeypatch, H100, chunk=1 << 14)
     in_one_chunk = rows.outcome("sum")
     assert in_one_chunk[2]
     exact = truth(rows.logits, rows.target, rows.log_prior, reduction="sum", **rows.options)
@@ -237,11 +237,11 @@ ORDERS = {
 }
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU runs programs in the order of its own")
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU chooses the order of programs")
 @pytest.mark.parametrize(("order", "reduction"), one_in(2, list(ORDERS), ["none", "mean"]))
-def test_whichever_program_comes_last_joins_the_parts(monkeypatch, reduction, order):
+def test_whichever_program_comes_last_merges_the_partial_states(monkeypatch, reduction, order):
     rows = make("weighted labels", 3, 1600)
-    share(monkeypatch, 1, 3)  # 4 chunks over 3 programs: the last has none
+    share_programs(monkeypatch, 1, 3)  # 4 chunks over 3 programs: the last program has no chunk
     loss, gradient, _ = rows.outcome(reduction)
     with programs_in_order(ORDERS[order]):
         other_loss, other_gradient, _ = rows.outcome(reduction)
@@ -270,7 +270,7 @@ def problem_of(rows):
 
 
 class Operators(TorchDispatchMode):
-    """The operators called within."""
+    """Records the names of the operators that are called inside."""
 
     def __init__(self):
         super().__init__()
@@ -281,7 +281,7 @@ class Operators(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
-# They allocate, or look at the same memory: no kernel of PyTorch's runs, and no value is waited for.
+# They only allocate or make views: they run no PyTorch kernel and wait for no value.
 HARMLESS = {"aten.empty", "aten.new_empty", "aten.new_empty_strided", "aten.empty_like", "aten.as_strided", "aten.view"}
 
 
@@ -294,10 +294,10 @@ def test_a_step_is_two_launches_forward_and_one_backward_and_nothing_else(
 ):
     rows, kernel = make(kind, 3, 1100), "_streamed_kernel"
     if programs == "resident":
-        on(monkeypatch, H100, streams=False)
+        use_device(monkeypatch, H100, streams=False)
         kernel = "_resident_kernel"
     else:
-        share(monkeypatch, 1, programs)
+        share_programs(monkeypatch, 1, programs)
     with_gradient = programs != 3 and reduction != "none" and not learned
     problem, upstream = problem_of(rows), torch.ones(() if reduction != "none" else (3, 1), device=DEVICE)
     with launched(run=False) as names, Operators() as operators:
@@ -311,9 +311,9 @@ def test_a_step_is_two_launches_forward_and_one_backward_and_nothing_else(
 
 
 @pytest.mark.parametrize("streams", [False, True])
-def test_a_training_step_through_the_door_is_three_launches(monkeypatch, streams):
+def test_a_training_step_of_the_public_function_is_three_launches(monkeypatch, streams):
     rows, kernel = make("label", 3, 1100), "_streamed_kernel" if streams else "_resident_kernel"
-    on(monkeypatch, SMALL, streams=streams)
+    use_device(monkeypatch, SMALL, streams=streams)
     x = rows.logits.detach().requires_grad_()
     with launched() as names:
         _, loss = rows.loss("mean", logits=x)
@@ -327,13 +327,13 @@ def test_a_training_step_through_the_door_is_three_launches(monkeypatch, streams
 # Which pass makes the gradient ----------------------------------------------------------------------------------------
 
 
-def gradient_made(rows, reduction="mean", log_prior=None):
+def forward_gradient_of(rows, reduction="mean", log_prior=None):
     _, loss = rows.loss(
         reduction,
         logits=rows.logits.detach().requires_grad_(),
         log_prior=rows.log_prior if log_prior is None else log_prior,
     )
-    return made_by_forward(loss)
+    return gradient_from_forward(loss)
 
 
 @pytest.mark.parametrize(
@@ -347,35 +347,35 @@ def gradient_made(rows, reduction="mean", log_prior=None):
     ),
 )
 def test_the_forward_pass_makes_the_gradient(monkeypatch, streams, place, dtype, reduction):
-    on(monkeypatch, H100, chunk=1 << 14, streams=streams)
+    use_device(monkeypatch, H100, chunk=1 << 14, streams=streams)
     rows = make("label", 3, 300, dtype, place)
-    made = gradient_made(rows, reduction)
+    from_forward = forward_gradient_of(rows, reduction)
     exact = truth(rows.logits, rows.target, rows.log_prior, reduction=reduction)
     baseline = eager(rows.logits, rows.target, rows.log_prior, reduction=reduction)
-    got = exact._replace(grad_logits=made.view(3, 300).cpu().double())
+    got = exact._replace(grad_logits=from_forward.view(3, 300).cpu().double())
     assert_as_accurate(got, exact, baseline, dtype)
 
 
 def test_the_forward_pass_makes_no_gradient_where_it_would_be_wrong_or_slow(monkeypatch):
-    on(monkeypatch, SMALL)
+    use_device(monkeypatch, SMALL)
     rows = make("label", 3, 1100)
-    assert gradient_made(rows) is not None
-    assert gradient_made(rows, "none") is None
-    assert gradient_made(make("label", 3, 1100, torch.float16)) is None
-    assert gradient_made(rows, log_prior=rows.log_prior.detach().requires_grad_()) is None
-    on(monkeypatch, H100)
-    assert gradient_made(rows) is None, "a row is split over programs"
+    assert forward_gradient_of(rows) is not None
+    assert forward_gradient_of(rows, "none") is None
+    assert forward_gradient_of(make("label", 3, 1100, torch.float16)) is None
+    assert forward_gradient_of(rows, log_prior=rows.log_prior.detach().requires_grad_()) is None
+    use_device(monkeypatch, H100)
+    assert forward_gradient_of(rows) is None, "a row is split over programs"
 
 
-def test_nothing_is_made_where_no_gradient_is_wanted(monkeypatch):
-    on(monkeypatch, SMALL)
-    asked = []
+def test_the_forward_pass_makes_no_gradient_that_is_not_needed(monkeypatch):
+    use_device(monkeypatch, SMALL)
+    calls = []
     launch = passes.forward
     monkeypatch.setattr(
         importlib.import_module("fused_la._triton"),
         "forward",
         lambda problem, reduction, with_gradient: (
-            asked.append(with_gradient) or launch(problem, reduction, with_gradient)
+            calls.append(with_gradient) or launch(problem, reduction, with_gradient)
         ),
     )
     rows = make("label", 3, 300)
@@ -383,7 +383,7 @@ def test_nothing_is_made_where_no_gradient_is_wanted(monkeypatch):
         rows.loss("mean", logits=rows.logits.detach().requires_grad_())
     rows.loss("mean")  # logits that require no gradient
     rows.loss("mean", logits=rows.logits.detach().requires_grad_())
-    assert asked == [False, False, True]
+    assert calls == [False, False, True]
 
 
 # Upstream gradients ---------------------------------------------------------------------------------------------------
@@ -394,40 +394,40 @@ POISON = 7.0
 @pytest.fixture(params=["resident", "streamed"])
 def step(monkeypatch, request):
     """Logits that require grad, their loss, the buffer that the forward pass wrote, and the true gradient."""
-    on(monkeypatch, SMALL, streams=request.param == "streamed")
+    use_device(monkeypatch, SMALL, streams=request.param == "streamed")
     rows = make("label", 3, 600)
     x = rows.logits.detach().requires_grad_()
     _, loss = rows.loss("mean", logits=x)
     exact = truth(rows.logits, rows.target, rows.log_prior).grad_logits
-    made = made_by_forward(loss)
-    assert made is not None
-    assert_right(made.view(3, 600), exact)
-    return x, loss, made, exact
+    from_forward = gradient_from_forward(loss)
+    assert from_forward is not None
+    assert_right(from_forward.view(3, 600), exact)
+    return x, loss, from_forward, exact
 
 
 def assert_right(gradient, exact):
     torch.testing.assert_close(gradient.detach().cpu().double(), exact, rtol=2e-5, atol=1e-30)
 
 
-def test_an_upstream_gradient_of_1_leaves_what_the_forward_pass_wrote(step):
-    x, loss, made, _ = step
-    made.fill_(POISON)
+def test_an_upstream_gradient_of_1_returns_the_gradient_of_the_forward_pass(step):
+    x, loss, from_forward, _ = step
+    from_forward.fill_(POISON)
     (gradient,) = torch.autograd.grad(loss, x)
     assert (gradient == POISON).all()
-    assert gradient.data_ptr() == made.data_ptr()  # handed over, not copied
+    assert gradient.data_ptr() == from_forward.data_ptr()  # returned, not copied
 
 
 @pytest.mark.parametrize("upstream", [0.0, -0.0, -2.5, -1.0, 1 + 2**-23, 2.0**16])
 def test_any_other_upstream_gradient_rewrites_it(step, upstream):
-    x, loss, made, exact = step
-    made.fill_(POISON)
+    x, loss, from_forward, exact = step
+    from_forward.fill_(POISON)
     loss.backward(torch.tensor(upstream, device=DEVICE))
     assert_right(x.grad, exact * upstream)
 
 
-def test_a_scaled_loss_is_rewritten_and_one_times_it_is_not(step):
-    x, loss, made, exact = step
-    made.fill_(POISON)
+def test_the_gradient_is_rewritten_for_a_scaled_loss_but_not_for_a_factor_of_1(step):
+    x, loss, from_forward, exact = step
+    from_forward.fill_(POISON)
     (loss * 1).backward(retain_graph=True)
     assert (x.grad == POISON).all()
     x.grad = None
@@ -435,11 +435,11 @@ def test_a_scaled_loss_is_rewritten_and_one_times_it_is_not(step):
     assert_right(x.grad, exact * 2)
 
 
-def test_a_second_backward_pass_makes_its_own_gradient(step):
-    x, loss, made, exact = step
+def test_a_second_backward_pass_computes_a_new_gradient(step):
+    x, loss, from_forward, exact = step
     (first,) = torch.autograd.grad(loss, x, retain_graph=True)
-    assert made_by_forward(loss) is None
-    made.fill_(POISON)  # it is the caller's now
+    assert gradient_from_forward(loss) is None
+    from_forward.fill_(POISON)  # this memory belongs to the caller now
     (second,) = torch.autograd.grad(loss, x, torch.tensor(3.0, device=DEVICE), retain_graph=True)
     assert (first == POISON).all()
     assert_right(second, exact * 3)
@@ -448,7 +448,7 @@ def test_a_second_backward_pass_makes_its_own_gradient(step):
 
 
 def test_gradients_of_several_passes_and_losses_add_up(monkeypatch):
-    on(monkeypatch, SMALL)
+    use_device(monkeypatch, SMALL)
     rows = make("label", 3, 600)
     x = rows.logits.detach().requires_grad_()
     exact = truth(rows.logits, rows.target, rows.log_prior).grad_logits
@@ -461,8 +461,8 @@ def test_gradients_of_several_passes_and_losses_add_up(monkeypatch):
 
 
 def test_one_upstream_number_a_row(monkeypatch):
-    """Reduction "none": a number a row, one number with stride 0 for all, and numbers apart in memory."""
-    on(monkeypatch, SMALL)
+    """Upstream gradients of reduction "none": strided, expanded from one number, and contiguous."""
+    use_device(monkeypatch, SMALL)
     rows = make("label", 3, 600)
     exact = truth(rows.logits, rows.target, rows.log_prior, reduction="none").grad_logits
     numbers = torch.tensor([1.0, 9, -2.5, 9, 0.0, 9], device=DEVICE)
@@ -473,9 +473,9 @@ def test_one_upstream_number_a_row(monkeypatch):
 
 
 @pytest.mark.parametrize("upstream", [1.0, 0.3])
-def test_logits_changed_after_the_forward_pass_are_an_error_where_their_gradient_is_not_made(monkeypatch, upstream):
-    """Where it is, it is right, and scaled: the pass that would make it anew for another upstream reads logits."""
-    on(monkeypatch, SMALL)
+def test_logits_changed_after_the_forward_pass_are_an_error_unless_the_gradient_exists(monkeypatch, upstream):
+    """A gradient from the forward pass is right and is scaled; a second backward pass would read the logits again."""
+    use_device(monkeypatch, SMALL)
     rows = make("label", 3, 600)
     for reduction in ("mean", "none"):
         leaf = rows.logits.detach().requires_grad_()
@@ -498,11 +498,11 @@ def test_logits_changed_after_the_forward_pass_are_an_error_where_their_gradient
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, slow(torch.bfloat16)], ids=str)
 @pytest.mark.parametrize("streams", [False, True])
 def test_every_head_and_tail_with_the_label_in_every_part(monkeypatch, streams, dtype):
-    """VEC row lengths and VEC starts are all VEC * VEC pairs of head and tail."""
-    on(monkeypatch, SMALL, streams=streams)
+    """VEC row lengths times VEC alignments give all VEC * VEC pairs of head and tail."""
+    use_device(monkeypatch, SMALL, streams=streams)
     vec, cuts = VEC[dtype], set()
     for n_classes in range(32 * vec, 33 * vec):
-        step = n_classes + (1 - n_classes) % vec  # of 1 modulo VEC: every row begins one element later
+        step = n_classes + (1 - n_classes) % vec  # 1 modulo VEC: every row begins one element later
         values = randn(4 * vec, n_classes, dtype=dtype)
         logits = torch.full((4 * vec, step), math.nan, dtype=dtype, device=DEVICE)[:, :n_classes]
         logits.copy_(values)
@@ -513,8 +513,8 @@ def test_every_head_and_tail_with_the_label_in_every_part(monkeypatch, streams, 
             cuts.add((head, n_classes - head - body))
             target[row] = (0, head, head + body - 1, n_classes - 1)[row // vec]
         rows = Rows(logits, target, long_tail(n_classes), {})
-        loss, gradient, made = rows.outcome("sum")
-        assert made
+        loss, gradient, from_forward = rows.outcome("sum")
+        assert from_forward
         exact = truth(logits, target, rows.log_prior, reduction="sum")
         baseline = eager(logits, target, rows.log_prior, reduction="sum")
         got = exact._replace(loss=loss.cpu().double(), grad_logits=gradient.cpu().double())
@@ -548,14 +548,14 @@ def test_both_sides_of_every_limit_of_a_launch(dtype, kind, n_classes):
         rows.target[1] = rows.logits[1].float().argmax()
         rows.log_prior[rows.target[1]] = -1.0
         rows.logits[1, rows.target[1]] = 20.0  # a confident row
-    loss, gradient, made = rows.outcome("sum")
+    loss, gradient, from_forward = rows.outcome("sum")
     most = (1 << 16) // dtype.itemsize // (1 if "label" in kind else 4)
-    assert n_classes > most or made == (dtype != torch.float16)
+    assert n_classes > most or from_forward == (dtype != torch.float16)
     exact = truth(rows.logits, rows.target, rows.log_prior, reduction="sum", **rows.options)
     baseline = measure("reference", rows.logits, rows.target, rows.log_prior, reduction="sum", **rows.options)
     got = exact._replace(loss=loss.cpu().double(), grad_logits=gradient.cpu().double())
     assert_as_accurate(got, exact, baseline, dtype)
-    if kind == "label" and dtype != torch.float16:  # and the small gradient beside the large ones
+    if kind == "label" and dtype != torch.float16:  # the small gradient of the confident row is accurate too
         mine, true = gradient[1, rows.target[1]].cpu().double(), exact.grad_logits[1, rows.target[1]]
         torch.testing.assert_close(mine, true, rtol=2 * torch.finfo(dtype).eps + 4e-6, atol=0.0)
 
@@ -579,11 +579,11 @@ COLUMNS = list(PLACES.values())
 
 @pytest.fixture(params=["resident", "one program a row", "several"])
 def programs(request, monkeypatch):
-    on(monkeypatch, H100 if request.param == "several" else SMALL, streams=request.param != "resident")
+    use_device(monkeypatch, H100 if request.param == "several" else SMALL, streams=request.param != "resident")
 
 
 def assert_rows_right(values, labels, prior=None, kind="label", names=None):
-    """Rows whose heads have 3 classes, each against the oracle; the losses and gradients."""
+    """Compare each row with the oracle and return losses and gradients. The head of every row has 3 classes."""
     wide = torch.zeros(len(values), 1552, device=DEVICE)
     wide[:, 1:1542] = values
     target = torch.tensor(labels, device=DEVICE)
@@ -607,7 +607,7 @@ def assert_rows_right(values, labels, prior=None, kind="label", names=None):
 
 @pytest.mark.parametrize("kind", ["label", "probabilities"])
 def test_a_row_with_one_finite_class(programs, kind):
-    """Every other tile, chunk and edge of it is -inf throughout."""
+    """All other tiles, chunks and edges of the row are -inf."""
     values = torch.full((5, N_CLASSES), -math.inf, device=DEVICE)
     values[range(5), COLUMNS] = 2.0
     loss, gradient = assert_rows_right(values, COLUMNS, kind=kind, names=list(PLACES))
@@ -636,9 +636,9 @@ def test_dropped_classes_stay_out_whatever_their_logits(programs, kind):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("streams", [False, True])
-def test_in_half_precision_too_classes_that_are_out_stay_out_and_others_make_their_row_nan(monkeypatch, dtype, streams):
-    """There a logit of inf or NaN counts as the highest float until the maximum is known."""
-    on(monkeypatch, SMALL, streams=streams)
+def test_half_precision_infinities_and_nan_count_only_in_classes_that_take_part(monkeypatch, dtype, streams):
+    """In half precision a logit of inf or NaN counts as the highest float until the maximum is known."""
+    use_device(monkeypatch, SMALL, streams=streams)
     columns = [0, 5, 300, 598, 599]
     prior = torch.zeros(600, device=DEVICE)
     prior[columns] = -math.inf
@@ -659,12 +659,12 @@ def test_in_half_precision_too_classes_that_are_out_stay_out_and_others_make_the
     ("kind", "programs", "reduction"), one_in(3, KINDS, ["resident", 1, 3], ["mean", "sum", "none"])
 )
 def test_nothing_is_read_that_was_not_written(monkeypatch, kind, programs, reduction):
-    """Fresh memory is NaN here: workspace, gradients, and what the last program adds up to a whole vector."""
+    """Fresh memory is NaN here: the workspace, the gradients, and the padding of what the last program sums."""
     rows = make(kind, 3, 1100)
     if programs == "resident":
-        on(monkeypatch, H100, streams=False)
+        use_device(monkeypatch, H100, streams=False)
     else:
-        share(monkeypatch, 1, programs)
+        share_programs(monkeypatch, 1, programs)
     exact = truth(rows.logits, rows.target, rows.log_prior, reduction=reduction, **rows.options)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(True)
@@ -705,11 +705,11 @@ def test_special_rows(programs):
 
 
 @pytest.mark.parametrize("n_classes", [16, 300])
-def test_labels_that_all_stand_at_minus_infinity_leave_every_other_class_in_the_sum(n_classes):
-    """As competitors they are out, as labels they are not: the loss is finite."""
-    out = torch.zeros(n_classes, device=DEVICE)
-    out[[5, 6]] = -math.inf
-    margin = PairwiseMargin(negative_offset=out, target_offset=torch.zeros_like(out))
+def test_labels_whose_negative_offset_is_minus_infinity_leave_every_other_class_in_the_sum(n_classes):
+    """Their classes are excluded as competitors but not as labels, so the loss is finite."""
+    offset = torch.zeros(n_classes, device=DEVICE)
+    offset[[5, 6]] = -math.inf
+    margin = PairwiseMargin(negative_offset=offset, target_offset=torch.zeros_like(offset))
     logits, share = randn(1, n_classes), torch.tensor([[0.3, 0.7]], device=DEVICE)
     logits[0, 0] = 4.0
     outcomes = []
@@ -737,9 +737,9 @@ def test_a_nan_at_the_only_class_that_labels_name_makes_its_row_nan(n_classes, s
 
 @pytest.mark.parametrize("streams", [False, True])
 @pytest.mark.parametrize("n_classes", [16, 300])
-def test_a_confident_row_keeps_its_digits_where_its_top_class_is_no_label(monkeypatch, n_classes, streams):
-    """All is asked of class 5: by smoothing toward it, or because every other class weighs nothing."""
-    on(monkeypatch, SMALL, streams=streams)
+def test_a_confident_row_keeps_its_digits_if_its_top_class_is_no_label(monkeypatch, n_classes, streams):
+    """All target mass is on class 5, by smoothing toward it or because every other class has weight 0."""
+    use_device(monkeypatch, SMALL, streams=streams)
     logits, only = torch.zeros(1, n_classes, device=DEVICE), torch.zeros(n_classes, device=DEVICE)
     logits[0, 5], only[5] = 30.0, 1.0
     target, prior = torch.tensor([2], device=DEVICE), torch.zeros(n_classes, device=DEVICE)
@@ -750,13 +750,13 @@ def test_a_confident_row_keeps_its_digits_where_its_top_class_is_no_label(monkey
         torch.testing.assert_close(gradient.cpu().double(), exact.grad_logits, rtol=4e-6, atol=0.0)
 
 
-# What autograd saved --------------------------------------------------------------------------------------------------
+# Tensors that autograd saved ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("n_classes", [300, slow(4096)])
-def test_what_autograd_saved_may_come_back_transposed(n_classes, reduction):
-    """Rows that one kernel took in the forward pass are another's in the backward pass."""
+def test_saved_tensors_may_come_back_transposed(n_classes, reduction):
+    """The backward pass then uses another kernel than the forward pass."""
     rows = make("label", 3, n_classes)
     exact = truth(rows.logits, rows.target, rows.log_prior, reduction=reduction).grad_logits
 
@@ -772,17 +772,17 @@ def test_what_autograd_saved_may_come_back_transposed(n_classes, reduction):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_what_autograd_saved_may_lie_elsewhere_in_the_backward_pass(monkeypatch, reduction):
-    """As activations that were offloaded in between: other strides, and another distance to 16-byte boundaries."""
-    on(monkeypatch, SMALL)
+def test_saved_tensors_may_come_back_with_other_strides_and_alignment(monkeypatch, reduction):
+    """Offloaded activations come back with other strides and another distance to 16-byte boundaries."""
+    use_device(monkeypatch, SMALL)
     rows = make("label", 3, 600, place="odd")
     exact = truth(rows.logits, rows.target, rows.log_prior, reduction=reduction).grad_logits
 
-    def elsewhere(saved):
-        return lay(saved, "cut") if saved.shape == (3, 600) else saved
+    def moved(saved):
+        return copy_to(saved, "cut") if saved.shape == (3, 600) else saved
 
     x = rows.logits.detach().requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.detach(), elsewhere):
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.detach(), moved):
         _, loss = rows.loss(reduction, logits=x)
     (gradient,) = torch.autograd.grad(loss, x, torch.full_like(loss, 2.0))
     assert_right(gradient, 2 * exact)

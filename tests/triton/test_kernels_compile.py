@@ -1,6 +1,6 @@
-"""What the compiler makes of the kernels, for GPUs that need not be here: by `python -m benchmarks.disassemble`.
+"""Compiled code of the kernels, for GPUs that need not be present, by `python -m benchmarks.disassemble`.
 
-Every kernel compiles for each target; rows are read and written 16 bytes at a time however they lie, whole or in loops,
+Every kernel compiles for each target. Rows are read and written 16 bytes at a time at any alignment, whole or in loops,
 with nothing in local memory and within the budgets of `benchmarks/static/budgets.py`.
 """
 
@@ -21,16 +21,16 @@ from conftest import slow
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
-# "learned prior" is "label" and one kernel more.
+# "learned prior" is "label" with one more kernel.
 VARIANTS = ("learned prior", "two labels", "weights, smoothing", "probabilities", "images")
 FEW = ("learned prior", "two labels")
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
-ODD_STEP = 100_003  # elements from row to row: every head and tail occurs
+ODD_STEP = 100_003  # elements between rows, so that every head and tail occurs
 
 
 @pytest.fixture(scope="module")
 def disassembled(tmp_path_factory):
-    """What the command prints, from a process whose kernels are not interpreted and with a cache of its own."""
+    """Runs the command in a process that does not interpret kernels, with a separate cache; gives its JSON lines."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
 
@@ -47,7 +47,7 @@ def disassembled(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def benchmarks():
-    """The folder as a package, whatever is installed."""
+    """Imports modules of the `benchmarks` folder as a package."""
     sys.path.insert(0, str(ROOT))
     try:
         yield lambda name: importlib.import_module(f"benchmarks.{name}")
@@ -71,7 +71,7 @@ def disassembly(benchmarks):
 
 
 def bodies(rows, *kinds):
-    """(kernel, body) of every loop of these kinds over a row."""
+    """(kernel, body) of every loop over a row whose kind is one of `kinds`."""
     return [(row, body) for row in rows for body in row.get("bodies", []) if body["name"].split(",")[0] in kinds]
 
 
@@ -79,10 +79,11 @@ def bodies(rows, *kinds):
 
 
 def kernels_of(variant, dtype):
-    """Not every step has a forward pass that makes the gradient: of float16 it would underflow, of images miss L2."""
-    made, kernel = variant != "images" and dtype != "float16", "_streamed" if variant == "images" else "_resident"
+    """The forward pass computes no gradient in float16, where it would underflow, or of images, which miss L2."""
+    has_gradient = variant != "images" and dtype != "float16"
+    kernel = "_streamed" if variant == "images" else "_resident"
     step = ["_prepare_kernel", f"{kernel}_kernel"]
-    step += [f"{kernel}_kernel + gradient"] * made + [f"{kernel}_kernel backward"]
+    step += [f"{kernel}_kernel + gradient"] * has_gradient + [f"{kernel}_kernel backward"]
     return [*step, "_grad_log_prior_kernel"] if variant == "learned prior" else step
 
 
@@ -96,7 +97,7 @@ def kernels_of(variant, dtype):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_every_kernel_compiles_and_stays_within_its_budget(disassembled, budgets, target, dtype, variants):
-    """All variants take minutes; `.ci/run` has them, by `--all --check`."""
+    """All variants take minutes; `.ci/run` checks them with `--all --check`."""
     rows = disassembled(target, dtype, 8142, variants)
     for variant in variants:
         assert [row["kernel"] for row in rows if row["variant"] == variant] == kernels_of(variant, dtype)
@@ -104,8 +105,8 @@ def test_every_kernel_compiles_and_stays_within_its_budget(disassembled, budgets
         assert budgets.violations(row) == [], row
 
 
-def test_no_kernel_leaves_it_to_the_compiler_what_is_rounded_once(benchmarks):
-    """Triton 3.9 warns where a launch does not say whether to fuse, and later ones no longer do it unasked."""
+def test_no_kernel_leaves_fusing_of_products_and_sums_to_the_compiler(benchmarks):
+    """Triton 3.9 warns if a launch does not say whether to fuse, and later ones do not fuse by default."""
     compiled = benchmarks("static.compiled")
     launched = set()
     for variant in compiled.VARIANTS:
@@ -121,35 +122,35 @@ WORSE = {
 }  # fmt: skip
 
 
-def made_worse(row, name, figure):
-    """The same kernel with this figure, in each place that has one."""
+def with_figure(row, name, figure):
+    """The row with this figure in each place that has a figure of that name."""
     worse = {**row, name: figure} if name in row else dict(row)
     for part in ("whole", "bodies"):
         if part in row:
-            of_part = [{**body, name: figure} if name in body else body for body in [row[part]] * (part == "whole")]
-            of_part = of_part or [{**body, name: figure} if name in body else body for body in row[part]]
-            worse[part] = of_part[0] if part == "whole" else of_part
+            changed = [{**body, name: figure} if name in body else body for body in [row[part]] * (part == "whole")]
+            changed = changed or [{**body, name: figure} if name in body else body for body in row[part]]
+            worse[part] = changed[0] if part == "whole" else changed
     return worse
 
 
 @pytest.mark.parametrize("n_classes", [8142, slow(50257)])
-def test_whatever_a_kernel_takes_too_much_of_is_over_a_budget(disassembled, budgets, n_classes):
+def test_every_figure_that_gets_worse_is_over_a_budget(disassembled, budgets, n_classes):
     variants = FEW if n_classes == 8142 else ("label",)
     rows = [row for row in disassembled("sm_90", "bfloat16", n_classes, variants) if budgets.processes_rows(row)]
-    names_of = {name for row in rows for name in WORSE if made_worse(row, name, WORSE[name]) != row}
-    assert names_of == set(WORSE) - (
+    names_found = {name for row in rows for name in WORSE if with_figure(row, name, WORSE[name]) != row}
+    assert names_found == set(WORSE) - (
         {"narrow_row_loads", "narrow_stores", "narrow_loads"} if n_classes == 8142 else set()
     )
     for row in rows:
         for name, figure in WORSE.items():
-            worse = made_worse(row, name, figure)
+            worse = with_figure(row, name, figure)
             assert worse == row or budgets.violations(worse), (row["kernel"], name)
         if "bodies" in row:
             assert budgets.violations({**row, "bodies": []})
 
 
 @pytest.mark.slow
-def test_whatever_a_kernel_for_amd_takes_too_much_of_is_over_a_budget(disassembled, budgets):
+def test_every_figure_of_an_amd_kernel_that_gets_worse_is_over_a_budget(disassembled, budgets):
     for row in disassembled("gfx942", "bfloat16", 8142, VARIANTS[:1]):
         assert budgets.violations({**row, "local": 4})
         assert budgets.violations({**row, "regs": 257})
@@ -164,7 +165,7 @@ def test_a_figure_over_its_budget_ends_the_command_with_1(disassembled, command,
     assert command.main(["--check"]) == 0
     assert f"{len(rows)} kernels compiled, 0 figures over their budgets" in capsys.readouterr().err
     rows = [*rows[:-1], {**rows[-1], "regs": 250}]
-    assert command.main([]) == 0  # only a table
+    assert command.main([]) == 0  # without --check it only prints a table
     capsys.readouterr()
     assert command.main(["--check"]) == 1
     assert "250 registers, more than" in capsys.readouterr().err
@@ -174,10 +175,10 @@ def test_all_is_every_variant_for_every_target(command):
     tasks = list(command.every_task())
     assert len(set(tasks)) == len(tasks)
     for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
-        of_target = [task for task in tasks if task.target == target]
-        assert {task.variant for task in of_target} == set(command.VARIANTS)
+        target_tasks = [task for task in tasks if task.target == target]
+        assert {task.variant for task in target_tasks} == set(command.VARIANTS)
         for dtype in ITEMSIZE:
-            assert {*VARIANTS, "margin"} <= {task.variant for task in of_target if task.dtype == dtype}
+            assert {*VARIANTS, "margin"} <= {task.variant for task in target_tasks if task.dtype == dtype}
 
 
 # Rows that are read once ----------------------------------------------------------------------------------------------
@@ -193,7 +194,7 @@ def label_step(disassembled, dtype, n_classes, odd=False):
 
 
 def test_a_training_step_at_8142_classes_takes_at_most_18_6_instructions_an_element(disassembled):
-    """All of the kernel, with every supported Triton: one 2^x a class, 16 bytes a thread, 16 warps a multiprocessor."""
+    """With every supported Triton the kernel has one 2^x a class, 16-byte accesses, 16 warps a multiprocessor."""
     row = label_step(disassembled, "bfloat16", 8142)["_resident_kernel + gradient"]
     assert row["whole"]["instructions_per_element"] <= 18.6
     assert row["whole"]["exp2_per_element"] <= 1.1
@@ -210,13 +211,13 @@ RESIDENT = [("bfloat16", 8142), ("bfloat16", 8192), ("float16", 32767), ("float3
     ("dtype", "n_classes"),
     [case if case == ("bfloat16", 8142) else slow(*case) for case in RESIDENT],
 )
-def test_a_whole_row_is_loaded_16_bytes_a_thread_before_anything_is_made_of_it(disassembled, dtype, n_classes):
+def test_a_whole_row_is_loaded_16_bytes_a_thread_before_its_first_use(disassembled, dtype, n_classes):
     rows = label_step(disassembled, dtype, n_classes)
     kernels = [row for name, row in rows.items() if name.startswith("_resident")]
     assert len(kernels) == (2 if dtype == "float16" else 3)
     for row in kernels:
-        vectors = 128 // 16  # of a thread
-        assert row["whole"]["loads_before_use"] == vectors, row  # those of log_prior come behind a barrier
+        vectors = 128 // 16  # per thread
+        assert row["whole"]["loads_before_use"] == vectors, row  # loads of log_prior come after a barrier
         assert row["whole"]["wide_stores"] == (vectors if row["kernel"] != "_resident_kernel" else 0)
         assert row["whole"]["exp2_per_element"] <= 1.2
         assert row["local"] == 0
@@ -237,15 +238,15 @@ ROW_CASES = [
 
 @pytest.mark.parametrize(("dtype", "n_classes", "odd"), ROW_CASES)
 def test_rows_are_read_and_written_16_bytes_at_a_time(disassembled, budgets, dtype, n_classes, odd):
-    """However long they are and however far apart."""
+    """For any length of a row and any distance between rows."""
     rows = label_step(disassembled, dtype, n_classes, odd).values()
     loops = bodies(rows, "rows", "gradient")
     assert len(loops) >= 2
     vec = 16 // ITEMSIZE[dtype]
     for row, body in loops:
         assert body["wide_loads"] * 16 >= body["row_bytes"], (row["kernel"], body)
-        assert body["narrow_row_loads"] == 0, (row["kernel"], body)  # of 2 bytes
-        offsets = body["row_bytes"] / 16 / row["block_rows"] * vec  # 4 bytes for each class of a thread
+        assert body["narrow_row_loads"] == 0, (row["kernel"], body)  # 2-byte loads
+        offsets = body["row_bytes"] / 16 / row["block_rows"] * vec  # one 4-byte load for each class of a thread
         assert body["narrow_loads"] in (0, offsets), (row["kernel"], body)
         assert body["narrow_stores"] == 0, (row["kernel"], body)
         writes = "gradient" in body["name"]
@@ -254,14 +255,14 @@ def test_rows_are_read_and_written_16_bytes_at_a_time(disassembled, budgets, dty
         assert budgets.violations(row) == [], row
 
 
-def test_two_labels_cost_a_whole_row_no_second_exponential_and_no_memory(disassembled):
-    of = {}
+def test_a_second_label_adds_no_exponential_and_no_memory_access_to_a_whole_row(disassembled):
+    figures = {}
     for row in disassembled("sm_90", "bfloat16", 8142, FEW):
         if row["kernel"].startswith("_resident"):
-            of[row["variant"], row["kernel"]] = row["whole"]
-    for (variant, kernel), whole in of.items():
+            figures[row["variant"], row["kernel"]] = row["whole"]
+    for (variant, kernel), whole in figures.items():
         if variant == "two labels":
-            one = of["learned prior", kernel]
+            one = figures["learned prior", kernel]
             assert whole["exp2_per_element"] <= 1.2
             assert whole["wide_loads"] == one["wide_loads"]
             assert whole["wide_stores"] == one["wide_stores"]
@@ -271,14 +272,14 @@ def test_two_labels_cost_a_whole_row_no_second_exponential_and_no_memory(disasse
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_shared_row_is_read_by_the_kernel_of_whole_rows(disassembled, budgets, dtype):
-    """64 rows of 50,257 classes: several programs a row."""
+    """64 rows of 50,257 classes have several programs a row."""
     few = disassembled("sm_90", dtype, 50257, ("label",), "--rows", "64")
     many = disassembled("sm_90", dtype, 50257, ("label",))
     assert [row["kernel"] for row in few] == ["_prepare_kernel", "_streamed_kernel", "_streamed_kernel backward"]
     assert all(row["splits"] > 1 for row in few[1:])
     whole = {row["kernel"]: row for row in many}
     for row in few:
-        assert {**row, "splits": 1} == {**whole[row["kernel"]], "splits": 1}, "what is compiled is the same"
+        assert {**row, "splits": 1} == {**whole[row["kernel"]], "splits": 1}, "the compiled code is the same"
     for row in few:
         assert budgets.violations(row) == [], row
 
@@ -286,7 +287,7 @@ def test_a_shared_row_is_read_by_the_kernel_of_whole_rows(disassembled, budgets,
 # The table ------------------------------------------------------------------------------------------------------------
 
 
-def test_loads_are_counted_up_to_the_first_use_of_what_one_of_them_loads(disassembly):
+def test_loads_are_counted_up_to_the_first_use_of_a_loaded_value(disassembly):
     lines = [
         "0 IMAD.WIDE R2, R4, 0x2, R6",
         "10 LDG.E.128 R8, desc[UR4][R2.64]",
@@ -307,7 +308,7 @@ def test_loads_are_counted_up_to_the_first_use_of_what_one_of_them_loads(disasse
     ("regs", "num_warps", "warps"), [(96, 4, 20), (97, 4, 16), (128, 16, 16), (129, 4, 12), (32, 4, 64), (255, 8, 8)]
 )
 def test_warps_that_a_multiprocessor_holds(disassembly, regs, num_warps, warps):
-    """65,536 registers, given out by 8 a thread, to whole programs."""
+    """65,536 registers, allocated in units of 8 a thread to whole programs."""
     assert disassembly.resident_warps(regs, num_warps) == warps
 
 

@@ -1,7 +1,7 @@
-"""The functions that choose a launch, over a grid of shapes, layouts and devices: no kernel runs.
+"""The functions that choose a launch configuration, on a grid of shapes, layouts and devices. No kernel runs.
 
-What must hold: the fields that set the bits of a row follow from the row alone; every row is some program's, once; a
-program's rows lie alike towards 16-byte boundaries; a device is filled; what is read twice stays in L2.
+Properties: the fields that determine the bits of a row follow from the row alone; every row belongs to exactly one
+program; the rows of a program have the same alignment; a device is filled; memory that is read twice stays in L2.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from conftest import DEVICE
 from fused_la._call.problem import Problem
 
 pytest.importorskip("triton")
-choosing = importlib.import_module("fused_la._triton.launch_config")
+launch_config = importlib.import_module("fused_la._triton.launch_config")
 operands = importlib.import_module("fused_la._triton.operands")
-Device, Layout = choosing.Device, choosing.Layout
+Device, Layout = launch_config.Device, launch_config.Layout
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 DEVICES = [Device(1, 1 << 20), Device(132, 50 << 20)]
@@ -35,7 +35,7 @@ N_CLASSES = [
 
 
 def layouts(n_classes):
-    """Contiguous, misaligned, padded (evenly, oddly), one row repeated; then those without 16-byte vectors."""
+    """Contiguous, misaligned, padded (evenly, oddly), one row repeated; the last three have no 16-byte vectors."""
     padded = -(-n_classes // 8) * 8
     return [
         *(Layout(True, shift, step) for shift in (0, 1) for step in (n_classes, padded, padded + 1, padded + 4, 0)),
@@ -50,40 +50,40 @@ def grid():
 
 
 def launches(n_rows, n_classes, dtype, layout, device):
-    """Every launch of these rows: of labels, and of class probabilities."""
+    """The launches of these rows for every cost of a target."""
     for cost in (1, 2, 4):
-        yield choosing.choose_launch_config(n_rows, n_classes, dtype, layout, device, cost)
+        yield launch_config.choose_launch_config(n_rows, n_classes, dtype, layout, device, cost)
 
 
-def of_row(launch):
-    """What sets the bits of a row."""
+def row_arithmetic(launch):
+    """The fields that determine the bits of a row."""
     block_rows = launch.block_rows if launch.vec == 1 else None
     return (
         launch.vec, launch.resident, launch.full_c, launch.block_c, launch.chunk_tiles, launch.num_warps, block_rows,
     )  # fmt: skip
 
 
-def test_what_sets_the_bits_of_a_row_depends_on_neither_the_rows_nor_the_device():
+def test_the_bits_of_a_row_depend_on_neither_the_number_of_rows_nor_the_device():
     for (n_classes, dtype, layout), cost in itertools.product(grid(), (1, 2, 4)):
         found = {
-            of_row(choosing.choose_launch_config(n_rows, n_classes, dtype, layout, device, cost))
+            row_arithmetic(launch_config.choose_launch_config(n_rows, n_classes, dtype, layout, device, cost))
             for n_rows, device in itertools.product(N_ROWS, DEVICES)
         }
         assert len(found) == 1, (n_classes, dtype, layout)
 
 
-def test_nothing_that_a_kernel_is_compiled_for_depends_on_the_number_of_rows():
+def test_constants_of_a_compiled_kernel_do_not_depend_on_the_number_of_rows():
     for (n_classes, dtype, layout), device, cost in itertools.product(grid(), DEVICES, (1, 2, 4)):
         compiled = set()
         for n_rows in N_ROWS:
-            launch = choosing.choose_launch_config(n_rows, n_classes, dtype, layout, device, cost)
-            may = choosing.may_make_gradient(launch, n_classes, dtype, device, "mean")
-            compiled.add((may, launch.resident, launch.tile_constants(), launch.num_warps))
+            launch = launch_config.choose_launch_config(n_rows, n_classes, dtype, layout, device, cost)
+            may_make = launch_config.may_make_gradient(launch, n_classes, dtype, device, "mean")
+            compiled.add((may_make, launch.resident, launch.tile_constants(), launch.num_warps))
         assert len(compiled) == 1, (n_classes, dtype, layout, device)
 
 
 def bodies(n_classes, vec):
-    """Of all rows of so many classes, wherever they begin."""
+    """The body lengths of rows with `n_classes` classes, for every alignment of the first element."""
     return {(n_classes - head) // vec * vec for head in range(vec)}
 
 
@@ -104,11 +104,12 @@ def test_tiles_of_a_resident_row_are_in_its_body_and_cover_it():
 @pytest.mark.parametrize("cost", [1, 2, 4])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_of_labels_is_resident_up_to_64_kilobytes_with_128_bytes_a_thread(dtype, cost):
-    """32,768 classes in half precision, 16,384 in float32. Others up to half or a quarter, with 64 bytes a thread."""
+    """32,768 classes in half precision, 16,384 in float32; other targets half or a quarter, with 64 bytes a thread."""
     most = (1 << 16) // dtype.itemsize // cost
     for n_classes in (256, 1000, most // 2, most - 1, most, most + 1, 2 * most):
+        layout = Layout(True, 1, n_classes)
         for device, n_rows in itertools.product((*DEVICES, AMD), (1, 4096)):
-            launch = choosing.choose_launch_config(n_rows, n_classes, dtype, Layout(True, 1, n_classes), device, cost)
+            launch = launch_config.choose_launch_config(n_rows, n_classes, dtype, layout, device, cost)
             assert launch.resident == (n_classes <= most)
             if launch.resident:
                 n_threads, n_bytes = (
@@ -116,16 +117,16 @@ def test_a_row_of_labels_is_resident_up_to_64_kilobytes_with_128_bytes_a_thread(
                     (launch.full_c + launch.block_c) * dtype.itemsize,
                 )
                 assert n_threads <= (256 if cost == 4 else 512)
-                of_thread = 128 // min(cost, 2)
-                assert n_bytes <= n_threads * of_thread * (1 if n_threads > device.warp_size else 2)
+                bytes_per_thread = 128 // min(cost, 2)
+                assert n_bytes <= n_threads * bytes_per_thread * (1 if n_threads > device.warp_size else 2)
                 assert (launch.block_rows, launch.splits, launch.n_chunks(n_classes)) == (1, 1, 1)
 
 
-def test_wide_rows_are_summed_alike_wherever_they_lie():
-    """An aligned row of a misaligned matrix has the bits that it has alone."""
+def test_wide_rows_are_summed_in_the_same_order_at_every_alignment():
+    """A row has the same bits in an aligned and in a misaligned matrix."""
     for n_classes, dtype, cost in itertools.product([n for n in N_CLASSES if n >= 256], DTYPES, (1, 2, 4)):
         found = {
-            of_row(choosing.choose_launch_config(1000, n_classes, dtype, layout, DEVICES[1], cost))
+            row_arithmetic(launch_config.choose_launch_config(1000, n_classes, dtype, layout, DEVICES[1], cost))
             for layout in layouts(n_classes)[:-3]
         }
         assert len(found) == 1, (n_classes, dtype)
@@ -140,7 +141,7 @@ def test_rows_of_any_length_and_step_are_read_in_16_bytes(n_classes, dtype):
 
 
 def rows_of_groups(launch, n_rows, groups):
-    """(len(groups), BLOCK_ROWS): the rows of each group as the kernels count them, -1 where there is none."""
+    """(len(groups), BLOCK_ROWS) row indices of each group, as the kernels compute them; -1 for no row."""
     first = groups // launch.period * (launch.block_rows * launch.period) + groups % launch.period
     rows = first[:, None] + launch.period * np.arange(launch.block_rows)
     return np.where(rows < n_rows, rows, -1)
@@ -150,7 +151,7 @@ def test_every_row_is_in_one_group_and_every_group_has_a_row():
     for n_rows in (1, 2, 3, 7, 8, 9, 33, 264, 1001):
         for launch in {launch for case in grid() for launch in launches(n_rows, *case, DEVICES[1])}:
             rows = rows_of_groups(launch, n_rows, np.arange(launch.n_groups(n_rows)))
-            assert (rows[:, 0] >= 0).all(), (n_rows, launch)  # the first row of a group is always there
+            assert (rows[:, 0] >= 0).all(), (n_rows, launch)  # every group has a first row
             assert np.array_equal(np.sort(rows[rows >= 0]), np.arange(n_rows)), (n_rows, launch)
 
 
@@ -188,7 +189,7 @@ def test_tiles_chunks_and_splits_cover_a_streamed_row():
                     continue
                 assert (n_chunks - 1) * launch.chunk_tiles * launch.block_c < n_classes
                 assert n_classes <= n_chunks * launch.chunk_tiles * launch.block_c
-                assert 1 <= launch.splits <= n_chunks <= choosing.MAX_CHUNKS
+                assert 1 <= launch.splits <= n_chunks <= launch_config.MAX_CHUNKS
                 assert launch.splits * -(-n_chunks // launch.splits) >= n_chunks
                 if launch.vec > 1:
                     assert launch.block_c == launch.vec * device.warp_size * launch.num_warps  # one vector a thread
@@ -212,26 +213,27 @@ def test_64_rows_of_a_million_classes_fill_an_h100():
 
 
 def test_streamed_rows_share_an_offset_unless_that_costs_their_place_in_l2():
-    for n_classes, block_rows in ((50258, 2), (99_990, 1), (262_142, 2)):  # all leave L2 in the last
+    for n_classes, block_rows in ((50258, 2), (99_990, 1), (262_142, 2)):  # in the last case all block sizes exceed L2
         for n_rows in (1, 64, 4096):
-            launch = choosing.choose_launch_config(
+            launch = launch_config.choose_launch_config(
                 n_rows, n_classes, torch.bfloat16, Layout(True, 0, n_classes), DEVICES[1], 1
             )
-            assert (launch.block_rows, launch.period) == (block_rows, 4 if block_rows == 2 else 1)  # every fourth alike
+            period = 4 if block_rows == 2 else 1  # every fourth row has the same alignment
+            assert (launch.block_rows, launch.period) == (block_rows, period)
 
 
 def test_the_forward_pass_may_make_the_gradient_of_every_resident_row_and_of_streamed_rows_in_l2():
     made = set()
     for (n_classes, dtype, layout), cost in itertools.product(grid(), (1, 2, 4)):
         for n_rows, device in itertools.product(N_ROWS, (*DEVICES, SMALL_L2)):
-            launch = choosing.choose_launch_config(n_rows, n_classes, dtype, layout, device, cost)
-            makes = choosing.may_make_gradient(launch, n_classes, dtype, device, "mean")
-            assert makes == choosing.may_make_gradient(launch, n_classes, dtype, device, "sum")
+            launch = launch_config.choose_launch_config(n_rows, n_classes, dtype, layout, device, cost)
+            makes = launch_config.may_make_gradient(launch, n_classes, dtype, device, "mean")
+            assert makes == launch_config.may_make_gradient(launch, n_classes, dtype, device, "sum")
             if launch.resident:
                 assert makes == (dtype != torch.float16), "whatever the number of rows and L2"
             elif makes:
                 resident = device.n_multiprocessors * max(
-                    1, choosing.STREAM_THREADS_PER_SM // (device.warp_size * launch.num_warps)
+                    1, launch_config.STREAM_THREADS_PER_SM // (device.warp_size * launch.num_warps)
                 )
                 assert resident * launch.block_rows * n_classes * dtype.itemsize < 0.75 * device.l2_bytes
                 made.add((n_classes, dtype, device.n_multiprocessors))
@@ -243,11 +245,11 @@ def test_the_forward_pass_may_make_the_gradient_of_every_resident_row_and_of_str
 @pytest.mark.parametrize(
     ("n_rows", "dtype", "reduction"), [(4096, torch.float16, "mean"), (4096, torch.bfloat16, "none")]
 )
-def test_the_forward_pass_makes_no_gradient(n_rows, dtype, reduction):
+def test_the_forward_pass_makes_no_gradient_in_float16_or_without_a_reduction(n_rows, dtype, reduction):
     for n_classes in N_CLASSES:
         for layout, device, cost in itertools.product(layouts(n_classes), DEVICES, (1, 2, 4)):
-            launch = choosing.choose_launch_config(n_rows, n_classes, dtype, layout, device, cost)
-            assert not choosing.may_make_gradient(launch, n_classes, dtype, device, reduction)
+            launch = launch_config.choose_launch_config(n_rows, n_classes, dtype, layout, device, cost)
+            assert not launch_config.may_make_gradient(launch, n_classes, dtype, device, reduction)
 
 
 def test_a_problem_holds_the_vectors_of_kernels_in_their_order():
@@ -292,10 +294,10 @@ def test_layouts_of_tensors(name):
 
 
 def test_memory_that_begins_between_boundaries_has_no_shift():
-    """As PyTorch tensors over foreign memory: nothing lies before the first element to count from."""
+    """A tensor over foreign memory may begin off a 16-byte boundary, with no storage before its first element."""
     foreign = torch.frombuffer(bytearray(64 + 16), dtype=torch.float32)
-    at = -foreign.data_ptr() % 16 // 4 + 1
-    outside = torch.frombuffer(memoryview(foreign.numpy())[at:], dtype=torch.float32)[:12].view(3, 1, 4)
+    start = -foreign.data_ptr() % 16 // 4 + 1
+    outside = torch.frombuffer(memoryview(foreign.numpy())[start:], dtype=torch.float32)[:12].view(3, 1, 4)
     assert outside.storage_offset() == 0
     assert outside.data_ptr() % 16 == 4
     assert signature_of(outside).layout().misalignment is None
@@ -320,14 +322,14 @@ ROWS_IN_MEMORY = {
 @pytest.mark.parametrize("n_classes", [1, 9, 64, 101])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ROWS_IN_MEMORY)
-def test_rows_of_the_gradient_lie_as_those_of_the_logits(name, dtype, n_classes):
+def test_rows_of_the_gradient_have_the_alignment_of_the_logits(name, dtype, n_classes):
     vec = 16 // dtype.itemsize
     logits = ROWS_IN_MEMORY[name](n_classes, dtype)
     gradient = gradient_of(logits)
     assert gradient.shape == logits.shape
     assert gradient.dtype == dtype
-    apart = [g - x for g, x in zip(row_pointers(gradient), row_pointers(logits), strict=True)]
-    assert all(distance % 16 == 0 for distance in apart)
+    distances = [g - x for g, x in zip(row_pointers(gradient), row_pointers(logits), strict=True)]
+    assert all(distance % 16 == 0 for distance in distances)
     if logits.is_contiguous():
         assert gradient.is_contiguous()
     n_elements = gradient.untyped_storage().nbytes() // dtype.itemsize
@@ -345,7 +347,7 @@ def test_the_gradient_of_permuted_dense_logits_is_dense_in_the_same_order(order)
 
 
 @pytest.mark.parametrize("strides", [(0, 5, 1), (5, 0, 1), (1, 1, 1), (0, 0, 1), (3, 1, 1)], ids=str)
-def test_classes_that_are_neighbours_are_so_in_the_gradient_however_rows_overlap(strides):
+def test_adjacent_classes_are_adjacent_in_the_gradient_of_overlapping_rows(strides):
     logits = flat(100).as_strided((2, 3, 5), strides)
     gradient = gradient_of(logits)
     assert gradient.stride(2) == 1

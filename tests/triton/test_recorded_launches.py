@@ -1,4 +1,4 @@
-"""What is recorded of launches in the interpreter, and that the command refuses one that does not compile."""
+"""Recording of launches in the interpreter, and the command that compiles the recorded launches."""
 
 from __future__ import annotations
 
@@ -86,8 +86,8 @@ def test_what_is_specialised_alike_is_recorded_once(tmp_path, monkeypatch):
         return set(recorded_launches.recorded_in(tmp_path))
 
     first = call(17)
-    assert len(first) == 2, "what prepares, and the forward pass"
-    assert call(18) == first  # nor is where the workspace's parts begin a multiple of 16
+    assert len(first) == 2, "the preparation kernel and the forward pass"
+    assert call(18) == first  # the workspace's offsets are no multiples of 16 either
     assert len(call(17, torch.bfloat16) - first) >= 1
     tests = set(recorded_launches.recorded_in(tmp_path).values())
     assert all("test_what_is_specialised_alike_is_recorded_once" in test for test in tests)
@@ -106,12 +106,12 @@ def test_what_is_specialised_alike_is_recorded_once(tmp_path, monkeypatch):
         (0.5, 0.25, None),
     ],
 )
-def test_values_that_a_compiler_tells_apart_are_apart(value, alike, other):
+def test_only_values_that_the_compiler_tells_apart_are_told_apart(value, alike, other):
     reduced = recorded_launches.reduced
     assert reduced(value) == reduced(alike) != reduced(other)
 
 
-def test_the_first_variants_hold_every_combination_that_any_holds():
+def test_the_first_variants_of_the_order_cover_every_pair_of_arguments():
     variants = [
         tuple((f"argument {i}", value) for i, value in enumerate(values))
         for values in itertools.product("ab", "cde", "fg", "h")
