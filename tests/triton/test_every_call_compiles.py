@@ -10,9 +10,9 @@ others; dtypes; layouts; reductions; options; with and without gradient. Each va
 tests each pair of values does. These calls go through Triton's front end for sm_90. The slow tests also send calls in
 which each value occurs through the whole compiler.
 
-Left out: triples of values of losses and heads (`-m large` has them); AMD GPUs, for which this driver has no target
-(`python -m benchmarks.disassemble --all` compiles every variant for one); graphs of torch.compile, which launch the
-same kernels; more than one rank; and strides beyond 2**31, which are 64-bit arguments.
+Left out: triples of values, and the whole compiler for sm_80 and sm_100 (`-m large` has them); AMD GPUs, for which this
+driver has no target (`python -m benchmarks.disassemble --all` compiles every variant for one); graphs of torch.compile,
+which launch the same kernels; more than one rank; and strides beyond 2**31, which are 64-bit arguments.
 """
 
 from __future__ import annotations
