@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import one_in
+from conftest import one_in, slow
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -150,7 +150,7 @@ def run_property(impl, check, **strategies):
 SHIFTS = st.integers(-64 * 256, 64 * 256).map(lambda steps: steps / 256)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, slow(torch.float64)])
 def test_a_constant_added_to_the_log_prior_changes_nothing(impl, device, dtype):
     def check(problem, shift):
         bound = rounding(problem, shift)
@@ -162,7 +162,7 @@ def test_a_constant_added_to_the_log_prior_changes_nothing(impl, device, dtype):
     run_property(impl, check, problem=problems(device, dtype), shift=SHIFTS)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, slow(torch.float64)])
 def test_a_constant_added_to_the_logits_of_a_row_changes_nothing(impl, device, dtype):
     def check(problem, shifts):
         shift = torch.tensor(shifts[: len(problem.logits)], device=device, dtype=dtype)

@@ -349,6 +349,7 @@ def test_operators_are_what_they_declare(device, log_prior, impl, operands):
 # torch.func inside torch.compile --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_compiled_forward_mode_is_that_of_cross_entropy(device, impl, logits, target, log_prior):
     @torch.compile(fullgraph=True, backend="aot_eager")
     def tangent(x, direction):
@@ -370,6 +371,7 @@ def test_compiled_dual_numbers_carry_their_tangent(impl, logits, target, log_pri
     assert_close(got, jvp(lambda x: F.cross_entropy(x + log_prior, target), (logits,), (logits.cos(),))[1], **EXACT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transform", ["vmap", "vmap of grad"])
 def test_compiled_transform_is_that_of_cross_entropy(device, impl, logits, log_prior, transform):
     target = torch.tensor([0, 3, 2], device=device)

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import DEVICE, slow
+from conftest import DEVICE
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
@@ -45,11 +45,12 @@ RECORDS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "providers",
     [
         ("eager", "fused_la triton"),
-        slow(("eager", "fused_la triton", "fused_la head triton", "fused_la blocked")),
+        ("eager", "fused_la triton", "fused_la head triton", "fused_la blocked"),
     ],
     ids=["two", "all"],
 )

@@ -26,6 +26,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from conftest import slow
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
@@ -313,7 +314,7 @@ def cases() -> dict[str, Case]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", cases())
+@pytest.mark.parametrize("name", [slow(name) if i % 2 else name for i, name in enumerate(cases())])
 def test_logits_over_ranks_are_as_accurate_as_in_one_process(pool, name):
     case = cases()[name]
     found = join_ranks(pool(run_logits, case, WIDTHS[pool.size]))

@@ -19,7 +19,6 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from conftest import slow
 from sklearn.datasets import load_digits
 from torch import nn
 
@@ -269,6 +268,7 @@ def check_consistent_losses(report, tolerance):
         assert abs(excess(report, name)) < tolerance, name
 
 
+@pytest.mark.slow
 def test_figure2_consistent_methods_reach_bayes_and_the_others_do_not(figure2):
     _, _, report = figure2
     check_consistent_losses(report, 0.3)
@@ -418,7 +418,8 @@ assert group() is None
 """
 
 
-@pytest.mark.parametrize(("folder", "module"), [slow(EXAMPLES, "extreme_classes"), (EXAMPLES / "resnet50", "world")])
+@pytest.mark.slow
+@pytest.mark.parametrize(("folder", "module"), [(EXAMPLES, "extreme_classes"), (EXAMPLES / "resnet50", "world")])
 def test_nothing_of_a_process_group_is_left_when_python_ends(folder, module):
     """A remaining thread that waits for the interpreter aborts the process now and then."""
     command = [sys.executable, "-c", GROUP_ENDS, str(folder), module]

@@ -598,7 +598,7 @@ def plain(listed, tmp_path_factory) -> Path:
         slow(("--loss-impl", "reference")),
         slow(("--loss-impl", "blocked")),
         ("--loss-impl", "triton"),
-        ("--grad-accum-steps", 3),
+        slow(("--grad-accum-steps", 3)),
         slow(("--channels-last",)),
     ],
     ids=str,
@@ -1236,6 +1236,7 @@ def sharded(listed, tmp_path_factory) -> tuple[list[str], Path]:
     return argv, out
 
 
+@pytest.mark.slow
 def test_two_processes_with_sharded_classes_train_as_one(one_process, sharded):
     _, out = sharded
     assert losses(out) == pytest.approx(losses(one_process), rel=2e-5)

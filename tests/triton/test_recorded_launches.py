@@ -57,6 +57,7 @@ def test_recorded_launches_that_compile_end_the_command_with_0(tmp_path):
     assert "2 launches recorded, 2 variants of kernels" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_recorded_launch_that_does_not_compile_ends_the_command_with_1(tmp_path):
     (tmp_path / "kernels_of_a_test.py").write_text(KERNEL)
     write(tmp_path, launch_of(16), launch_of(1), launch_of(17))
