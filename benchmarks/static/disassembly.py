@@ -192,7 +192,7 @@ def kernel_figures(call: Call, target_name: str) -> dict[str, Any]:
         row["block_rows"] = call.arguments["BLOCK_ROWS"]
         row["whole"] = whole_figures(lines, row["block_rows"] * call.arguments["n_classes"] / n_threads)
     elif call.name in ("_tile_state_kernel", "_tile_gradient_kernel"):
-        n_classes = min(call.arguments["CHUNK"], call.arguments["width"])
+        n_classes = min(call.arguments["BLOCK_C"], call.arguments["width"])
         row["whole"] = whole_figures(lines, n_classes / n_threads)
     elif call.name not in HEAD_KERNELS and "BLOCK_ROWS" in call.arguments:
         row["block_rows"] = call.arguments["BLOCK_ROWS"]

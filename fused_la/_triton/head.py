@@ -1,6 +1,6 @@
 """Epilogue kernels for a tile of a head's logits: the softmax state of its rows, and their gradient.
 
-A program takes CHUNK classes of one row of the tile. Forward stores the partial state of each chunk (softmax.py). A
+A program takes BLOCK_C classes of one row of the tile. Forward stores the partial state of each block (softmax.py). A
 second kernel merges these into the state of the rows, in order, and stores z of the labels in the tile. Backward
 (epilogue.py has the equations) writes the gradient in the dtype of the products, and then overwrites the labels'
 columns, whose gradient is known before any tile is computed. Both compute z by the same operations, so that both have
@@ -35,16 +35,16 @@ from fused_la._triton.tiles import (
 )
 from fused_la._triton.variants import variant
 
-CHUNK = 2048  # classes of a program
+BLOCK_C = 2048  # classes of a program
 MAX_VEC = tl.constexpr(8)  # classes in the widest vector
-CHUNK_THREADS = 128  # threads of a program that takes a chunk
+BLOCK_THREADS = 128  # threads of a program that takes a block
 ROWS_PER_MERGE = 32  # rows of a program that merges partial states
 # Pointers of any alignment: to values of rows, which may be part of a larger tensor, and to the caller's bias.
 UNALIGNED = ["bias", "m", "rest", "gap", "total", "upstream", "share", "label_grads", "label_z", "z_as_label"]
 
 
 @triton.jit
-def _chunk_of_row(stride, target_outer, first_row, first_class, width, ALIGNED: tl.constexpr, CHUNK: tl.constexpr):
+def _block_of_row(stride, target_outer, first_row, first_class, width, ALIGNED: tl.constexpr, BLOCK_C: tl.constexpr):
     """(rows, tile, index of the row in its tile of logits) of a program."""
     row = tl.program_id(0).to(tl.int64)
     index = first_row + row
@@ -54,8 +54,8 @@ def _chunk_of_row(stride, target_outer, first_row, first_class, width, ALIGNED: 
     )  # fmt: skip
     if ALIGNED:
         width = whole_vectors(width, MAX_VEC)
-    start = tl.program_id(1) * CHUNK
-    cols = start + tl.arange(0, CHUNK)
+    start = tl.program_id(1) * BLOCK_C
+    cols = start + tl.arange(0, BLOCK_C)
     return rows, Tile(first_class, start, cols, cols < width, start), row
 
 
@@ -74,15 +74,15 @@ def _tile_state_kernel(
     # constants
     N_LABELS: tl.constexpr, HAS_SMOOTHING: tl.constexpr, COMPUTE: tl.constexpr,
     ALIGNED: tl.constexpr,  # rows of the tile are whole vectors, and so is their stride
-    VEC: tl.constexpr, CHUNK: tl.constexpr,
+    VEC: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Store the state of each row and chunk of a tile, (4, n_chunks, n_rows)."""
+    """Store the state of each row and block of a tile, (4, n_blocks, n_rows)."""
     HAS_MASS: tl.constexpr = HAS_SMOOTHING or N_LABELS == 0
     args = Arguments(
         logits, bias, vectors, n_classes, 1, target_class, from_bits(tau_bits, COMPUTE),
         from_bits(smoothing_bits, COMPUTE) if HAS_SMOOTHING else None, None, None if N_LABELS == 0 else N_LABELS, None,
     )  # fmt: skip
-    rows, tile, row = _chunk_of_row(logits_row_stride, target_outer, first_row, first_class, width, ALIGNED, CHUNK)
+    rows, tile, row = _block_of_row(logits_row_stride, target_outer, first_row, first_class, width, ALIGNED, BLOCK_C)
     z = load_z(args, rows, tile, rows.in_bounds, VEC if ALIGNED else 1)
     state = tile_state(z, dense_mass(args, rows, tile, 1) if HAS_MASS else None, VEC, HAS_MASS)
     stride = tl.num_programs(1) * n_rows
@@ -100,7 +100,7 @@ def _merge_kernel(
     # strides
     logits_row_stride: tl.int64,
     # sizes
-    first_row: tl.int64, first_class: tl.int32, width: tl.int32, n_rows: tl.int64, n_chunks: tl.int32,
+    first_row: tl.int64, first_class: tl.int32, width: tl.int32, n_rows: tl.int64, n_blocks: tl.int32,
     # scalars
     tau_bits: tl.int64, ignore_index: tl.int64,
     # constants
@@ -114,8 +114,8 @@ def _merge_kernel(
         tl.load(m + index, in_bounds), tl.load(rest + index, in_bounds), tl.load(gap + index, in_bounds),
         tl.load(total + index, in_bounds),
     )  # fmt: skip
-    for chunk in range(0, n_chunks):
-        partial = load_state(partials + (chunk * n_rows + rows), n_chunks * n_rows, in_bounds)
+    for block in range(0, n_blocks):
+        partial = load_state(partials + (block * n_rows + rows), n_blocks * n_rows, in_bounds)
         state = merge(state, partial, HAS_MASS)
     tl.store(m + index, state[0], in_bounds)
     tl.store(rest + index, state[1], in_bounds)
@@ -156,14 +156,14 @@ def _tile_gradient_kernel(
     tau_bits: tl.int64, smoothing_bits: tl.int64, ignore_index: tl.int64,
     # constants
     N_LABELS: tl.constexpr, HAS_SMOOTHING: tl.constexpr, COMPUTE: tl.constexpr,
-    ALIGNED: tl.constexpr, VEC: tl.constexpr, CHUNK: tl.constexpr,
+    ALIGNED: tl.constexpr, VEC: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Store the gradient of z of each row and chunk of a tile."""
+    """Store the gradient of z of each row and block of a tile."""
     args = Arguments(
         logits, bias, vectors, n_classes, 1, target_class, from_bits(tau_bits, COMPUTE),
         from_bits(smoothing_bits, COMPUTE) if HAS_SMOOTHING else None, None, None if N_LABELS == 0 else N_LABELS, None,
     )  # fmt: skip
-    rows, tile, _ = _chunk_of_row(logits_row_stride, target_outer, first_row, first_class, width, ALIGNED, CHUNK)
+    rows, tile, _ = _block_of_row(logits_row_stride, target_outer, first_row, first_class, width, ALIGNED, BLOCK_C)
     index = rows.index
     m_row, rest_row = tl.load(m + index), tl.load(rest + index)
     share_row, live = tl.full((), 1.0, COMPUTE), rows.in_bounds
@@ -180,9 +180,9 @@ def _tile_gradient_kernel(
         for k in range(N_LABELS):
             label = tl.load(vectors.target + index * N_LABELS + k)
             col = label - first_class
-            in_chunk = (label != ignore_index) & (col >= tile.start) & (col < tl.minimum(tile.start + CHUNK, width))
+            in_block = (label != ignore_index) & (col >= tile.start) & (col < tl.minimum(tile.start + BLOCK_C, width))
             label_grad = tl.load(label_grads + index * N_LABELS + k)
-            tl.store(grad + (rows.gradient_start + label), label_grad.to(grad.dtype.element_ty), in_chunk)
+            tl.store(grad + (rows.gradient_start + label), label_grad.to(grad.dtype.element_ty), in_block)
 
 
 class Epilogue:
@@ -199,7 +199,7 @@ class Epilogue:
         self._target_strides = problem.target.stride(0), problem.target.stride(-1)
         self._tau, self._smoothing = float_bits(problem.tau), float_bits(problem.label_smoothing)
         self._device = problem.logits.get_device()
-        self._num_warps = CHUNK_THREADS // device_of(self._device).warp_size
+        self._num_warps = BLOCK_THREADS // device_of(self._device).warp_size
         target_is_aligned = problem.target.data_ptr() % VECTOR_BYTES == 0
         self._types = types, None if bias is None else bias.dtype, product_dtype, target_is_aligned
 
@@ -210,12 +210,12 @@ class Epilogue:
                 return self.update(block, chunk, logits, state)
         rows, problem = self._rows, self._rows.problem
         n_rows, width = logits.shape
-        n_chunks, row_stride = cdiv(width, CHUNK), logits.stride(0)
-        partials = logits.new_empty(4 * n_chunks * n_rows)
+        n_blocks, row_stride = cdiv(width, BLOCK_C), logits.stride(0)
+        partials = logits.new_empty(4 * n_blocks * n_rows)
         vec = VECTOR_BYTES // logits.element_size()
-        constants = self._n_labels, self._has_smoothing, self._compute, _is_aligned(row_stride, width), vec, CHUNK
+        constants = self._n_labels, self._has_smoothing, self._compute, _is_aligned(row_stride, width), vec, BLOCK_C
         variant(_tile_state_kernel, self._device, self._types, constants, self._num_warps).launch(
-            (n_rows, n_chunks, 1), logits, self._bias, self._vectors, partials,
+            (n_rows, n_blocks, 1), logits, self._bias, self._vectors, partials,
             row_stride, *self._target_strides,
             block[0].start, chunk.start, width, problem.logits.shape[-1], n_rows,
             self._tau, self._smoothing,
@@ -227,7 +227,7 @@ class Epilogue:
             (cdiv(n_rows, ROWS_PER_MERGE), 1, 1), partials, logits, self._bias, self._vectors,
             state.m, state.rest, state.gap, state.total, rows.candidates.z, rows.z_as_label,
             row_stride,
-            block[0].start, chunk.start, width, n_rows, n_chunks,
+            block[0].start, chunk.start, width, n_rows, n_blocks,
             self._tau, problem.ignore_index,
         )  # fmt: skip
 
@@ -248,10 +248,10 @@ class Epilogue:
             row_stride, grad = logits.stride(0), buffer.as_strided(logits.shape, logits.stride())
             constants = (
                 self._n_labels, self._has_smoothing, self._compute, _is_aligned(row_stride, width),
-                VECTOR_BYTES // logits.element_size(), CHUNK,
+                VECTOR_BYTES // logits.element_size(), BLOCK_C,
             )  # fmt: skip
             variant(_tile_gradient_kernel, self._device, self._types, constants, self._num_warps).launch(
-                (n_rows, cdiv(width, CHUNK), 1),
+                (n_rows, cdiv(width, BLOCK_C), 1),
                 logits, self._bias, self._vectors, state.m, state.rest, state.total, upstream, share, candidate_grads,
                 grad,
                 row_stride, *self._target_strides,

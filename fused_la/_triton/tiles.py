@@ -39,7 +39,7 @@ class Vectors(NamedTuple):
 NUMBERS = [
     "logits_outer", "logits_inner", "logits_class", "target_outer", "target_inner", "target_class",
     "grad_outer", "grad_inner", "grad_class", "upstream_outer", "upstream_inner", "logits_row_stride",
-    "n_rows", "n_inner", "n_classes", "n_groups", "n_chunks", "n_weight_partials",
+    "n_rows", "n_inner", "n_classes", "n_groups", "n_chunks", "n_blocks", "n_weight_partials",
     "rows_per_partial", "n_taus", "period", "splits", "misalignment", "scratch_start", "table_stride",
     "losses_start", "unit_gradient", "first_row", "first_class", "width", "tau_bits", "smoothing_bits",
     "ignore_index",
