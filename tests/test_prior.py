@@ -216,6 +216,7 @@ print(json.dumps(counted))
 """
 
 
+@pytest.mark.slow
 def test_counts_are_summed_over_a_group_only_if_one_is_given(tmp_path):
     ranks = [
         subprocess.Popen(

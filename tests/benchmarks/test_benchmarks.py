@@ -67,11 +67,13 @@ def document(run):
     return json.loads(run[1][".json"].read_text(), parse_constant=refuse)
 
 
+@pytest.mark.slow
 def test_the_command_writes_three_files_of_one_name(run):
     assert set(run[1]) == {".json", ".md", ".png"}
     assert len({path.stem for path in run[1].values()}) == 1
 
 
+@pytest.mark.slow
 def test_results_say_what_they_were_made_on_and_with(document):
     assert document["versions"]["torch"] == torch.__version__
     assert document["versions"].keys() >= {"python", "triton", "fused_la", "liger-kernel", "quack-kernels"}
@@ -82,6 +84,7 @@ def test_results_say_what_they_were_made_on_and_with(document):
     assert all(document[key] for key in ("commit", "date", "units", "providers"))
 
 
+@pytest.mark.slow
 def test_every_provider_is_timed_in_every_mode_or_listed_with_the_reason(document):
     found = {}
     for record in document["results"]:
@@ -101,6 +104,7 @@ def test_every_provider_is_timed_in_every_mode_or_listed_with_the_reason(documen
             assert {one for one in everything if one[1] == "held"} <= timed <= everything
 
 
+@pytest.mark.slow
 def test_figures_follow_from_the_times(document):
     copy = document["device"]["copy_gb_per_s"]
     for record in document["results"]:
@@ -115,6 +119,7 @@ def test_figures_follow_from_the_times(document):
             assert record["gradient_error"] < 1e-5
 
 
+@pytest.mark.slow
 def test_tables_have_a_row_for_every_record_and_every_reason(run, document):
     text = run[1][".md"].read_text()
     timed = [record for record in document["results"] if record["status"] == "timed"]
@@ -125,6 +130,7 @@ def test_tables_have_a_row_for_every_record_and_every_reason(run, document):
         assert f"| {key} | {meaning} |" in text
 
 
+@pytest.mark.slow
 def test_the_picture_has_lines(run):
     pixels = matplotlib.image.imread(run[1][".png"])[..., :3]
     assert min(pixels.shape[:2]) >= 400

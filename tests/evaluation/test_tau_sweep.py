@@ -167,6 +167,7 @@ compile("*fp64", True, True, True)
 """
 
 
+@pytest.mark.slow
 def test_the_kernel_compiles_without_a_gpu_and_without_fused_multiply_add(tmp_path):
     """Product and sum are rounded separately, as on a CPU."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

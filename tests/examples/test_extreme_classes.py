@@ -37,6 +37,7 @@ def alone(tmp_path_factory):
     return run(tmp_path_factory.mktemp("alone"))
 
 
+@pytest.mark.slow
 def test_training_comes_closer_to_an_optimum_that_nothing_beats(alone):
     report, printed = alone
     start, trained, optimum = (report["results"][name] for name in ("start", "trained", "optimum"))
@@ -76,6 +77,7 @@ def test_two_ranks_reach_the_losses_of_one(alone, tmp_path):
         assert result == pytest.approx(alone[0]["results"][name], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_memory_and_shapes_are_told(alone):
     report, printed = alone
     assert report["whole_logits_bytes"] == 4 * 64 * 1999

@@ -90,7 +90,7 @@ def kernels_of(variant, dtype):
 @pytest.mark.parametrize(
     ("target", "dtype", "variants"),
     [
-        ("sm_90", "bfloat16", FEW),
+        slow("sm_90", "bfloat16", FEW),
         *(large(target, "bfloat16", VARIANTS[:1]) for target in ("sm_80", "gfx942")),
         large("sm_100", "bfloat16", ("margin",)),
     ],
