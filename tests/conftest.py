@@ -68,6 +68,21 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         config.option.dist = "loadfile"
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """One process takes all files of tests/class_parallel, which share pools of worker processes."""
+    if config.option.dist != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return file.rpartition("/")[0] if "/class_parallel/" in file else file
+
+    return Scheduling(config, log)
+
+
 def slow(*values: Any) -> Any:
     """One parameter set of a test, with the marker slow."""
     return pytest.param(*values, marks=pytest.mark.slow)
