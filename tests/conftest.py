@@ -1,10 +1,13 @@
-"""Pytest configuration: the device of the tests, a fixture of the three implementations, helpers for slow cases."""
+"""Pytest configuration: the device, a fixture of the three implementations, helpers for slow cases and two ranks."""
 
 import contextlib
 import gc
 import itertools
+import json
 import os
 import pathlib
+import subprocess
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -81,6 +84,24 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return file.rpartition("/")[0] if "/class_parallel/" in file else file
 
     return Scheduling(config, log)
+
+
+def run_on_two_ranks(program: str, folder: pathlib.Path) -> list[Any]:
+    """The JSON that a program prints as rank 0 and as rank 1; its arguments are the rank and the path of a store."""
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(rank), str(folder / "store")],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        outputs = [rank.communicate(timeout=60) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    return [json.loads(stdout) for stdout, _ in outputs]
 
 
 def slow(*values: Any) -> Any:

@@ -6,11 +6,8 @@ ignored labels; counts from one image to 1.6e10 pixels; one process and several;
 """
 
 import doctest
-import json
 import math
 import re
-import subprocess
-import sys
 from collections import Counter
 from fractions import Fraction
 from types import MappingProxyType
@@ -20,6 +17,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import run_on_two_ranks
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -218,22 +216,7 @@ print(json.dumps(counted))
 
 @pytest.mark.slow
 def test_counts_are_summed_over_a_group_only_if_one_is_given(tmp_path):
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK_PROGRAM, str(rank), str(tmp_path / "store")],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [rank.communicate(timeout=60) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], outputs
-    first, second = (json.loads(stdout) for stdout, _ in outputs)
+    first, second = run_on_two_ranks(RANK_PROGRAM, tmp_path)
     for rank, alone in ((first, [2, 0, 0, 1, 0]), (second, [0, 0, 0, 1, 0])):
         assert rank["world"] == [2, 0, 0, 2, 0]
         assert rank["alone"] == alone

@@ -9,13 +9,12 @@ import copy
 import json
 import math
 import pickle
-import subprocess
-import sys
 from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
+from conftest import run_on_two_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import balanced_accuracy_score
@@ -310,22 +309,7 @@ print(json.dumps(found))
 
 @pytest.mark.slow
 def test_counts_are_summed_over_ranks(tmp_path):
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK_PROGRAM, str(rank), str(tmp_path / "store")],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [rank.communicate(timeout=60) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], outputs
-    found = [json.loads(stdout) for stdout, _ in outputs]
+    found = run_on_two_ranks(RANK_PROGRAM, tmp_path)
 
     def expected(preds, target):
         result = computed(torch.tensor(preds), torch.tensor(target), [200, 50, 5], n_bootstrap=1000)

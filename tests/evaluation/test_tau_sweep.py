@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import run_on_two_ranks
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -378,24 +379,8 @@ print(json.dumps([[t.tolist() for t in s.counts()] for s in (sweep, total, again
 
 
 def test_counts_are_summed_over_ranks(tmp_path):
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK_PROGRAM, str(rank), str(tmp_path / "store")],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [rank.communicate(timeout=60) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], outputs
     counted, nothing = [[[1, 0], [1, 2]], [1, 2]], [[[0, 0], [0, 0]], [0, 0]]
-    results = [json.loads(stdout) for stdout, _ in outputs]
-    assert results == [[counted, counted, counted], [nothing, counted, counted]]
+    assert run_on_two_ranks(RANK_PROGRAM, tmp_path) == [[counted, counted, counted], [nothing, counted, counted]]
 
 
 def test_a_printed_sweep_names_its_split_and_marks_the_best_tau():
