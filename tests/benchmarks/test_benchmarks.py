@@ -67,6 +67,13 @@ def document(run):
     return json.loads(run[1][".json"].read_text(), parse_constant=refuse)
 
 
+def test_what_times_imports_nothing_of_what_only_compiles():
+    importers = [
+        path.name for path in (ROOT / "benchmarks" / "timing").glob("*.py") if "benchmarks.static" in path.read_text()
+    ]
+    assert importers == []
+
+
 @pytest.mark.slow
 def test_the_command_writes_three_files_of_one_name(run):
     assert set(run[1]) == {".json", ".md", ".png"}
