@@ -37,6 +37,7 @@ from triton import knobs
 
 from benchmarks.static.budgets import violations
 from benchmarks.static.compiled import (
+    BY_GROUP,
     COMMON_VARIANTS,
     DTYPES,
     HEAD_VARIANTS,
@@ -72,7 +73,7 @@ def every_task() -> Iterator[Task]:
     """The tasks of --all: every common variant for every target and dtype at an unaligned C.
 
     Rare options come once a target, and so do, for one label, rows that are aligned, an odd step apart, shorter than a
-    tile, too short for vectors, and split.
+    tile, too short for vectors, and split; and by group, rows that stream.
     """
     for target, dtype in itertools.product(TARGETS, DTYPES):
         yield from (Task(target, dtype, 8142, variant) for variant in COMMON_VARIANTS)
@@ -85,6 +86,7 @@ def every_task() -> Iterator[Task]:
             yield from (Task(target, dtype, n_classes, "label") for n_classes in (100, 1000, 4097, 8192, 16384))
             yield Task(target, dtype, 50257, "label", row_step=100_003)
             yield Task(target, dtype, 50257, "label", rows=64)
+            yield Task(target, dtype, 50257, BY_GROUP)
 
 
 def rows_of(tasks: Iterable[Task], n_jobs: int) -> Iterator[dict[str, Any]]:
@@ -109,10 +111,10 @@ def peer_rows(tasks: Iterable[Task]) -> Iterator[dict[str, Any]]:
 def format_row(row: dict[str, Any]) -> str:
     if "reason" in row:
         return (
-            f"{row['target']:7} {row['dtype']:9} {row['classes']:8} {row['variant']:19} not compiled: {row['reason']}"
+            f"{row['target']:7} {row['dtype']:9} {row['classes']:8} {row['variant']:26} not compiled: {row['reason']}"
         )
     line = (
-        f"{row['target']:7} {row['dtype']:9} {row['classes']:8} {row['variant']:19} {row['kernel']:27} "
+        f"{row['target']:7} {row['dtype']:9} {row['classes']:8} {row['variant']:26} {row['kernel']:27} "
         f"regs {row['regs']:3} local {row['local']}"
     )
     if "warps" in row:

@@ -26,6 +26,7 @@ def linear_logit_adjusted_cross_entropy(
     tau: float = 1.0,
     *,
     bias: Tensor | None = None,
+    group: Tensor | None = None,
     target_weight: Tensor | None = None,
     class_weight: Tensor | None = None,
     ignore_index: int = -100,
@@ -58,6 +59,7 @@ def linear_logit_adjusted_cross_entropy(
             (..., K).
         log_prior, tau: as in `logit_adjusted_cross_entropy`.
         bias: (C,) floating.
+        group: as in `logit_adjusted_cross_entropy`: of shape (...), or one for each index of its first dimension.
         target_weight: floating, of the shape of `target`: weights of the K labels of a row.
         class_weight: (C,) floating, a factor for each class: `weight` of `logit_adjusted_cross_entropy`.
         ignore_index, reduction, label_smoothing, smoothing_distribution: as in `logit_adjusted_cross_entropy`.
@@ -86,7 +88,7 @@ def linear_logit_adjusted_cross_entropy(
     Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation 10.
     """
     options = Options(target_weight, class_weight, ignore_index, reduction, label_smoothing, smoothing_distribution)
-    return _loss(features, weight, bias, target, ScaledPrior(log_prior, tau), options, impl)
+    return _loss(features, weight, bias, target, ScaledPrior(log_prior, tau, group), options, impl)
 
 
 def linear_margin_cross_entropy(
@@ -106,7 +108,9 @@ def linear_margin_cross_entropy(
 ) -> Tensor:
     r"""`margin_cross_entropy` of the logits of a linear classifier, without storing all logits.
 
-    .. math:: \ell(y, h) = \alpha_y \log\Big[1 + \sum_{c \ne y} e^{(s_c f_c + u_c) - (s_y f_y + v_y)}\Big], f = W h + b
+    .. math::
+        \ell(y, h) = \alpha_y \log\Big[1 + \sum_{c \ne y} e^{(r_y s_c f_c + u_c) - (r_y s_y f_y + v_y)}\Big],
+        \qquad f = W h + b
 
     Equivalent to: ``margin_cross_entropy(F.linear(features, weight, bias), target, margin, weight=class_weight, ...)``.
 
@@ -117,7 +121,8 @@ def linear_margin_cross_entropy(
             denominator of a mean; alpha does not.
         ignore_index, reduction, label_smoothing, smoothing_distribution: as in `linear_logit_adjusted_cross_entropy`.
         impl: as in `linear_logit_adjusted_cross_entropy`. Only the reference computes gradients of the margin's
-            vectors. If the two offsets differ, only the reference supports class probabilities and label smoothing.
+            vectors. If the two offsets differ, only the reference supports class probabilities and label smoothing;
+            with a label_scale, the same, and several labels a row.
 
     Returns:
         As `linear_logit_adjusted_cross_entropy`.
@@ -150,14 +155,14 @@ class LogitAdjustedLinear(CountedLossOptions, nn.Linear):
 
     Args:
         in_features: D.
-        class_counts: (C,) training examples a class, as `LogitAdjustedCrossEntropyLoss` takes them.
+        class_counts: (C,) training examples a class, or (G, C), as `LogitAdjustedCrossEntropyLoss` takes them.
         tau: strength of the adjustment, >= 0.
         bias: whether the head has a bias.
         cosine: normalise features and weights to unit vectors first; a row of zeros stays zeros.
         scale: s > 0 of a cosine head.
         pseudocount: added to every count. It is needed if a class has no example and `exclude_absent` is False.
-        exclude_absent: classes without examples have a log prior of -inf in the loss and raw logits of -inf, so that
-            none is predicted.
+        exclude_absent: classes without examples have a log prior of -inf in the loss and, if no group has examples of
+            them, raw logits of -inf, so that none is predicted.
         class_weight: as in `linear_logit_adjusted_cross_entropy`; or an array or a list.
         ignore_index, reduction, label_smoothing: as in `linear_logit_adjusted_cross_entropy`.
         smoothing_distribution: as in `linear_logit_adjusted_cross_entropy`; or an array or a list.
@@ -234,6 +239,7 @@ class LogitAdjustedLinear(CountedLossOptions, nn.Linear):
         target: Tensor | None = None,
         target_weight: Tensor | None = None,
         *,
+        group: Tensor | None = None,
         input: Tensor | None = None,
         reduction: str | None = None,
         num_items_in_batch: Tensor | float | None = None,
@@ -241,13 +247,13 @@ class LogitAdjustedLinear(CountedLossOptions, nn.Linear):
         """The loss, or the raw logits if there is no target.
 
         Args:
-            features, target, target_weight: as in `linear_logit_adjusted_cross_entropy`.
+            features, target, target_weight, group: as in `linear_logit_adjusted_cross_entropy`.
             input: another name for `features`, as in `torch.nn.Linear`.
             reduction, num_items_in_batch: of the loss, as in `LogitAdjustedCrossEntropyLoss.forward`.
         """
         features = argument_or_input("features", features, input)
         if target is None:
-            for name, value in (("target_weight", target_weight), ("reduction", reduction),
+            for name, value in (("target_weight", target_weight), ("group", group), ("reduction", reduction),
                                 ("num_items_in_batch", num_items_in_batch)):  # fmt: skip
                 if value is not None:
                     raise TypeError(f"{name} must be None without a target, got it for raw logits")
@@ -258,7 +264,7 @@ class LogitAdjustedLinear(CountedLossOptions, nn.Linear):
         features, weight = self._operands(features)
         return self._call_loss(
             linear_logit_adjusted_cross_entropy, features, weight, target, tau=self.tau, bias=self.bias,
-            target_weight=target_weight, reduction=reduction, num_items_in_batch=num_items_in_batch,
+            target_weight=target_weight, group=group, reduction=reduction, num_items_in_batch=num_items_in_batch,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -281,6 +287,7 @@ class LogitAdjustedLinear(CountedLossOptions, nn.Linear):
         if not self.exclude_absent:
             return self.bias
         absent = self._per_class_for(features)["log_prior"] == -torch.inf
+        absent = absent if absent.dim() == 1 else absent.all(0)
         if checks.is_dtensor(self.weight):
             from fused_la._class_parallel.dtensor import shard_like
 
@@ -312,6 +319,9 @@ def _loss(features: Any, weight: Any, bias: Any, target: Any, prior: Adjustment,
         features, weight, bias, target, options.target_weight
     )
     options = options._replace(target_weight=target_weight)
+    if isinstance(prior, ScaledPrior) and prior.group is not None:
+        group = checks.rows_of_groups(prior.group, features.shape[:-1], features)
+        prior = prior._replace(group=group.flatten() if features.dim() > 1 else group)
     call = read_call(logits, prior, target, options, weight_name="class_weight")
     differentiable = (features, weight, bias, call.problem.log_prior)
     impl = choose_implementation(impl, call, differentiable, of_head=True)

@@ -24,6 +24,7 @@ def logit_adjusted_cross_entropy(
     log_prior: Tensor,
     tau: float = 1.0,
     *,
+    group: Tensor | None = None,
     target_weight: Tensor | None = None,
     weight: Tensor | None = None,
     ignore_index: int = -100,
@@ -57,8 +58,11 @@ def logit_adjusted_cross_entropy(
         target: int64 or uint8 class indices of shape (), (N,) or (N, d1, ..., dk); or class probabilities, floating, of
             the shape of the logits; or with `target_weight` indices of shape (N, K) ((K,), (N, K, d1, ..., dk)).
         log_prior: (C,) floating, log class frequencies up to any constant, as from `log_prior_from_counts`. A class at
-            -inf has probability 0 and gradient 0. The tensor gets a gradient if it requires one.
+            -inf has probability 0 and gradient 0. The tensor gets a gradient if it requires one. With `group` (G, C).
         tau: strength of the adjustment, >= 0. 1 is consistent for the balanced error, 0 is plain cross entropy.
+        group: the group (hospital, site, client, domain) of each row, for a log_prior of shape (G, C) with a prior for
+            each group: int64 or uint8 in [0, G), one for each row, or of shape (N,) for logits (N, C, d1, ..., dk). A
+            row that does not count may have any. The smoothing_distribution is then (C,) or (G, C).
         target_weight: floating, of the shape of `target`: weights of the K labels of a row, as from mixup and cutmix.
             The row's loss is ``sum_k target_weight[:, k] * loss(target[:, k])``. A mean counts such a row as one (with
             `weight`: as the mean weight of its labels).
@@ -80,9 +84,9 @@ def logit_adjusted_cross_entropy(
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, dtype, shape, device or range; the message names it.
-        IndexError: a label outside [0, C) that is not ignore_index, on a CPU. On a GPU, or if a transform or
-            torch.compile hides the value, nothing outside the row is read and the loss and gradient of the row are
-            NaN. An invalid `log_prior` or `smoothing_distribution` then makes those of all rows NaN.
+        IndexError: a label outside [0, C) that is not ignore_index, or a group outside [0, G), on a CPU. On a GPU, or
+            if a transform or torch.compile hides the value, nothing outside the row is read and the loss and gradient
+            of the row are NaN. An invalid `log_prior` or `smoothing_distribution` then makes those of all rows NaN.
 
     Example:
         >>> import torch
@@ -96,7 +100,7 @@ def logit_adjusted_cross_entropy(
     Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation 10.
     """
     options = Options(target_weight, weight, ignore_index, reduction, label_smoothing, smoothing_distribution)
-    return _loss(logits, target, ScaledPrior(log_prior, tau), options, impl)
+    return _loss(logits, target, ScaledPrior(log_prior, tau, group), options, impl)
 
 
 def margin_cross_entropy(
@@ -114,10 +118,11 @@ def margin_cross_entropy(
 ) -> Tensor:
     r"""The loss of any `PairwiseMargin`: one of `fused_la.margins`, or one of your own.
 
-    .. math:: \ell(y, f) = \alpha_y \log\Big[1 + \sum_{c \ne y} e^{(s_c f_c + u_c) - (s_y f_y + v_y)}\Big]
+    .. math:: \ell(y, f) = \alpha_y \log\Big[1 + \sum_{c \ne y} e^{(r_y s_c f_c + u_c) - (r_y s_y f_y + v_y)}\Big]
 
-    with alpha, the negative offset u, the target offset v and the scale s of the margin. For class probabilities, K
-    labels and smoothing, the loss is the weighted sum over the classes as labels: ``sum_c t_c * loss(c)``.
+    with alpha, the negative offset u, the target offset v, the scale s and the label scale r of the margin. For class
+    probabilities, K labels and smoothing, the loss is the weighted sum over the classes as labels:
+    ``sum_c t_c * loss(c)``.
 
     Args:
         logits, target: as in `logit_adjusted_cross_entropy`.
@@ -127,7 +132,8 @@ def margin_cross_entropy(
             not.
         ignore_index, reduction, label_smoothing, smoothing_distribution: as in `logit_adjusted_cross_entropy`.
         impl: as in `logit_adjusted_cross_entropy`. Only the reference computes gradients of the margin's vectors. If
-            the two offsets differ, only the reference supports class probabilities and label smoothing.
+            the two offsets differ, only the reference supports class probabilities and label smoothing. With a
+            label_scale, the same, and several labels a row.
 
     Returns:
         As `logit_adjusted_cross_entropy`.
@@ -172,37 +178,15 @@ def _loss(logits: Any, target: Any, prior: Adjustment, options: Options, impl: A
 
 
 class _LogitsLoss(LossOptions):
-    """Base of the loss modules on logits: their `forward`. Subclasses define `_loss_function`."""
+    """Base of the loss modules on logits. Subclasses define `_loss_function`."""
 
     weight = per_class_option("weight")
 
-    def forward(
-        self,
-        logits: Any = None,
-        target: Any = None,
-        target_weight: Tensor | None = None,
-        *,
-        input: Tensor | None = None,
-        reduction: str | None = None,
-        num_items_in_batch: Tensor | float | None = None,
-    ) -> Tensor:
-        """The loss.
-
-        Args:
-            logits, target, target_weight: as in `logit_adjusted_cross_entropy`. `logits` may also be a model output
-                with an attribute `logits`, as Hugging Face models return.
-            input: another name for `logits`, as in the losses of `torch.nn`.
-            reduction: replaces the module's reduction in this call.
-            num_items_in_batch: a mean divides the sum of the losses by this number, not by the number of rows of this
-                batch. `transformers.Trainer` passes it to its `compute_loss_func` when it accumulates gradients. It is
-                not corrected for labels that it counts and `ignore_index` excludes.
-        """
+    def _loss_of_logits(self, logits: Any, target: Any, input: Any, **keywords: Any) -> Tensor:
+        """The loss of logits, or of a model output that has them; `input` is another name for the logits."""
         logits = argument_or_input("logits", getattr(logits, "logits", logits), input)
         checks.check_tensor("logits", logits)
-        return self._call_loss(
-            self._loss_function, logits, target, target_weight=target_weight, reduction=reduction,
-            num_items_in_batch=num_items_in_batch,
-        )  # fmt: skip
+        return self._call_loss(self._loss_function, logits, target, **keywords)
 
     _loss_function: Callable[..., Tensor]
 
@@ -222,7 +206,8 @@ class LogitAdjustedCrossEntropyLoss(_LogitsLoss, CountedLossOptions):
 
     Args:
         class_counts: (C,) training examples a class: a list, an array or a tensor, integer or floating; or counts by
-            class: `collections.Counter(labels)`, a dict or a pandas Series. See `log_prior_from_counts`.
+            class: `collections.Counter(labels)`, a dict or a pandas Series. Or (G, C), as from `count_classes(labels,
+            n_classes, groups=...)`, for a prior for each group: a call then needs `group`. See `log_prior_from_counts`.
         tau: strength of the adjustment, >= 0.
         pseudocount: added to every count. It is needed if a class has no example and `exclude_absent` is False.
         exclude_absent: give classes without examples a log prior of -inf: probability 0, gradient 0.
@@ -234,8 +219,8 @@ class LogitAdjustedCrossEntropyLoss(_LogitsLoss, CountedLossOptions):
     Attributes:
         class_counts: the given counts, in the order of the classes. New counts may be assigned between any two steps;
             CUDA graphs and compiled code then use them.
-        log_prior: (C,) float32, `log_prior_from_counts` of the counts. It stays one tensor: assigning new counts writes
-            to it.
+        log_prior: (C,) or (G, C) float32, `log_prior_from_counts` of the counts. It stays one tensor: assigning new
+            counts writes to it.
         weight, smoothing_distribution: (C,) tensors, or None. New ones may be assigned; a CUDA graph keeps using the
             old tensors, so write into these. One that requires a gradient stays the caller's tensor and is no parameter
             of the module. These two and `log_prior` keep their digits when the module is cast to half precision: at
@@ -280,6 +265,33 @@ class LogitAdjustedCrossEntropyLoss(_LogitsLoss, CountedLossOptions):
             smoothing_distribution, impl,
         )  # fmt: skip
 
+    def forward(
+        self,
+        logits: Any = None,
+        target: Any = None,
+        target_weight: Tensor | None = None,
+        *,
+        group: Tensor | None = None,
+        input: Tensor | None = None,
+        reduction: str | None = None,
+        num_items_in_batch: Tensor | float | None = None,
+    ) -> Tensor:
+        """The loss.
+
+        Args:
+            logits, target, target_weight, group: as in `logit_adjusted_cross_entropy`. `logits` may also be a model
+                output with an attribute `logits`, as Hugging Face models return.
+            input: another name for `logits`, as in the losses of `torch.nn`.
+            reduction: replaces the module's reduction in this call.
+            num_items_in_batch: a mean divides the sum of the losses by this number, not by the number of rows of this
+                batch. `transformers.Trainer` passes it to its `compute_loss_func` when it accumulates gradients. It is
+                not corrected for labels that it counts and `ignore_index` excludes.
+        """
+        return self._loss_of_logits(
+            logits, target, input, target_weight=target_weight, group=group, reduction=reduction,
+            num_items_in_batch=num_items_in_batch,
+        )  # fmt: skip
+
     def _loss_function(self, *inputs: Any, **options: Any) -> Tensor:
         return logit_adjusted_cross_entropy(*inputs, tau=self.tau, **options)
 
@@ -287,7 +299,7 @@ class LogitAdjustedCrossEntropyLoss(_LogitsLoss, CountedLossOptions):
 class MarginCrossEntropyLoss(_LogitsLoss):
     r"""`margin_cross_entropy` as a module that moves its `PairwiseMargin` with it between devices.
 
-    .. math:: \ell(y, f) = \alpha_y \log\Big[1 + \sum_{c \ne y} e^{(s_c f_c + u_c) - (s_y f_y + v_y)}\Big]
+    .. math:: \ell(y, f) = \alpha_y \log\Big[1 + \sum_{c \ne y} e^{(r_y s_c f_c + u_c) - (r_y s_y f_y + v_y)}\Big]
 
     Args:
         margin: one of `fused_la.margins`, or one of your own.
@@ -332,6 +344,27 @@ class MarginCrossEntropyLoss(_LogitsLoss):
         super().__init__(
             {"margin": checked_margin(margin)}, weight, ignore_index, reduction, label_smoothing,
             smoothing_distribution, impl,
+        )  # fmt: skip
+
+    def forward(
+        self,
+        logits: Any = None,
+        target: Any = None,
+        target_weight: Tensor | None = None,
+        *,
+        input: Tensor | None = None,
+        reduction: str | None = None,
+        num_items_in_batch: Tensor | float | None = None,
+    ) -> Tensor:
+        """The loss.
+
+        Args:
+            logits, target, target_weight, input, reduction, num_items_in_batch: as in
+                `LogitAdjustedCrossEntropyLoss.forward`.
+        """
+        return self._loss_of_logits(
+            logits, target, input, target_weight=target_weight, reduction=reduction,
+            num_items_in_batch=num_items_in_batch,
         )  # fmt: skip
 
     @property

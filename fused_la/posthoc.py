@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fused_la._call import checks
@@ -27,7 +29,12 @@ __all__ = ["TauSweep", "adjust_logits", "divide_by_prior", "estimate_prior", "no
 
 
 def adjust_logits(
-    logits: Tensor, log_prior: Tensor, tau: float = 1.0, *, target_log_prior: Tensor | None = None
+    logits: Tensor,
+    log_prior: Tensor,
+    tau: float = 1.0,
+    *,
+    target_log_prior: Tensor | None = None,
+    group: Tensor | None = None,
 ) -> Tensor:
     r"""Remove the training prior from the logits of a trained model, or replace it by another one.
 
@@ -48,6 +55,8 @@ def adjust_logits(
         tau: strength of the adjustment, >= 0; 0 changes nothing.
         target_log_prior: (C,) floating, log class frequencies at test time up to any constant; a class at -inf does
             not occur there, and its result is -inf. None is uniform.
+        group: the group of each row, for a log_prior or a target_log_prior of shape (G, C) with a prior for each group,
+            as in `logit_adjusted_cross_entropy`.
 
     Returns:
         float32 (float64 for float64 logits), of the shape of the logits; differentiable in logits and priors. Half
@@ -56,6 +65,7 @@ def adjust_logits(
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, dtype, shape, device or range; the message names it.
+        IndexError: a group outside [0, G), on a CPU; on a GPU, or if the value cannot be read, the row is NaN.
 
     Example:
         >>> import torch
@@ -70,22 +80,26 @@ def adjust_logits(
     """
     tau = checks.check_tau(tau)
     checks.check_logits(logits)
-    checks.check_log_prior(log_prior, logits, tau)
+    target_by_group = group is not None and getattr(target_log_prior, "ndim", 1) == 2
+    by_group = group is not None and not (target_by_group and getattr(log_prior, "ndim", 2) == 1)
+    checks.check_log_prior(log_prior, logits, tau, by_group=by_group)
     compute_dtype = _compute_dtype(logits)
     shift = log_prior.to(torch.promote_types(log_prior.dtype, compute_dtype))
     excluded = log_prior == -math.inf
     if target_log_prior is not None:
-        checks.check_log_prior(target_log_prior, logits, tau, "target_log_prior")
+        checks.check_log_prior(target_log_prior, logits, tau, "target_log_prior", by_group=target_by_group)
+        if by_group and target_by_group and len(log_prior) != len(target_log_prior):
+            raise ValueError(f"target_log_prior must have {len(log_prior)} groups, got {len(target_log_prior)}")
         shift = shift - target_log_prior.to(torch.promote_types(target_log_prior.dtype, compute_dtype))
         excluded = excluded | (target_log_prior == -math.inf)
+    groups = _groups(group, len(shift), logits)
     if tau == 0.0:
         return logits.to(compute_dtype, copy=True)
-    offset = (shift * tau).to(compute_dtype)
-    adjusted = logits.to(compute_dtype) - _along_classes(offset, logits)
-    return adjusted.masked_fill(_along_classes(excluded, logits), -math.inf)
+    adjusted = logits.to(compute_dtype) - _for_rows((shift * tau).to(compute_dtype), groups, logits)
+    return _finish(adjusted, excluded, groups, logits)
 
 
-def divide_by_prior(logits: Tensor, log_prior: Tensor, tau: float = 1.0) -> Tensor:
+def divide_by_prior(logits: Tensor, log_prior: Tensor, tau: float = 1.0, *, group: Tensor | None = None) -> Tensor:
     r"""Divide the scores of a trained model by a power of the training prior, the older form of the adjustment.
 
     .. math:: z_c = f_c / \pi_c^{\tau}
@@ -99,12 +113,13 @@ def divide_by_prior(logits: Tensor, log_prior: Tensor, tau: float = 1.0) -> Tens
         log_prior: (C,) floating, log class frequencies of training; a constant added to it multiplies every score by
             the same positive number. A class at -inf was never seen: its result is -inf for every tau > 0.
         tau: the power, >= 0; 0 changes nothing.
+        group: as in `adjust_logits`, for a log_prior of shape (G, C).
 
     Returns:
         float32 (float64 for float64 logits), of the shape of the logits; differentiable in logits and prior.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind, dtype, shape, device or range; the message names it.
+        TypeError, ValueError, IndexError: as `adjust_logits`.
 
     Example:
         >>> import torch
@@ -116,15 +131,14 @@ def divide_by_prior(logits: Tensor, log_prior: Tensor, tau: float = 1.0) -> Tens
     """
     tau = checks.check_tau(tau)
     checks.check_logits(logits)
-    checks.check_log_prior(log_prior, logits, tau)
-    compute_dtype = _compute_dtype(logits)
+    checks.check_log_prior(log_prior, logits, tau, by_group=group is not None)
+    compute_dtype, groups = _compute_dtype(logits), _groups(group, len(log_prior), logits)
     if tau == 0.0:
         return logits.to(compute_dtype, copy=True)
     excluded = log_prior == -math.inf
     wide = log_prior.to(torch.promote_types(log_prior.dtype, compute_dtype))
     factor = (-tau * wide.masked_fill(excluded, 0.0)).exp().to(compute_dtype)
-    divided = logits.to(compute_dtype) * _along_classes(factor, logits)
-    return divided.masked_fill(_along_classes(excluded, logits), -math.inf)
+    return _finish(logits.to(compute_dtype) * _for_rows(factor, groups, logits), excluded, groups, logits)
 
 
 def normalize_classifier(weight: Tensor, tau: float = 1.0) -> Tensor:
@@ -250,6 +264,29 @@ def _compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def _along_classes(vector: Tensor, logits: Tensor) -> Tensor:
-    """A (C,) vector, in a shape that broadcasts over the logits."""
-    return vector.view(-1, *[1] * (logits.dim() - 1 - checks.class_dim(logits)))
+def _groups(group: Any, n_groups: int, logits: Tensor) -> Tensor | None:
+    """The checked group of each row, in the shape of the logits without their classes."""
+    if group is None:
+        return None
+    dim = checks.class_dim(logits)
+    groups = checks.rows_of_groups(group, logits.shape[:dim] + logits.shape[dim + 1 :], logits)
+    checks.check_groups_in_range(groups, n_groups, None)
+    return groups
+
+
+def _for_rows(values: Tensor, groups: Tensor | None, logits: Tensor) -> Tensor:
+    """(C,) values, or those of each row's group of (G, C), in a shape that broadcasts over the logits."""
+    dim = checks.class_dim(logits)
+    if groups is None:
+        return values.view(-1, *[1] * (logits.dim() - 1 - dim))
+    groups = groups.clamp(0, len(values) - 1)
+    return (values[groups] if values.dtype == torch.bool else F.embedding(groups, values)).movedim(-1, dim)
+
+
+def _finish(scores: Tensor, excluded: Tensor, groups: Tensor | None, logits: Tensor) -> Tensor:
+    """The scores, -inf for excluded classes and NaN for rows whose group is out of range."""
+    scores = scores.masked_fill(_for_rows(excluded, groups, logits), -math.inf)
+    if groups is None:
+        return scores
+    in_range = (groups >= 0) & (groups < len(excluded))
+    return scores.masked_fill(~in_range.unsqueeze(checks.class_dim(logits)), math.nan)

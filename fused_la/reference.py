@@ -11,6 +11,7 @@ With m = max_c z_c, j one class that attains it, and everything else kept relati
 No term cancels against another of its own size, so a row with p_y -> 1 keeps all its digits.
 With a target_offset the loss of label c, whose logit is then y_c, is log1p(others_c * exp(m - y_c)). The sum over its
 other classes is others_j = rest for class j, and otherwise others_c = 1 + rest - exp(z_c - m), which is at least 1.
+With a label_scale each label has a row of its own, whose logits are multiplied by the label's scale.
 
 Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation 10.
 """
@@ -33,7 +34,7 @@ class _Row(NamedTuple):
     z: Tensor  # (N, P, C) adjusted logits
     m: Tensor  # (N, P, 1) their maximum
     is_top: Tensor  # (N, P, C) bool: one class that attains it, j
-    excluded: Tensor | None  # (C,) bool: at log_prior = -inf
+    excluded: Tensor | None  # (C,) or (N, P, C) bool: at log_prior = -inf
     e: Tensor  # (N, P, C) exp(z - m)
     rest: Tensor  # (N, P, 1)
 
@@ -43,21 +44,25 @@ def _in_order(problem: Problem) -> Problem:
 
     Otherwise the bits of a row, and of its gradients, which autograd sums, would depend on the rows around it.
     """
-    logits, target, target_weight = problem.logits, problem.target, problem.target_weight
-    n_outer, n_inner, n_classes = logits.shape
+    n_outer, n_inner, n_classes = problem.logits.shape
     if n_outer * n_inner == 1 and n_classes >= _SPLIT:
-        logits, target = logits.expand(2, -1, -1), target.expand(2, -1, -1)
-        target_weight = None if target_weight is None else target_weight.expand(2, -1, -1)
-    return problem._replace(logits=logits.contiguous(), target=target.contiguous(), target_weight=target_weight)
+        rows = {"logits": problem.logits, "target": problem.target, "target_weight": problem.target_weight,
+                "prior_index": problem.prior_index}  # fmt: skip
+        problem = problem._replace(**{
+            name: None if value is None else value.expand(2, *value.shape[1:]) for name, value in rows.items()
+        })  # fmt: skip
+    return problem._replace(logits=problem.logits.contiguous(), target=problem.target.contiguous())
 
 
 def _row(problem: Problem, live: Tensor | None) -> _Row:
     z = problem.scaled_logits()
-    offset, excluded = problem.offset(), None
+    offset, excluded = problem.for_rows(problem.offset()), None
     if offset is not None:
         excluded = offset == -math.inf
-        excluded = excluded & ~excluded.all()  # a prior that leaves no class must not leave a gradient of 0
+        excluded = excluded & ~excluded.all(-1, keepdim=True)  # a prior without a class must not leave a gradient of 0
         z = torch.where(excluded, -math.inf, z + offset)
+    if problem.prior_index is not None:  # a group out of range makes the row NaN
+        z = z + torch.where(problem.groups()[1], 0.0, math.nan).unsqueeze(-1)
     if live is not None:  # NaN or inf in a row that does not count must not meet a factor of 0
         z = torch.where(live.unsqueeze(-1), z, 0.0)
     top = z.detach().argmax(-1, keepdim=True)
@@ -74,7 +79,7 @@ def _weigh(mass: Tensor, nll: Tensor) -> Tensor:
 
 
 def _nll(problem: Problem, row: _Row, live: Tensor | None) -> Tensor:
-    """The loss of each class as the label, (N, P, C)."""
+    """The loss of each class as the label, (N, P, C), without a label_scale."""
     target_offset = problem.computed(problem.target_offset)
     if target_offset is None:
         # The gap of class j is 0 by definition, not z_j - z_j, whose two gradients would swamp that of log1p.
@@ -85,6 +90,26 @@ def _nll(problem: Problem, row: _Row, live: Tensor | None) -> Tensor:
     return label_loss(row.m - as_label, torch.where(row.is_top, row.rest, 1.0 + row.rest - row.e))
 
 
+def _nll_by_label_scale(problem: Problem, classes: Tensor | None, live: Tensor | None) -> Tensor:
+    """The loss of the `classes` (N, P, K), or of every class, as the label under a label_scale."""
+    scale = problem.computed(problem.label_scale)
+    assert scale is not None
+    if classes is None:
+        classes = torch.arange(len(scale), device=scale.device).expand(problem.logits.shape)
+    n_outer, n_inner, n_labels = classes.shape
+
+    def repeated(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values.repeat_interleave(n_labels, 1)
+
+    rows = problem._replace(
+        logits=(problem.logits.to(problem.compute_dtype).unsqueeze(2) * scale[classes].unsqueeze(-1)).flatten(1, 2),
+        prior_index=repeated(problem.prior_index), label_scale=None,
+    )  # fmt: skip
+    live = repeated(live)
+    nll = _nll(rows, _row(rows, live), live)
+    return nll.gather(-1, classes.reshape(n_outer, n_inner * n_labels, 1)).view(classes.shape)
+
+
 def loss_rows(problem: Problem) -> tuple[Tensor, Tensor]:
     """The loss of every row and its weight in a mean, both (N, P); differentiable to any order in every tensor.
 
@@ -92,13 +117,16 @@ def loss_rows(problem: Problem) -> tuple[Tensor, Tensor]:
     """
     problem, n_outer = _in_order(problem), problem.logits.shape[0]
     labels = None if problem.has_probabilities else resolve_labels(problem)
-    row = _row(problem, None if labels is None else labels.live)
-    nll = _nll(problem, row, None if labels is None else labels.live)
+    live, smoothing = None if labels is None else labels.live, problem.for_rows(problem.smoothing_mass())
+    only_labels = None if labels is None or smoothing is not None else labels.classes
+    if problem.label_scale is None:
+        nll, only_labels = _nll(problem, _row(problem, live), live), None
+    else:
+        nll = _nll_by_label_scale(problem, only_labels, live)
     if labels is None:
         loss = _weigh(_probability_mass(problem), nll).sum(-1)
         return loss[:n_outer], torch.ones_like(loss[:n_outer])
-    loss = _weigh(labels.mass, nll.gather(-1, labels.classes)).sum(-1)
-    smoothing = problem.smoothing_mass()
+    loss = _weigh(labels.mass, nll if only_labels is not None else nll.gather(-1, labels.classes)).sum(-1)
     if smoothing is not None:
         loss = loss + labels.share * _weigh(smoothing, nll).sum(-1)
     return torch.where(labels.live, loss, 0.0)[:n_outer], labels.row_weight[:n_outer]
@@ -107,7 +135,7 @@ def loss_rows(problem: Problem) -> tuple[Tensor, Tensor]:
 def gradient(problem: Problem, grad_rows: Tensor) -> Tensor:
     """d(sum grad_rows * loss)/dz, (N, P, C), in closed form, which is differentiable in logits, log_prior, grad_rows.
 
-    The fused implementations use it for second derivatives, of problems without a target_offset.
+    The fused implementations use it for second derivatives, of problems without a target_offset or a label_scale.
     """
     problem, n_outer = _in_order(problem), problem.logits.shape[0]
     labels = None if problem.has_probabilities else resolve_labels(problem)
@@ -115,7 +143,7 @@ def gradient(problem: Problem, grad_rows: Tensor) -> Tensor:
     if labels is None:
         mass = _probability_mass(problem)
     else:
-        smoothing = problem.smoothing_mass()
+        smoothing = problem.for_rows(problem.smoothing_mass())
         mass = torch.zeros_like(row.z) if smoothing is None else labels.share.unsqueeze(-1) * smoothing
         mass = mass.scatter_add(-1, labels.classes, labels.mass)
     total = mass.sum(-1, keepdim=True)
@@ -134,5 +162,5 @@ def _probability_mass(problem: Problem) -> Tensor:
     mass = problem.target.to(problem.compute_dtype) * (1.0 - problem.label_smoothing)
     weight = problem.computed(problem.weight)
     mass = mass if weight is None else mass * weight
-    smoothing = problem.smoothing_mass()
+    smoothing = problem.for_rows(problem.smoothing_mass())
     return mass if smoothing is None else mass + smoothing

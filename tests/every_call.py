@@ -136,23 +136,38 @@ def make_margin(name: str, n_classes: int) -> PairwiseMargin:
         return margins.cdt(prior, 0.3)
     if name == "erm":
         return margins.erm()
+    if name == "label scale":
+        return PairwiseMargin(label_scale=torch.ones(n_classes), negative_offset=prior, target_offset=prior)
     return {"balanced": margins.balanced, "adaptive": margins.adaptive, "ldam": margins.ldam}[name](prior)
 
 
-PRIORS = ("prior", "prior in float64", "prior in half", "learned prior", "no prior")
+BY_GROUP = ("priors by group", "learned priors by group", "no priors by group")
+PRIORS = ("prior", "prior in float64", "prior in half", "learned prior", "no prior", *BY_GROUP)
 PRIOR_DTYPES = {"prior in float64": torch.float64, "prior in half": torch.bfloat16}
-MARGINS = ("erm", "balanced", "vector_scaling", "cdt", *SHIFTED)
+MARGINS = ("erm", "balanced", "vector_scaling", "cdt", "label scale", *SHIFTED)
+
+
+def make_prior(kind: str, n_classes: int, place: str, shape: tuple[int, ...]) -> tuple[Tensor, dict[str, Any]]:
+    """The log prior of one of PRIORS, and the other arguments that it needs for rows of `shape`."""
+    prior = counts_prior(n_classes, PRIOR_DTYPES.get(kind, torch.float32))
+    arguments: dict[str, Any] = {"tau": 0.0 if kind.startswith("no prior") else 1.0}
+    if kind in BY_GROUP:
+        prior = torch.stack([prior, prior, prior])
+        arguments["group"] = placed(torch.zeros(shape, dtype=torch.int64), place)
+    return placed(prior, place).requires_grad_(kind.startswith("learned")), arguments
 
 
 def is_supported(choice: Choice) -> bool:
     """Whether these values go together in a call that reaches a kernel; some are left to the reference."""
     probabilities = choice.get("target", "").startswith("probabilities")
     smoothed = "smoothing" in choice.get("option", "")
+    several = choice.get("target") in ("two weighted", "three weighted")
     return not (
         (choice.get("loss") in SHIFTED and (probabilities or smoothed))
         or (probabilities and choice.get("option") == "ignore_index")
+        or (choice.get("loss") == "label scale" and (probabilities or smoothed or several))
         or (choice.get("layout") == "one vector" and (choice.get("rows", 1) > 1 or choice.get("positions")))
-        or (choice.get("loss") == "learned prior" and choice.get("mode") == "evaluation")
+        or (choice.get("loss", "").startswith("learned") and choice.get("mode") == "evaluation")
         or choice.get("rows", 1) * choice.get("classes", 1) * torch.Size(choice.get("positions", ())).numel() > 1 << 26
     )
 
@@ -184,11 +199,10 @@ def loss_of_logits(choice: Choice, logit_adjusted: Any = None, margin_loss: Any 
     options |= dict(target_weight=target_weight, reduction=choice["reduction"], impl="triton")
     leaves = [logits]
     if choice["loss"] in PRIORS:
-        prior = placed(counts_prior(n_classes, PRIOR_DTYPES.get(choice["loss"], torch.float32)), place)
-        if choice["loss"] == "learned prior":
-            leaves.append(prior.requires_grad_())
+        prior, arguments = make_prior(choice["loss"], n_classes, place, shape)
+        leaves += [prior] * prior.requires_grad
         function = logit_adjusted or fused_la.logit_adjusted_cross_entropy
-        loss = function(logits, target, prior, 0.0 if choice["loss"] == "no prior" else 1.0, **options)
+        loss = function(logits, target, prior, **arguments, **options)
     else:
         function = margin_loss or fused_la.margin_cross_entropy
         loss = function(logits, target, make_margin(choice["loss"], n_classes), **options)
@@ -208,12 +222,10 @@ def loss_of_features(choice: Choice, logit_adjusted: Any = None, margin_loss: An
     options |= dict(bias=bias, target_weight=target_weight, reduction=choice["reduction"], impl="triton")
     leaves = [leaf for leaf in (features, weight, bias) if leaf is not None and leaf.requires_grad]
     if choice["loss"] in PRIORS:
-        prior = placed(counts_prior(n_classes, PRIOR_DTYPES.get(choice["loss"], torch.float32)), place)
-        if choice["loss"] == "learned prior":
-            leaves.append(prior.requires_grad_())
-        tau = 0.0 if choice["loss"] == "no prior" else 1.0
+        prior, arguments = make_prior(choice["loss"], n_classes, place, (choice["rows"],))
+        leaves += [prior] * prior.requires_grad
         function = logit_adjusted or fused_la.linear_logit_adjusted_cross_entropy
-        loss = function(features, weight, target, prior, tau, **options)
+        loss = function(features, weight, target, prior, **arguments, **options)
     else:
         function = margin_loss or fused_la.linear_margin_cross_entropy
         loss = function(features, weight, target, make_margin(choice["loss"], n_classes), **options)
@@ -505,6 +517,11 @@ def shared_calls() -> dict[str, Shared]:
     found["rows, class weights and smoothing"] = over_rows(
         loss_of_logits, BASE_LOSS, option="class weights, smoothing", loss="balanced"
     )
+    found["rows, learned priors by group"] = over_rows(loss_of_logits, BASE_LOSS, loss="learned priors by group")
+    found["rows of a head, priors by group"] = over_rows(loss_of_features, BASE_HEAD, loss="priors by group")
+    index, groups = torch.zeros(256, dtype=torch.int64), (1, 2, 3, 16, 100, 256)
+    by_group = [torch.zeros(n_groups, 8142) for n_groups in groups]
+    found["number of groups"] = alike(step, [(x, priors) for priors in by_group], "prior", group=index)
     found["rows, misaligned"] = over_rows(loss_of_logits, BASE_LOSS, layout="misaligned")
     images = dict(classes=1000, positions=(7, 7))
     found["images"] = over_rows(loss_of_logits, BASE_LOSS, ROWS[:-2], **images)

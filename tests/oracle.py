@@ -18,7 +18,7 @@ from torch import Tensor
 class Truth(NamedTuple):
     loss: Tensor  # float64, reduced
     grad_logits: Tensor  # float64, of the shape of logits
-    grad_log_prior: Tensor  # float64, (C,)
+    grad_log_prior: Tensor  # float64, of the shape of log_prior
 
 
 def _exact(x: Tensor | None) -> np.ndarray | None:
@@ -31,6 +31,7 @@ def truth(
     log_prior: Tensor,
     tau: float = 1.0,
     *,
+    group: Tensor | None = None,
     target_weight: Tensor | None = None,
     weight: Tensor | None = None,
     ignore_index: int = -100,
@@ -45,8 +46,9 @@ def truth(
     n_classes = x.shape[-1]
     row_shape = x.shape[:-1]
     x = x.reshape(-1, n_classes)
-    prior = _exact(log_prior)
-    excluded = prior == -np.inf if tau > 0 else np.zeros(n_classes, dtype=bool)
+    groups = np.zeros(len(x), dtype=int) if group is None else group.cpu().numpy().reshape(-1)
+    prior = _exact(log_prior).reshape(-1, n_classes)[groups]  # (rows, C), like q
+    excluded = prior == -np.inf if tau > 0 else np.zeros(prior.shape, dtype=bool)
     with np.errstate(all="ignore"):
         z = np.where(excluded, -np.inf, x + np.longdouble(tau) * np.where(excluded, 0, prior))
     q = (
@@ -54,6 +56,7 @@ def truth(
         if smoothing_distribution is None
         else _exact(smoothing_distribution)
     )
+    q = np.broadcast_to(q, (1 + groups.max(initial=0), n_classes))[groups] if q.ndim == 1 else q[groups]
     w = np.ones(n_classes, dtype=np.longdouble) if weight is None else _exact(weight)
     eps = np.longdouble(label_smoothing)
 
@@ -77,7 +80,7 @@ def truth(
         for row, (row_labels, row_shares) in enumerate(zip(labels, shares, strict=True)):
             counting = [(y, s) for y, s in zip(row_labels, row_shares, strict=True) if y != ignore_index]
             for y, share in counting:
-                t[row] += share * w * eps * q
+                t[row] += share * w * eps * q[row]
                 t[row, y] += share * w[y] * (1 - eps)
             share_sum = sum(s for _, s in counting)
             if counting and share_sum != 0:
@@ -97,7 +100,7 @@ def truth(
             not_p = 1 - p
             not_p[top] = rest / (1 + rest)
             grad_z[row] = (t[row].sum() - t[row]) * p - t[row] * not_p
-        grad_z[:, excluded] = 0
+        grad_z[excluded] = 0
 
         denominator = row_weight.sum()
         if reduction == "none":
@@ -107,9 +110,11 @@ def truth(
             loss = rows.sum() / (denominator if reduction == "mean" else 1)
             upstream = _exact(torch.as_tensor(grad_loss)) / (denominator if reduction == "mean" else 1)
         grad_z = np.where(live[:, None], grad_z * upstream, 0)
+    grad_prior = np.zeros(np.atleast_2d(_exact(log_prior)).shape, dtype=np.longdouble)
+    np.add.at(grad_prior, groups, grad_z * tau)
     grad_logits = np.moveaxis(grad_z.reshape(*row_shape, n_classes), -1, dim)
     return Truth(
         torch.from_numpy(np.asarray(loss, dtype=np.float64)),
         torch.from_numpy(np.ascontiguousarray(grad_logits, dtype=np.float64)),
-        torch.from_numpy(np.asarray(grad_z.sum(0) * tau, dtype=np.float64)),
+        torch.from_numpy(np.asarray(grad_prior, dtype=np.float64)).view(log_prior.shape),
     )

@@ -518,8 +518,7 @@ def test_the_operator_passes_opcheck():
     impl = "blocked" if DEVICE == "cpu" else "triton"
     torch.library.opcheck(
         torch.ops.fused_la.head_forward.default,
-        (features, weight, bias, torch.float64, log_prior, target, None, None, None, None, None, None, 1.0, 0.0, -100,
-         "mean", impl),
+        (features, weight, bias, torch.float64, log_prior, target, *[None] * 8, 1.0, 0.0, -100, "mean", impl),
     )  # fmt: skip
 
 

@@ -296,10 +296,10 @@ CLASS_OPTIONS = OPTIONS.replace("weight=None, ignore", "class_weight=None, ignor
 RANK_OPTIONS = "group=None, gather_features=False, average_over_ranks=False"
 # Every public name and its signature, None without one.
 INTERFACE = {
-    "logit_adjusted_cross_entropy": f"(logits, target, log_prior, tau=1.0, *, {OPTIONS})",
+    "logit_adjusted_cross_entropy": f"(logits, target, log_prior, tau=1.0, *, group=None, {OPTIONS})",
     "margin_cross_entropy": f"(logits, target, margin, *, {OPTIONS})",
     "linear_logit_adjusted_cross_entropy": (
-        f"(features, weight, target, log_prior, tau=1.0, *, bias=None, {CLASS_OPTIONS})"
+        f"(features, weight, target, log_prior, tau=1.0, *, bias=None, group=None, {CLASS_OPTIONS})"
     ),
     "linear_margin_cross_entropy": f"(features, weight, target, margin, *, bias=None, {CLASS_OPTIONS})",
     "LogitAdjustedCrossEntropyLoss": (
@@ -312,9 +312,9 @@ INTERFACE = {
         "exclude_absent=False, "
         f"{CLASS_OPTIONS.removeprefix('target_weight=None, ').removesuffix(')')}, device=None, dtype=None)"
     ),
-    "count_classes": "(target, n_classes, *, ignore_index=-100, group=None)",
+    "count_classes": "(target, n_classes, *, ignore_index=-100, groups=None, n_groups=None, group=None)",
     "log_prior_from_counts": "(class_counts, *, pseudocount=0.0, exclude_absent=False)",
-    "adjust_logits": "(logits, log_prior, tau=1.0, *, target_log_prior=None)",
+    "adjust_logits": "(logits, log_prior, tau=1.0, *, target_log_prior=None, group=None)",
     "normalize_classifier": "(weight, tau=1.0)",
     "PairwiseMargin": None,
     "margins": None,

@@ -56,8 +56,14 @@ class Call(NamedTuple):
 
 # "learned prior" launches the kernels of "label" and one more.
 COMMON_VARIANTS = ("learned prior", "two labels", "margin", "weights, smoothing", "probabilities", "images")
-RARE_VARIANTS = ("two labels, margin", "no prior", "sum", "none", "post hoc")
-HEAD_VARIANTS = ("head", "head, two labels, margin", "head, weights, smoothing", "head, probabilities")
+BY_GROUP = "learned priors by group"
+RARE_VARIANTS = (
+    "two labels, margin", "no prior", "sum", "none", BY_GROUP, "priors by group, smoothing", "label scale", "post hoc",
+)  # fmt: skip
+HEAD_VARIANTS = (
+    "head", "head, two labels, margin", "head, weights, smoothing", "head, probabilities",
+    "head, priors by group, smoothing", "head, label scale",
+)  # fmt: skip
 VARIANTS = ("label", *COMMON_VARIANTS, *RARE_VARIANTS, *HEAD_VARIANTS)
 
 
@@ -75,17 +81,20 @@ def make_problem(variant: str, n_rows: int, n_classes: int, dtype: torch.dtype, 
     target, weights = torch.zeros(*rows, n_labels, dtype=torch.int64), torch.empty(n_classes)
     if variant == "probabilities":
         target = torch.empty((*rows, n_classes), dtype=compute)
-    smooth, margin = variant == "weights, smoothing", variant.endswith("margin")
+    smooth, margin, by_group = variant.endswith("smoothing"), variant.endswith("margin"), "by group" in variant
+    prior = torch.empty(4, n_classes) if by_group else torch.empty(n_classes)
     return Problem(
         logits,
-        None if variant == "no prior" else torch.empty(n_classes),
+        None if variant == "no prior" else prior,
         target,
         torch.empty(*rows, 2) if n_labels == 2 else None,
+        prior_index=torch.zeros(rows, dtype=torch.int64) if by_group else None,
         weight=weights if smooth else None,
         mean_weight=weights if smooth else None,
-        smoothing_distribution=weights if smooth else None,
+        smoothing_distribution=prior if smooth else None,
         target_offset=weights if margin else None,
         scale=weights if margin else None,
+        label_scale=weights if variant == "label scale" else None,
         label_smoothing=0.1 if smooth else 0.0,
     )
 
@@ -143,7 +152,7 @@ def calls_of(problem: Problem, variant: str, target_name: str) -> list[Call]:
             argmax_module.launch_argmax(problem.logits, None, torch.empty(32, problem.logits.shape[2]))
             return calls
         loss, workspace, _, signature = passes_module.forward(problem, reduction, False)
-        upstream, learned, n_calls = torch.empty_like(loss), variant == "learned prior", len(calls)
+        upstream, learned, n_calls = torch.empty_like(loss), variant.startswith("learned"), len(calls)
         _, _, gradient, _ = passes_module.forward(problem, reduction, True)
         calls[n_calls:] = [] if gradient is None else calls[-1:]  # the prepare kernel is the same
         passes_module.backward(problem, reduction, workspace, upstream, True, learned, None, signature)

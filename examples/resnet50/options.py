@@ -51,7 +51,8 @@ LOSSES: dict[str, dict[str, float | None]] = {
     "logit_adjusted": {"tau": 1.0}, "logit_adjusted_adaptive": {}, "balanced_softmax": {},
     "vector_scaling": {"gamma": None, "tau": 1.0}, "cdt": {"gamma": None}, "fisher_consistent": {"power": None},
 }  # fmt: skip
-assert set(LOSSES) == set(margins.__all__) - {"PairwiseMargin", "consistency"}
+# The last three follow from other arguments than a log prior.
+assert set(LOSSES) == set(margins.__all__) - {"PairwiseMargin", "consistency", "fedlc", "fedrs", "immax"}
 # The losses that correct for the prior themselves; a second correction would correct twice.
 PRIOR_CORRECTING = set(LOSSES) - {"erm", "adaptive", "ldam"}
 

@@ -68,10 +68,13 @@ def why_only_reference(call: LossCall, transformed: bool) -> str:
     problem = call.problem
     if problem.target_offset is not None and (problem.has_probabilities or problem.label_smoothing > 0.0):
         return "class probabilities or label smoothing under a margin whose two offsets differ"
+    several = problem.has_probabilities or problem.label_smoothing > 0.0 or problem.n_labels > 1
+    if problem.label_scale is not None and several:
+        return "class probabilities, several labels a row or label smoothing under a margin with a label_scale"
     if transformed or not torch.is_grad_enabled():
         return ""
     if call.margin_tensors and any(t.requires_grad for t in call.margin_tensors):
-        return "a gradient of alpha, an offset or the scale of a margin"
+        return "a gradient of alpha, an offset or a scale of a margin"
     for tensor in call.target_tensors:
         if tensor is not None and tensor.requires_grad:
             return "a gradient of target, target_weight, weight or smoothing_distribution"

@@ -21,7 +21,7 @@ from torch._C._functorch import is_legacy_batchedtensor  # what torch.autograd.g
 from fused_la import reference
 from fused_la._autograd import operators
 from fused_la._autograd.implementations import implementation
-from fused_la._call.problem import Problem, resolve_labels
+from fused_la._call.problem import Problem, resolve_labels, sum_by_group
 from fused_la._call.values import is_compiled_or_traced
 
 _N_TENSORS = Problem._fields.index("tau")  # the numbers come last
@@ -88,15 +88,20 @@ def differentiable_gradient(problem: Problem, upstream: Tensor, reduction: str) 
     if reduction == "mean":
         row_weight = torch.ones_like(grad_rows) if problem.has_probabilities else resolve_labels(problem).row_weight
         grad_rows = grad_rows / row_weight.sum()
-    if problem.target_offset is not None:
+    if problem.target_offset is not None or problem.label_scale is not None:
 
-        def losses(logits: Tensor) -> Tensor:
-            return reference.loss_rows(problem._replace(logits=logits))[0]
+        def losses(*values: Tensor) -> Tensor:
+            return reference.loss_rows(problem._replace(**dict(zip(("logits", "log_prior"), values, strict=False))))[0]
 
-        (grad_logits,) = torch.func.vjp(losses, problem.logits)[1](grad_rows)
-        return grad_logits.reshape(shape), None
+        values = [t for t in (problem.logits, problem.log_prior) if t is not None]
+        grad_logits, *grad_prior = torch.func.vjp(losses, *values)[1](grad_rows)
+        return grad_logits.reshape(shape), grad_prior[0] if grad_prior and problem.target_offset is None else None
     grad_z = reference.gradient(problem, grad_rows)
     grad_logits = (grad_z if problem.scale is None else grad_z * problem.scale).to(problem.logits.dtype).reshape(shape)
     if problem.log_prior is None:
         return grad_logits, None
-    return grad_logits, (grad_z.sum((0, 1)) * problem.tau).to(problem.log_prior.dtype)
+    if problem.prior_index is None:
+        grad_offset = grad_z.sum((0, 1))
+    else:
+        grad_offset = sum_by_group(grad_z, problem.groups()[0], problem.n_groups)
+    return grad_logits, (grad_offset * problem.tau).to(problem.log_prior.dtype)

@@ -25,7 +25,8 @@ from fused_la._autograd.loss import differentiable_gradient
 from fused_la._call.problem import Problem, reduce_rows, resolve_labels
 
 _N_FIELDS = len(Problem._fields)
-_PER_CLASS = ("log_prior", "weight", "mean_weight", "smoothing_distribution", "target_offset", "scale")
+_PER_ROW = ("logits", "target", "target_weight", "prior_index")
+_PER_CLASS = tuple(name for name in Problem._fields[: Problem._fields.index("tau")] if name not in _PER_ROW)
 
 
 def transforms_fold() -> bool:
@@ -156,7 +157,7 @@ def _fold(batch_size: int, in_dims: Any, fields: list) -> Problem | None:
         return None
     folded = list(fields)
     for i, name in enumerate(Problem._fields):
-        if name in ("logits", "target", "target_weight") and fields[i] is not None:
+        if name in _PER_ROW and fields[i] is not None:
             values = _batch_first(fields[i], in_dims[i], batch_size)  # (B, N, P, ...)
             one = values.shape[2] == 1  # then (B, N, ...) takes no copy, whatever the strides
             folded[i] = values.squeeze(2) if one else values.flatten(0, 1)

@@ -24,10 +24,11 @@ class Options(NamedTuple):
 
 
 class ScaledPrior(NamedTuple):
-    """A log prior and its tau, as the caller gave them."""
+    """A log prior, its tau, and the group of each row if there is a prior for each, as the caller gave them."""
 
     log_prior: Any
     tau: Any
+    group: Any = None
 
 
 Adjustment = ScaledPrior | PairwiseMargin  # the two ways in which losses adjust logits
@@ -53,7 +54,11 @@ def read_call(
     """
     is_prior = isinstance(prior, ScaledPrior)
     margin = None if is_prior else checked_margin(prior)
-    offset, tau = _read_prior(*prior, logits, all_classes) if is_prior else _read_margin(prior, logits)
+    group = prior.group if is_prior else None
+    if group is not None:
+        dim = checks.class_dim(logits)
+        group = checks.rows_of_groups(group, logits.shape[:dim] + logits.shape[dim + 1 :], logits)
+    offset, tau = _read_prior(prior, logits, all_classes) if is_prior else _read_margin(prior, logits)
     target_weight, weight, ignore_index, reduction, label_smoothing, smoothing_distribution = options
     label_smoothing = checks.check_label_smoothing(label_smoothing)
     ignore_index = checks.check_ignore_index(ignore_index)
@@ -66,11 +71,26 @@ def read_call(
         checks.check_class_vector(weight_name, weight, n_classes, logits)
         checks.check_device(weight_name, weight, logits)
     if smoothing_distribution is not None:
+        by_group = group is not None and getattr(smoothing_distribution, "ndim", 1) > 1
         if all_classes:
-            smoothing_distribution = checks.check_smoothing_distribution(smoothing_distribution, n_classes)
+            smoothing_distribution = checks.check_smoothing_distribution(smoothing_distribution, n_classes, by_group)
         else:
             checks.check_class_vector("smoothing_distribution", smoothing_distribution, n_classes)
         checks.check_device("smoothing_distribution", smoothing_distribution, logits)
+
+    if group is not None and offset is not None:
+        counts = None
+        if not target.is_floating_point():
+            counts = target != ignore_index
+            counts = counts if target_weight is None else counts.any(checks.class_dim(logits))
+        checks.check_groups_in_range(group, len(offset), counts)
+        if smoothing_distribution is not None:
+            if smoothing_distribution.dim() == 2 and len(smoothing_distribution) != len(offset):
+                raise ValueError(
+                    f"smoothing_distribution must have a row for each of the {len(offset)} rows of log_prior, or shape "
+                    f"({n_classes},), got {tuple(smoothing_distribution.shape)}"
+                )
+            smoothing_distribution = smoothing_distribution.expand(offset.shape)
 
     target_tensors = (target, target_weight, weight, smoothing_distribution)
     mass = weight = None if weight is None else contiguous_values(weight)
@@ -83,26 +103,30 @@ def read_call(
     problem = Problem(
         _rows(logits), offset, _rows(target) if target.is_floating_point() else _label_rows(target, logits),
         None if target_weight is None else _label_rows(target_weight, logits),
+        None if group is None else _group_rows(group, logits),
         None if mass is None else mass.contiguous(), weight,
         None if smoothing_distribution is None else contiguous_values(smoothing_distribution),
         None if margin is None else margin.label_offset(logits), None if margin is None else margin.scale_of(logits),
+        None if margin is None or margin.label_scale is None else contiguous_values(margin.label_scale),
         tau, label_smoothing, ignore_index,
     )  # fmt: skip
     problem = problem if all_classes else problem.as_3d()
     return LossCall(problem, reduction, target_tensors, () if margin is None else tuple(margin.only_of_reference()))
 
 
-def _read_prior(log_prior: Any, tau: Any, logits: Tensor, all_classes: bool) -> tuple[Tensor | None, float]:
+def _read_prior(prior: ScaledPrior, logits: Tensor, all_classes: bool) -> tuple[Tensor | None, float]:
     """The log prior as implementations take it, and tau; with tau = 0 no class is excluded and nothing is added.
 
     A prior that does not have `all_classes` may be -inf throughout.
     """
-    tau = checks.check_tau(tau)
-    checks.check_log_prior(log_prior, logits, tau, all_classes=all_classes)
+    log_prior, tau, by_group = prior.log_prior, checks.check_tau(prior.tau), prior.group is not None
+    checks.check_log_prior(log_prior, logits, tau, all_classes=all_classes, by_group=by_group if all_classes else None)
     if tau > 0.0:
         kept = torch.compiler.is_compiling() or not log_prior.is_inference()  # autograd keeps no inference tensor
         return contiguous_values(log_prior) if kept else log_prior.clone(), tau
-    return log_prior.masked_fill(log_prior == -torch.inf, 0.0) if log_prior.requires_grad else None, tau
+    if log_prior.requires_grad or by_group:  # by group its shape says how many there are
+        return contiguous_values(log_prior.masked_fill(log_prior == -torch.inf, 0.0)), tau
+    return None, tau
 
 
 def _read_margin(margin: PairwiseMargin, logits: Tensor) -> tuple[Tensor | None, float]:
@@ -126,6 +150,12 @@ def _label_rows(labels: Tensor, logits: Tensor) -> Tensor:
     if labels.dim() < logits.dim():
         labels = labels.unsqueeze(checks.class_dim(logits))
     return rows_by_classes(labels).contiguous()
+
+
+def _group_rows(group: Tensor, logits: Tensor) -> Tensor:
+    """The groups of rows as contiguous (N,) for logits (N, C), and else (N, P)."""
+    rows = _label_rows(group, logits)
+    return rows if logits.dim() == 2 else rows.squeeze(-1)
 
 
 def contiguous_values(values: Tensor) -> Tensor:

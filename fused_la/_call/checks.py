@@ -54,12 +54,20 @@ def class_dim(logits: Tensor) -> int:
     return 0 if logits.dim() == 1 else 1
 
 
-def check_class_vector(name: str, value: Any, n_classes: int, logits: Tensor | None = None) -> None:
-    """Check a floating vector of shape (C,); `logits` only serve a hint in the message."""
+def check_class_vector(
+    name: str, value: Any, n_classes: int, logits: Tensor | None = None, by_group: bool = False
+) -> None:
+    """Check a floating vector of shape (C,), or `by_group` (G, C); `logits` only serve a hint in the message."""
     check_tensor(name, value)
     if value.dtype not in FLOATING:
         hint = "; log_prior_from_counts makes a log prior from class counts" if name.endswith("log_prior") else ""
         raise TypeError(f"{name} must be {FLOATING_NAMES}, got {value.dtype}{hint}")
+    if by_group:
+        if value.dim() != 2 or value.shape[1] != n_classes or len(value) == 0:
+            raise ValueError(
+                f"{name} must have shape (G, {n_classes}) with group, a row for each group, got {tuple(value.shape)}"
+            )
+        return
     if value.shape != (n_classes,):
         hint = "" if logits is None else _class_dim_hint(logits, len(value) if value.dim() == 1 else None)
         raise ValueError(f"{name} must have shape ({n_classes},), got {tuple(value.shape)}{hint}")
@@ -82,47 +90,92 @@ def check_device(name: str, value: Tensor, logits: Tensor) -> None:
 
 
 def check_log_prior(
-    log_prior: Any, logits: Tensor, tau: float, name: str = "log_prior", all_classes: bool = True
-) -> None:
-    check_class_vector(name, log_prior, logits.shape[class_dim(logits)], logits)
+    log_prior: Any, logits: Tensor, tau: float, name: str = "log_prior", all_classes: bool = True,
+    by_group: bool | None = None,
+) -> None:  # fmt: skip
+    """Check a log prior; by_group is whether the caller gave a group, and None if it cannot."""
+    n_classes = logits.shape[class_dim(logits)]
+    if by_group is False and isinstance(log_prior, Tensor) and log_prior.shape[1:] == (n_classes,):
+        raise ValueError(
+            f"{name} must have shape ({n_classes},), got {tuple(log_prior.shape)}; with a row for each group, group must "
+            "be given"
+        )
+    check_class_vector(name, log_prior, n_classes, logits, by_group is True)
     check_device(name, log_prior, logits)
     if all_classes:
         check_prior_values(log_prior, tau, name)
 
 
 def check_prior_values(log_prior: Tensor, tau: float = 1.0, name: str = "log_prior") -> None:
-    """Check the largest value of a log prior on a CPU, if it can be read."""
-    if log_prior.is_cpu and not torch.compiler.is_compiling():
+    """Check the largest value of a log prior, or of each group's, on a CPU, if it can be read."""
+    if not log_prior.is_cpu or torch.compiler.is_compiling():
+        return
+    if log_prior.dim() == 1:
         check_largest_prior(largest(log_prior), tau, name)
+    else:
+        for group, value in enumerate(read_value(log_prior.detach().amax(1)) or ()):
+            check_largest_prior(value, tau, name, f" of group {group}")
 
 
-def check_largest_prior(largest: float | None, tau: float, name: str) -> None:
+def check_largest_prior(largest: float | None, tau: float, name: str, of_group: str = "") -> None:
     if largest is None or math.isfinite(largest) or (largest == -math.inf and tau == 0.0):
         return
     if largest == -math.inf:
-        raise ValueError(f"{name} must be finite for some class, got -inf for every class")
-    raise ValueError(f"{name} must be finite or -inf, got {largest} for some class")
+        raise ValueError(f"{name} must be finite for some class{of_group}, got -inf for every class")
+    raise ValueError(f"{name} must be finite or -inf, got {largest} for some class{of_group}")
 
 
-def check_smoothing_distribution(value: Any, n_classes: int) -> Tensor:
-    """Check a distribution and return it. If its values cannot be read and are invalid, the result is all NaN."""
-    check_class_vector("smoothing_distribution", value, n_classes)
+def check_smoothing_distribution(value: Any, n_classes: int, by_group: bool = False) -> Tensor:
+    """Check a distribution, or `by_group` one a group, and return it. If its values cannot be read and are invalid, the
+    result is NaN."""
+    check_class_vector("smoothing_distribution", value, n_classes, by_group=by_group)
     wide = torch.promote_types(value.dtype, torch.float32)
-    smallest, total = value.detach().amin(), value.detach().sum(dtype=wide)
+    smallest, total = value.detach().amin(-1), value.detach().sum(-1, dtype=wide)
     is_distribution = (smallest >= 0.0) & ((total - 1.0).abs() <= _SUM_TOLERANCE)
     verdict = read_value(is_distribution)
     if verdict is None:
-        return value.masked_fill(~is_distribution, math.nan)
-    if not verdict:
-        check_distribution(smallest.item(), total.item())
+        return value.masked_fill(~is_distribution.unsqueeze(-1), math.nan)
+    if not by_group:
+        if not verdict:
+            check_distribution(smallest.item(), total.item())
+    elif False in verdict:
+        group = verdict.index(False)
+        check_distribution(smallest[group].item(), total[group].item(), f" for group {group}")
     return value
 
 
-def check_distribution(smallest: float, total: float) -> None:
+def check_distribution(smallest: float, total: float, of_group: str = "") -> None:
     if not (smallest >= 0.0 and abs(total - 1.0) <= _SUM_TOLERANCE):
         raise ValueError(
-            "smoothing_distribution must hold probabilities that add up to 1, "
+            f"smoothing_distribution must hold probabilities that add up to 1{of_group}, "
             f"got a smallest value of {smallest:.6g} and a sum of {total:.6g}"
+        )
+
+
+def rows_of_groups(group: Any, shape: torch.Size, like: Tensor) -> Tensor:
+    """The checked group of each row, int64 in the shape of the rows; given so, or one for each index of the first
+    dimension of the rows."""
+    check_tensor("group", group)
+    if group.dtype not in LABEL_DTYPES:
+        hint = "; group.long() makes int64 of it" if is_integer(group) else ""
+        raise TypeError(f"group must be int64, got {group.dtype}{hint}")
+    if group.shape != shape and (len(shape) < 2 or group.shape != shape[:1]):
+        expected = tuple(shape) if len(shape) < 2 else f"{tuple(shape)} or {tuple(shape[:1])}"
+        raise ValueError(f"group must have shape {expected}, a group for each row, got {tuple(group.shape)}")
+    check_device("group", group, like)
+    return group.long().reshape((*group.shape, *[1] * (len(shape) - group.dim()))).expand(shape)
+
+
+def check_groups_in_range(group: Tensor, n_groups: int, counts: Tensor | None) -> None:
+    """Check that the groups of rows that count (None: all do) are in [0, n_groups), if their values can be read."""
+    lowest, highest = label_range(group)
+    if lowest is None or highest is None or (lowest >= 0 and highest < n_groups):
+        return
+    outside = (group < 0) | (group >= n_groups)
+    outside = group[outside if counts is None else outside & counts]
+    if outside.numel() > 0:
+        raise IndexError(
+            f"group must hold indices of the {n_groups} rows of log_prior, in [0, {n_groups}), got {int(outside[0])}"
         )
 
 

@@ -18,19 +18,18 @@ _MAX_LISTED = 10  # classes that an error message spells out
 
 
 def log_prior_of(class_counts: Any, pseudocount: Any, exclude_absent: Any) -> Tensor:
-    """The log prior of class counts, (C,) float32; see `fused_la.log_prior_from_counts`."""
+    """The log prior of class counts, (C,) or (G, C) float32; see `fused_la.log_prior_from_counts`."""
     pseudocount = check_pseudocount(pseudocount, exclude_absent)
     device = class_counts.device if isinstance(class_counts, Tensor) else torch.device("cpu")
-    counts = checked_counts(class_counts)
+    counts = checked_counts(class_counts, by_group=True)
     with np.errstate(all="ignore"):  # zeros and overflow are checked below
         smoothed = counts + pseudocount
-        total = smoothed.sum()
+        total = smoothed.sum(-1)[..., None]
         prior = smoothed / total
         log_prior = torch.from_numpy(np.log(prior)) if isinstance(prior, np.ndarray) else prior.log()
     if isinstance(counts, np.ndarray):
-        if not counts.any():
-            raise ValueError(f"class_counts must have a positive count, got 0 for all {len(counts)} classes")
-        if total == math.inf:
+        _check_examples(counts, pseudocount)
+        if np.isinf(total).any():
             raise ValueError("class_counts must have a sum below 1.8e308 with pseudocount, got a larger one")
         # The quotient is tested, not the count: an underflow is caught too, so that the logarithm is finite.
         missing = (prior == 0) & ((counts > 0) | (not exclude_absent))
@@ -40,6 +39,22 @@ def log_prior_of(class_counts: Any, pseudocount: Any, exclude_absent: Any) -> Te
                 "pass pseudocount > 0 (say 1), or exclude_absent=True for such classes to take no part"
             )
     return log_prior.to(torch.float32).to(device)
+
+
+def _check_examples(counts: np.ndarray, pseudocount: float) -> None:
+    """Raise if there are no examples at all, or if a group has none and there is no pseudocount."""
+    if not counts.any():
+        of_groups = "" if counts.ndim == 1 else f" of all {len(counts)} groups"
+        raise ValueError(
+            f"class_counts must have a positive count, got 0 for all {counts.shape[-1]} classes{of_groups}"
+        )
+    empty = np.flatnonzero(~np.atleast_2d(counts).any(-1))
+    if len(empty) > 0 and pseudocount == 0:
+        shown = ", ".join(map(str, empty[:_MAX_LISTED])) + (", ..." if len(empty) > _MAX_LISTED else "")
+        raise ValueError(
+            f"class_counts must have examples of every group, got 0 for all classes of group {shown} "
+            f"({len(empty)} of {len(counts)} groups); pass pseudocount > 0 (say 1), or leave such groups out"
+        )
 
 
 def check_pseudocount(pseudocount: Any, exclude_absent: Any) -> float:
@@ -58,15 +73,18 @@ def check_pseudocount(pseudocount: Any, exclude_absent: Any) -> float:
     return pseudocount
 
 
-def checked_counts(class_counts: Any) -> np.ndarray | Tensor:
-    """`class_counts` as a checked (C,) float64 array: C >= 1, finite and not negative. It is a tensor only if it has no
-    values to check."""
+def checked_counts(class_counts: Any, by_group: bool = False) -> np.ndarray | Tensor:
+    """`class_counts` as a checked float64 array, (C,) or if `by_group` also (G, C): C >= 1, finite and not negative.
+    It is a tensor only if it has no values to check."""
     raw = counts_in_class_order(class_counts)
     counts = raw.to(torch.float64) if isinstance(raw, Tensor) else raw.astype(np.float64)
-    if counts.ndim != 1:
-        raise ValueError(f"class_counts must have shape (n_classes,), got {tuple(counts.shape)}")
-    if len(counts) == 0:
-        raise ValueError("class_counts must have at least one class, got shape (0,)")
+    shape = tuple(counts.shape)
+    if counts.ndim != 1 and not (by_group and counts.ndim == 2):
+        expected = "(n_classes,) or (n_groups, n_classes)" if by_group else "(n_classes,)"
+        raise ValueError(f"class_counts must have shape {expected}, got {shape}")
+    if 0 in shape:
+        raise ValueError(f"class_counts must have at least one {'class' if len(shape) == 1 else 'group and class'}, "
+                         f"got shape {shape}")  # fmt: skip
     if isinstance(counts, Tensor):
         return counts
     if np.isnan(counts).any():
@@ -83,6 +101,11 @@ def checked_counts(class_counts: Any) -> np.ndarray | Tensor:
 def counts_in_class_order(class_counts: Any) -> np.ndarray | Tensor:
     """A copy of the counts in the order of the classes, an integer or float64 array. It is a tensor only if it has no
     values."""
+    if hasattr(class_counts, "to_numpy") and hasattr(class_counts, "columns"):
+        raise TypeError(
+            f"class_counts must not be a table, got {type(class_counts).__name__}: its rows and columns may be in any "
+            "order; .to_numpy() makes an array of it"
+        )
     if isinstance(class_counts, Tensor):
         check_dense(class_counts, "class_counts")
         if class_counts.is_complex() or class_counts.dtype == torch.bool:
@@ -98,6 +121,8 @@ def counts_in_class_order(class_counts: Any) -> np.ndarray | Tensor:
         values = class_counts.values() if isinstance(class_counts, Mapping) else class_counts.to_numpy()
         class_counts = _order_by_class(list(keys), list(values))
     array = to_array(class_counts, "class_counts", "iuf", "integer or floating")
+    if keys is not None and array.ndim != 1:
+        raise ValueError(f"class_counts must have one number for each of its keys, got shape {array.shape[1:]}")
     dtype = np.float64 if array.dtype.kind == "f" else array.dtype.newbyteorder("=")
     return array.astype(dtype, order="C")
 
@@ -174,8 +199,12 @@ def dtype_name(tensor: Tensor) -> str:
 
 
 def _describe(counts: np.ndarray, mask: np.ndarray) -> str:
-    """The counts at `mask` as text: "-1 for class 3, -2 for class 7 and 5 more (7 of 100 classes)"."""
-    classes = mask.nonzero()[0]
-    shown = ", ".join(f"{counts[c]:.15g} for class {c}" for c in classes[:_MAX_LISTED])
-    more = f" and {len(classes) - _MAX_LISTED} more" if len(classes) > _MAX_LISTED else ""
-    return f"{shown}{more} ({len(classes)} of {len(mask)} classes)"
+    """The counts at `mask` as text: "-1 for class 3, -2 for class 7 and 5 more (7 of 100 classes)"; (G, C) counts are
+    those "for class 3 of group 1"."""
+    places = np.argwhere(mask)
+    shown = ", ".join(
+        f"{counts[tuple(place)]:.15g} for class {place[-1]}" + (f" of group {place[0]}" if len(place) > 1 else "")
+        for place in places[:_MAX_LISTED]
+    )
+    more = f" and {len(places) - _MAX_LISTED} more" if len(places) > _MAX_LISTED else ""
+    return f"{shown}{more} ({len(places)} of {mask.size} {'classes' if mask.ndim == 1 else 'counts'})"

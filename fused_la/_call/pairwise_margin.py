@@ -1,4 +1,4 @@
-"""`PairwiseMargin`: a loss of the pairwise-margin family as four vectors over the classes."""
+"""`PairwiseMargin`: a loss of the pairwise-margin family as five vectors over the classes."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from fused_la._call import checks
 
 @dataclass(frozen=True, eq=False)
 class PairwiseMargin:
-    r"""The factor alpha, the two offsets and the scale of a loss; each (C,) floating, or None for 1, 0, 0 and 1.
+    r"""The factor alpha, two offsets and two scales of a loss; each (C,) floating, or None for 1, 0, 0, 1 and 1.
 
-    .. math:: \ell(y, f) = \alpha_y \log\Big[1 + \sum_{c \ne y} e^{(s_c f_c + u_c) - (s_y f_y + v_y)}\Big]
+    .. math:: \ell(y, f) = \alpha_y \log\Big[1 + \sum_{c \ne y} e^{(r_y s_c f_c + u_c) - (r_y s_y f_y + v_y)}\Big]
 
     Args:
         alpha: factor of a row's loss, by its label. It does not count in the denominator of a mean.
         negative_offset: u, added to the logits of the other classes. A class at -inf competes with no label.
         target_offset: v, added to the logit of the label.
         scale: s, (C,) or one number for all classes.
+        label_scale: r, a factor of all logits of a row, by its label: an inverse temperature.
 
     Attributes:
-        alpha, negative_offset, target_offset, scale: as given. One tensor for both offsets costs less than two equal
-            tensors.
+        alpha, negative_offset, target_offset, scale, label_scale: as given. One tensor for both offsets costs less than
+            two equal tensors.
 
     Shape:
         (C,) for every vector, with C the number of classes of the logits.
@@ -50,6 +51,7 @@ class PairwiseMargin:
     negative_offset: Tensor | None = None
     target_offset: Tensor | None = None
     scale: Tensor | float | None = None
+    label_scale: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.scale is not None and not isinstance(self.scale, Tensor):
@@ -80,11 +82,12 @@ class PairwiseMargin:
         return replace(self, **{name: moved[id(value)] for name, value in self.named_vectors()})
 
     def __add__(self, other: PairwiseMargin) -> PairwiseMargin:
-        """Combine two margins: offsets add, alphas multiply, and at most one of the two may have a scale."""
+        """Combine two margins: offsets add, alphas multiply, and each scale may be that of one of the two at most."""
         if not isinstance(other, PairwiseMargin):
             return NotImplemented
-        if self.scale is not None and other.scale is not None:
-            raise ValueError(f"scale must be None in one of two margins that are added, got {self} and {other}")
+        for name in ("scale", "label_scale"):
+            if getattr(self, name) is not None and getattr(other, name) is not None:
+                raise ValueError(f"{name} must be None in one of two margins that are added, got {self} and {other}")
 
         def combine(name: str) -> Any:
             one, two = getattr(self, name), getattr(other, name)
@@ -164,7 +167,7 @@ def _check_values(name: str, value: Tensor) -> None:
     """Check the values on a CPU, where reading needs no synchronisation; elsewhere NaN makes loss and gradient NaN."""
     if name == "alpha":
         allowed, expected = value >= 0.0, "not negative"
-    elif name == "scale":
+    elif name in ("scale", "label_scale"):
         allowed, expected = value.isfinite(), "finite"
     else:
         allowed, expected = value < math.inf, "finite or -inf"

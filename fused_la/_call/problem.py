@@ -8,7 +8,9 @@ form, (N, P, C) with P = d1 * ... * dk, or (N, C) if P is 1, without a copy. Eac
     loss = sum_c t_c * log[1 + sum_{k != c} exp(z_k - y_c)]
 
 with y_c = z_c, so that the logarithm is logsumexp(z) - z_c, or with a target_offset, as a margin has one,
-y_c = scale_c * logits_c + target_offset_c. One label, K weighted labels, class probabilities, class weights and label
+y_c = scale_c * logits_c + target_offset_c. With a label_scale the logits of the loss of class c as label are multiplied
+by label_scale_c. With a prior_index, log_prior and smoothing_distribution have a row for each group of rows, and a row
+of the logits uses the one with its index. One label, K weighted labels, class probabilities, class weights and label
 smoothing differ in t alone:
 
     labels         t_c = sum_k target_weight_k * weight_c * ((1 - eps) * [c = target_k] + eps * q_c)
@@ -25,6 +27,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -40,18 +43,20 @@ def rows_by_classes(values: Tensor) -> Tensor:
 class Problem(NamedTuple):
     """The checked rows of a loss; N and P count rows, C classes, K labels a row.
 
-    Where P is 1, logits may lack it, and then target and target_weight do too; one label a row is then (N,).
+    Where P is 1, logits may lack it, and then the others do too; one label a row is then (N,).
     """
 
     logits: Tensor  # (N, P, C) any strides
-    log_prior: Tensor | None  # (C,) or None where tau = 0
+    log_prior: Tensor | None  # (C,), (G, C) with a prior_index, or None where tau = 0
     target: Tensor  # (N, P, K) int64 labels, or (N, P, C) floating probabilities
     target_weight: Tensor | None = None  # (N, P, K) floating
+    prior_index: Tensor | None = None  # (N, P) int64, the row's group
     weight: Tensor | None = None  # (C,) floating
     mean_weight: Tensor | None = None  # (C,) floating
-    smoothing_distribution: Tensor | None = None  # (C,) floating, None is uniform or no smoothing
+    smoothing_distribution: Tensor | None = None  # like log_prior, None is uniform or no smoothing
     target_offset: Tensor | None = None  # (C,) floating, None is tau * log_prior
     scale: Tensor | None = None  # (C,) floating
+    label_scale: Tensor | None = None  # (C,) floating
     tau: float = 1.0
     label_smoothing: float = 0.0
     ignore_index: int = -100
@@ -76,10 +81,13 @@ class Problem(NamedTuple):
             return self
         target = self.target.unsqueeze(-1) if self.target.dim() == 1 else self.target
         weight = None if self.target_weight is None else self.target_weight.unsqueeze(1)
-        return self._replace(logits=self.logits.unsqueeze(1), target=target.unsqueeze(1), target_weight=weight)
+        index = None if self.prior_index is None else self.prior_index.unsqueeze(1)
+        return self._replace(
+            logits=self.logits.unsqueeze(1), target=target.unsqueeze(1), target_weight=weight, prior_index=index
+        )
 
     def offset(self) -> Tensor | None:
-        """tau * log_prior, (C,), rounded once to the compute dtype."""
+        """tau * log_prior, rounded once to the compute dtype."""
         if self.log_prior is None:
             return None
         if not torch.compiler.is_compiling() and self.tau == 1.0 and self.log_prior.dtype == self.compute_dtype:
@@ -97,7 +105,10 @@ class Problem(NamedTuple):
         return logits if scale is None else logits * scale
 
     def smoothing_mass(self) -> Tensor | None:
-        """eps * q_c * weight_c, (C,): what label smoothing gives each class in a row of weight 1; None without."""
+        """eps * q_c * weight_c: what label smoothing gives each class in a row of weight 1; None without smoothing.
+
+        (C,), or like the smoothing_distribution.
+        """
         if self.label_smoothing == 0.0:
             return None
         n_classes = self.logits.shape[-1]
@@ -108,6 +119,29 @@ class Problem(NamedTuple):
             mass = self.smoothing_distribution.to(self.compute_dtype) * self.label_smoothing
         weight = self.computed(self.weight)
         return mass if weight is None else mass * weight
+
+    @property
+    def n_groups(self) -> int:
+        """G; 0 without a prior_index."""
+        return 0 if self.prior_index is None or self.log_prior is None else len(self.log_prior)
+
+    def groups(self) -> tuple[Tensor, Tensor]:
+        """Each row's group, 0 if it is out of range, and whether it is in range; both (N, P)."""
+        assert self.prior_index is not None
+        in_range = (self.prior_index >= 0) & (self.prior_index < self.n_groups)
+        return self.prior_index * in_range, in_range
+
+    def for_rows(self, values: Tensor | None) -> Tensor | None:
+        """What log_prior or smoothing_distribution became, (C,) or (G, C), for each row: (C,) or (N, P, C)."""
+        if values is None or values.dim() == 1:
+            return values
+        return F.embedding(self.groups()[0], values)  # its gradient is summed in a fixed order, also on a GPU
+
+    def for_classes(self, values: Tensor, classes: Tensor) -> Tensor:
+        """The same for some classes of each row, (N, P, K)."""
+        if values.dim() == 1:
+            return values[classes]
+        return values[self.groups()[0].unsqueeze(-1), classes]
 
 
 class ShardLabels(NamedTuple):
@@ -172,6 +206,12 @@ def _weighted(label_weight: Tensor, weight: Tensor | None, gathered: Tensor | No
     if weight is None:
         return label_weight
     return label_weight * (weight[classes] if gathered is None else gathered)
+
+
+def sum_by_group(values: Tensor, groups: Tensor, n_groups: int) -> Tensor:
+    """The sums of (..., C) rows of each group, (G, C), in a fixed order, also on a GPU."""
+    rows = values.reshape(-1, values.shape[-1])
+    return torch.ops.aten.embedding_dense_backward(rows, groups.reshape(-1), n_groups, -1, False)
 
 
 def sum_others(z: Tensor, m: Tensor, rest: Tensor) -> Tensor:

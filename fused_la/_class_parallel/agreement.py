@@ -97,6 +97,9 @@ def _choose_implementation(ranks: Ranks, rank_call: RankCall) -> str:
     checks.check_choice("impl", rank_call.impl, checks.IMPLEMENTATIONS)
     if rank_call.impl == "reference":
         raise ValueError("impl must be 'auto', 'blocked' or 'triton' for classes over ranks, got 'reference'")
+    if rank_call.margin.label_scale is not None:
+        raise ValueError("margin.label_scale must be None for classes over ranks: a rank does not have that of a label "
+                         "of another rank")  # fmt: skip
     reason = "a transform of torch.func" if under_transform() else why_only_reference(rank_call.call, transformed=False)
     if not reason:
         differentiable = (rank_call.inputs, rank_call.weight, rank_call.bias, rank_call.call.problem.log_prior)

@@ -195,6 +195,8 @@ def _local_target(sharding: _ClassSharding, target: Any, dim: int, n_dims: int) 
 
 def _local_prior(sharding: _ClassSharding, prior: Adjustment) -> Any:
     if isinstance(prior, ScaledPrior):
+        if prior.group is not None:
+            raise ValueError("group must be None for classes over ranks, whose prior is (C,), got one")
         return ScaledPrior(_local_classes(sharding, "log_prior", prior.log_prior), prior.tau)
     if not isinstance(prior, PairwiseMargin):
         return prior

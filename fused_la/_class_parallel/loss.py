@@ -132,8 +132,8 @@ def _gradients(ctx: Any, grad_loss: Tensor) -> tuple:
         if head is None:
             tiles = MaterializedTiles(problem.logits, problem.compute_dtype)
             tiles.grad_logits = torch.empty_like(problem.logits) if needs[0] else None
-            _, grad_offset = tiled_head.backward_tiles(tiles, problem, saved, grad_rows, needs[6], kernels, shard)
-            grad_inputs, grad_prior = tiles.grad_logits, tiled_head.prior_gradient(problem, grad_offset)
+            grad_prior = tiled_head.backward_tiles(tiles, problem, saved, grad_rows, needs[6], kernels, shard)
+            grad_inputs = tiles.grad_logits
         else:
             wanted = (needs[0], needs[2], needs[3], needs[6])
             grads = tiled_head.backward(head, problem, saved, grad_rows, wanted, kernels, shard)

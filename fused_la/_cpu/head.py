@@ -14,7 +14,8 @@ class Epilogue:
     def __init__(self, rows: PreparedRows, n_elements: int, bias: Tensor | None, product_dtype: torch.dtype):
         self._rows, self._offset = rows, rows.offset
         self._bias = None if bias is None else bias.to(rows.problem.compute_dtype)
-        if self._bias is not None and rows.scale is None and rows.z_as_label is None:  # then one pass adds both
+        plain = rows.scale is None and rows.row_scale is None and rows.z_as_label is None
+        if self._bias is not None and plain:  # then one pass adds both
             self._offset = self._bias if self._offset is None else self._offset + self._bias
             self._bias = None
         self._scratch = Scratch(n_elements, rows.problem.compute_dtype)
@@ -58,16 +59,15 @@ class Epilogue:
         candidates: Candidates = rows.candidates.in_block(block)
         if self._bias is not None:
             z.add_(self._bias[chunk])
-        if rows.scale is not None:
-            z.mul_(rows.scale[chunk])
+        rows.scale_in_place(z, block, chunk)
         if labels is not None and rows.z_as_label is not None and rows.target_offset is not None:
             classes = candidates.classes[labels]
             offset = rows.target_offset[classes]
             rows.z_as_label[block][labels] = z[(*labels[:2], classes - chunk.start)] + offset
         if self._offset is not None:
-            z.add_(self._offset[chunk])
+            z.add_(rows.in_tile(self._offset, block, chunk))
         if rows.excluded is not None:
-            z.masked_fill_(rows.excluded[chunk], -torch.inf)
+            z.masked_fill_(rows.in_tile(rows.excluded, block, chunk), -torch.inf)
         if labels is not None:
             candidates.z[labels] = z[(*labels[:2], candidates.classes[labels] - chunk.start)]
         return z

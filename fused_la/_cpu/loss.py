@@ -98,7 +98,9 @@ def backward(
     rows, state = softmax.prepare(problem), SoftmaxState(*saved[: 3 * n_outer * n_inner].view(3, n_outer, n_inner))
     grad_logits = torch.empty_like(problem.logits) if needs_logits else None
     # Summed in float64: over many rows a float32 sum would lose what the rows' gradients hold.
-    grad_offset = torch.zeros(problem.logits.shape[-1], dtype=torch.float64) if needs_log_prior else None
+    grad_offset = None
+    if needs_log_prior and problem.log_prior is not None:
+        grad_offset = torch.zeros(problem.log_prior.shape, dtype=torch.float64)
     blocking = choose_blocking(problem, forward=False, sums_gradient=needs_log_prior)
     scratch = Scratch(min(blocking.height, n_outer * n_inner) * blocking.width, problem.compute_dtype)
     for block in row_blocks(n_outer, n_inner, blocking.height):
@@ -146,7 +148,7 @@ def _reduce_block(part: RowBlock, width: int, state: SoftmaxState, grad_logits: 
         e = z if is_whole else None
     assert merged is not None
     state.m.copy_(merged.m)
-    state.rest.copy_(softmax.finalize_rest(merged))
+    state.rest.copy_(softmax.finalize_rest(rows, merged, part.block))
     if rows.labels is None:
         state.total.copy_(merged.total)
         part.candidates.z.copy_(merged.m.unsqueeze(-1))
@@ -199,22 +201,22 @@ def _adjusted(part: RowBlock, chunk: slice, out: Tensor | None = None) -> Tensor
         z = out
     else:
         z = part.scratch.view(0, logits.shape)
-    offset = None if rows.offset is None else rows.offset[chunk]
-    if rows.scale is None:
+    offset = None if rows.offset is None else rows.in_tile(rows.offset, part.block, chunk)
+    if rows.scale is None and rows.row_scale is None:
         combine_into(z, logits, offset, torch.add)
     else:
-        combine_into(z, logits, rows.scale[chunk], torch.mul)
+        combine_into(z, logits, None if rows.scale is None else rows.scale[chunk], torch.mul)
+        if rows.row_scale is not None:
+            z.mul_(rows.row_scale[part.block].unsqueeze(-1))
         if offset is not None:
             z.add_(offset)
-    if rows.excluded is not None:
-        z.masked_fill_(rows.excluded[chunk], -math.inf)
-    return z
+    return z if rows.excluded is None else z.masked_fill_(rows.in_tile(rows.excluded, part.block, chunk), -math.inf)
 
 
 def _dense_mass(part: RowBlock, chunk: slice) -> Tensor | None:
     """The dense target mass, broadcastable to the block: probabilities, or smoothing for labels that weigh 1 in all."""
     rows = part.rows
-    smoothing = None if rows.smoothing is None else rows.smoothing[chunk]
+    smoothing = None if rows.smoothing is None else rows.in_tile(rows.smoothing, part.block, chunk)
     if rows.labels is not None:
         return smoothing
     target = rows.problem.target[part.block][..., chunk]
@@ -258,9 +260,9 @@ def _write_gradient(
             softmax.scatter_candidates(grad, candidates, chunk, 0.0)
             if not rows.all_live and rows.labels is not None:
                 grad.masked_fill_(~rows.labels.live[part.block].unsqueeze(-1), 0.0)
-            grad_offset[chunk] += grad.sum((0, 1), dtype=torch.float64)
-        if grad_logits is not None and rows.scale is not None:
-            grad.mul_(rows.scale[chunk])
+            softmax.add_to_offset_gradient(grad_offset, rows, part.block, chunk, grad, torch.float64)
+        if grad_logits is not None:
+            rows.scale_in_place(grad, part.block, chunk)
         if grad_logits is not None and grad is values:
             grad_logits[..., chunk].copy_(grad)
 
@@ -272,7 +274,7 @@ def subtract_dense_mass(part: RowBlock, chunk: slice, grad: Tensor, g: Tensor) -
         return
     grad.addcmul_(mass, g if rows.labels is None else g * rows.labels.share[part.block].unsqueeze(-1), value=-1.0)
     if rows.excluded is not None:
-        grad.masked_fill_(rows.excluded[chunk], 0.0)
+        grad.masked_fill_(rows.in_tile(rows.excluded, part.block, chunk), 0.0)
 
 
 def _write_candidate_gradient(
@@ -282,9 +284,13 @@ def _write_candidate_gradient(
     candidates, grad = rows.candidates, softmax.candidate_gradient(rows, state, grad_rows)
     if grad_logits is not None:
         scaled = grad if rows.scale is None else grad * rows.scale[candidates.classes]
+        if rows.row_scale is not None:
+            scaled = scaled * rows.row_scale.unsqueeze(-1)
         softmax.scatter_candidates(grad_logits, candidates, slice(0, grad_logits.shape[-1]), scaled)
         if not rows.all_live and rows.labels is not None:
             grad_logits.masked_fill_(~rows.labels.live.unsqueeze(-1), 0.0)
     if grad_offset is not None:
-        at = candidates.used.nonzero(as_tuple=True)
-        grad_offset.index_add_(0, candidates.classes[at], grad[at].double())
+        at, index = candidates.used.nonzero(as_tuple=True), candidates.classes
+        if rows.groups is not None:
+            index = index + rows.groups.unsqueeze(-1) * grad_offset.shape[-1]
+        grad_offset.view(-1).index_add_(0, index[at], grad[at].double())

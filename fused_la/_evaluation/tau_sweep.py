@@ -39,7 +39,7 @@ class TauSweep:
 
     Args:
         log_prior: (C,) floating, log class frequencies of training up to any constant; a class at -inf is never
-            predicted (at tau > 0). The logits have to be on its device.
+            predicted (at tau > 0). The logits have to be on its device. Or (G, C), a prior for each group of rows.
         taus: numbers >= 0, kept in increasing order.
         split: the name of the data that will be counted, such as "val".
         class_counts: (C,) *training* examples a class, for many/medium/few; without them these are NaN.
@@ -114,7 +114,7 @@ class TauSweep:
         if not isinstance(split, str) or not split:
             raise ValueError(f"split must name the data, such as 'val', got {split!r}")
         self.split = split
-        n_classes, device = len(log_divisor), log_divisor.device
+        n_classes, device = log_divisor.shape[-1], log_divisor.device
         groups = shot_groups([0.0] * n_classes if class_counts is None else class_counts)
         if len(groups["many"]) != n_classes:
             raise ValueError(f"class_counts must have shape ({n_classes},), got {tuple(groups['many'].shape)}")
@@ -129,24 +129,40 @@ class TauSweep:
         self._n_examples = torch.zeros(n_classes + 1, dtype=torch.int64, device=device)
 
     @torch.no_grad()
-    def update(self, logits: Tensor, target: Tensor) -> None:
-        """Count a batch: raw logits (N, C), (C,) or (N, C, d1, ..., dk), int64 target (N,), () or (N, d1, ..., dk)."""
+    def update(self, logits: Tensor, target: Tensor, group: Tensor | None = None) -> None:
+        """Count a batch: raw logits (N, C), (C,) or (N, C, d1, ..., dk), int64 target (N,), () or (N, d1, ..., dk).
+
+        With a log_prior of shape (G, C), `group` is the group of each row, of the shape of the target or (N,).
+        """
         checks.check_logits(logits)
-        n_classes = len(self._log_divisor)
-        if logits.shape[checks.class_dim(logits)] != n_classes:
+        n_classes, dim = self._log_divisor.shape[-1], checks.class_dim(logits)
+        if logits.shape[dim] != n_classes:
             raise ValueError(f"logits must have {n_classes} classes, got shape {tuple(logits.shape)}")
         if logits.device != self._log_divisor.device:
             raise ValueError(
                 f"logits must be on the device of the sweep, {self._log_divisor.device}, got {logits.device}"
             )
         checks.check_labels(target, logits, self.ignore_index)
+        by_group = self._log_divisor.dim() == 2
+        if by_group != (group is not None):
+            expected = "given for a log_prior of shape (G, C)" if by_group else "None for a log_prior of shape (C,)"
+            raise ValueError(f"group must be {expected}, got {type(group).__name__}")
+        if group is not None:
+            group = checks.rows_of_groups(group, logits.shape[:dim] + logits.shape[dim + 1 :], logits)
+            checks.check_groups_in_range(group, len(self._log_divisor), target != self.ignore_index)
+            in_range = (group >= 0) & (group < len(self._log_divisor))
+            # As a label that is no class: it raises when the counts are read.
+            target = torch.where(in_range | (target == self.ignore_index), target, n_classes)
+            group = rows_by_classes((group * in_range).unsqueeze(dim)).squeeze(-1).contiguous()
         scale, offset = self._scale_and_offset(torch.float64 if logits.dtype == torch.float64 else torch.float32)
-        predictions = _predict(rows_by_classes(logits), scale, offset).flatten(1)
+        predictions = _predict(rows_by_classes(logits), scale, offset, group).flatten(1)
         count_predictions(self._n_correct, self._n_examples, predictions, target.flatten(), self.ignore_index)
 
     def _scale_and_offset(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-        """scale and offset, (T, C), of the scores f_c * scale_tc + offset_tc; None for a scale of 1, an offset of 0."""
-        divisor = self._log_divisor.masked_fill(self._excluded, 0.0)
+        """scale and offset, (T, C) or (G, T, C), of the scores f_c * scale_tc + offset_tc; None for a scale of 1, an
+        offset of 0."""
+        excluded = self._excluded.unsqueeze(-2)
+        divisor = self._log_divisor.unsqueeze(-2).masked_fill(excluded, 0.0)
         divisor = divisor.to(torch.promote_types(divisor.dtype, dtype))
         exponent = -self._taus.to(divisor.dtype) * divisor
         if self.method == _ADJUST:
@@ -157,7 +173,7 @@ class TauSweep:
                 offset = self._bias.to(dtype) * (1.0 - scale)
         if self._any_excluded:
             offset = torch.zeros_like(exponent, dtype=dtype) if offset is None else offset
-            offset = offset.masked_fill(self._excluded & (self._taus > 0.0), -math.inf)
+            offset = offset.masked_fill(excluded & (self._taus > 0.0), -math.inf)
         return scale, offset
 
     def merge(self, other: TauSweep) -> TauSweep:
@@ -169,7 +185,7 @@ class TauSweep:
             if mine != theirs:
                 raise ValueError(f"other must have the {name} {mine!r}, got {theirs!r}")
         if other._n_correct.shape != self._n_correct.shape:
-            raise ValueError(f"other must have {len(self._excluded)} classes, got {len(other._excluded)}")
+            raise ValueError(f"other must have {self._excluded.shape[-1]} classes, got {other._excluded.shape[-1]}")
         device = self._n_correct.device
         n_correct = self._n_correct + other._n_correct.to(device)
         return self._with_counts(n_correct, self._n_examples + other._n_examples.to(device))
@@ -189,7 +205,12 @@ class TauSweep:
     def counts(self) -> tuple[Tensor, Tensor]:
         """Correct predictions (T, C) and examples (C,), int64 on the CPU."""
         check_has_values("logits", self._n_correct, "TauSweep")
-        return read_counts(self._n_correct, self._n_examples, self.ignore_index)
+        try:
+            return read_counts(self._n_correct, self._n_examples, self.ignore_index)
+        except IndexError as error:
+            if self._log_divisor.dim() == 1:
+                raise
+            raise IndexError(f"{error}, or whose group is outside [0, {len(self._log_divisor)})") from None
 
     def class_error(self) -> Tensor:
         """Error of each class at each tau, (T, C) float64; NaN for a class without examples."""
@@ -254,7 +275,7 @@ class TauSweep:
         return ax
 
 
-def _predict(rows: Tensor, scale: Tensor | None, offset: Tensor | None) -> Tensor:
+def _predict(rows: Tensor, scale: Tensor | None, offset: Tensor | None, group: Tensor | None = None) -> Tensor:
     """Dispatch to the Triton kernel on a GPU, and to PyTorch on other devices or without Triton."""
     if rows.device.type == "cuda" and not is_compiled_or_traced(rows):  # ROCm's too
         try:
@@ -262,16 +283,16 @@ def _predict(rows: Tensor, scale: Tensor | None, offset: Tensor | None) -> Tenso
         except ModuleNotFoundError:
             pass
         else:
-            return launch_argmax(rows, scale, offset)
-    return predict(rows, scale, offset)
+            return launch_argmax(rows, scale, offset, group)
+    return predict(rows, scale, offset, group)
 
 
 def _checked_log_prior(log_prior: Any) -> Tensor:
     checks.check_tensor("log_prior", log_prior)
-    if log_prior.dim() != 1 or len(log_prior) == 0:
-        raise ValueError(f"log_prior must have shape (C,) with C >= 1, got {tuple(log_prior.shape)}")
+    if log_prior.dim() not in (1, 2) or log_prior.numel() == 0:
+        raise ValueError(f"log_prior must have shape (C,) or (G, C) with C >= 1, got {tuple(log_prior.shape)}")
     log_prior = log_prior.detach()
-    checks.check_log_prior(log_prior, log_prior, tau=1.0)
+    checks.check_log_prior(log_prior, log_prior, tau=1.0, by_group=log_prior.dim() == 2)
     return log_prior
 
 

@@ -91,12 +91,14 @@ class LossOptions(nn.Module):
     def _set_per_class(self, name: str, value: Any) -> None:
         """Set a per-class option, on the device of the others; a tensor that is there is kept, not copied."""
         others = [tensor for _, tensor in vectors.named_tensors({**self._per_class, name: None})]
-        n_classes = len(others[0]) if others else None
+        n_classes = others[0].shape[-1] if others else None
         if isinstance(value, PairwiseMargin):
             for field, vector in value.named_vectors():
                 checks.check_class_vector(f"{name}.{field}", vector, n_classes or len(vector))
-        elif value is not None:
-            value = vectors.to_class_vector(name, value, n_classes)
+        elif value is not None and name != "log_prior":  # which follows from checked counts
+            log_prior = self._per_class.get("log_prior")
+            n_groups = len(log_prior) if log_prior is not None and log_prior.dim() == 2 else None
+            value = vectors.to_class_vector(name, value, n_classes, n_groups)
         with torch.inference_mode(False):
             new = vectors.map_tensors({name: value}, lambda _, t: t.clone() if t.is_inference() else t)
             if others and not others[0].is_meta:
@@ -149,7 +151,7 @@ class LossOptions(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        n_classes = next((len(tensor) for _, tensor in vectors.named_tensors(self._per_class)), None)
+        n_classes = next((tensor.shape[-1] for _, tensor in vectors.named_tensors(self._per_class)), None)
         options = "" if n_classes is None else f"n_classes={n_classes}, "
         options += f"reduction={self.reduction!r}"
         if self.label_smoothing > 0.0:
@@ -166,7 +168,7 @@ class CountedLossOptions(LossOptions):
         counts = counts_in_class_order(class_counts)
         log_prior = log_prior_of(counts, pseudocount, exclude_absent)
         if base_kwargs:  # the other base class is nn.Linear
-            base_kwargs["out_features"] = len(log_prior)
+            base_kwargs["out_features"] = log_prior.shape[-1]
         super().__init__({"log_prior": log_prior}, *options, **base_kwargs)
         if exclude_absent and tau == 0.0:
             raise ValueError(
@@ -192,7 +194,8 @@ class CountedLossOptions(LossOptions):
 
     @property
     def log_prior(self) -> Tensor:
-        """(C,) float32, `log_prior_from_counts` of `class_counts`. Assigning new counts writes to this tensor."""
+        """(C,) or (G, C) float32, `log_prior_from_counts` of `class_counts`. Assigning new counts writes to this
+        tensor."""
         return self._per_class["log_prior"]
 
     @log_prior.setter
@@ -201,7 +204,7 @@ class CountedLossOptions(LossOptions):
 
     @property
     def class_counts(self) -> Tensor:
-        """(C,) a copy of the counts, integer or float64, on the CPU. New ones may be assigned between any two steps."""
+        """A copy of the counts, integer or float64, on the CPU. New ones may be assigned between any two steps."""
         counts = self._class_counts
         return counts.clone() if isinstance(counts, Tensor) else torch.from_numpy(counts.copy())
 
@@ -210,8 +213,9 @@ class CountedLossOptions(LossOptions):
         counts = counts_in_class_order(value)
         log_prior, current = self._log_prior_of(counts), self.log_prior
         for name, n_classes in self._n_classes_by_name():
-            if n_classes != len(log_prior):
-                raise ValueError(f"class_counts must have shape ({n_classes},) as {name} has, got ({len(log_prior)},)")
+            if n_classes != log_prior.shape[-1]:
+                got = tuple(log_prior.shape)
+                raise ValueError(f"class_counts must have shape ({n_classes},) as {name} has, got {got}")
         if current.shape == log_prior.shape and not current.is_meta:
             with torch.no_grad():
                 current.copy_(log_prior)  # in place: CUDA graphs and compiled code use this tensor
@@ -224,7 +228,8 @@ class CountedLossOptions(LossOptions):
 
     def _n_classes_by_name(self) -> list[tuple[str, int]]:
         """(name, number of classes) of everything per-class except the counts and their log prior."""
-        return [(name, len(tensor)) for name, tensor in vectors.named_tensors({**self._per_class, "log_prior": None})]
+        others = vectors.named_tensors({**self._per_class, "log_prior": None})
+        return [(name, tensor.shape[-1]) for name, tensor in others]
 
     def _per_class_on(self, device: torch.device) -> dict[str, Any]:
         if self.log_prior.is_meta and isinstance(self._class_counts, np.ndarray):  # loaded to meta

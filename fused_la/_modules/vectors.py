@@ -1,6 +1,6 @@
 """Dicts of per-class options: iterate over their tensors, replace, move, convert and compare them.
 
-Each value is a (C,) tensor, a `PairwiseMargin`, whose tensors are its vectors, or None.
+Each value is a (C,) tensor, or (G, C) by group, a `PairwiseMargin`, whose tensors are its vectors, or None.
 """
 
 from __future__ import annotations
@@ -68,8 +68,9 @@ def to_fake_or_constant(tensor: Tensor, fake_input: Any) -> Tensor:
     return tensor.to(fake_input.device)
 
 
-def to_class_vector(name: str, value: Any, n_classes: int | None) -> Tensor:
-    """A checked (C,) tensor: a given tensor unchanged, or float32 from a list or an array."""
+def to_class_vector(name: str, value: Any, n_classes: int | None, n_groups: int | None = None) -> Tensor:
+    """A checked (C,) tensor: a given tensor unchanged, or float32 from a list or an array. With `n_groups` a
+    smoothing_distribution may be (G, C)."""
     if not isinstance(value, Tensor):
         try:
             value = torch.from_numpy(np.array(value, dtype=np.float32))
@@ -78,9 +79,12 @@ def to_class_vector(name: str, value: Any, n_classes: int | None) -> Tensor:
             raise TypeError(f"{name} must be a tensor, an array or a list of numbers, got {got}") from None
     if n_classes is None and value.dim() != 1:
         raise ValueError(f"{name} must have shape (C,), got {tuple(value.shape)}")
-    checks.check_class_vector(name, value, n_classes or len(value))
+    by_group = name == "smoothing_distribution" and n_groups is not None and value.dim() == 2
+    checks.check_class_vector(name, value, n_classes or len(value), by_group=by_group)
+    if by_group and len(value) != n_groups:
+        raise ValueError(f"{name} must have shape ({n_groups}, {n_classes}) or (C,), got {tuple(value.shape)}")
     if name == "smoothing_distribution":
-        checks.check_smoothing_distribution(value, len(value))
+        checks.check_smoothing_distribution(value, value.shape[-1], by_group)
     return value
 
 

@@ -39,6 +39,8 @@ def choose_blocking(problem: Problem, forward: bool, sums_gradient: bool = False
         n_buffers = 3
     if problem.has_probabilities:
         n_buffers += 1
+    if problem.prior_index is not None:  # the priors of the rows, and what is smoothed toward
+        n_buffers += 1 + (problem.label_smoothing > 0.0)
     if forward and (problem.has_probabilities or problem.label_smoothing > 0.0):
         n_buffers += 2
     width = min(problem.logits.shape[-1], BLOCK_ELEMENTS)

@@ -108,7 +108,7 @@ def finalize(
     """The loss from the state over all classes; `smoothing` as in `softmax.label_mass_total`."""
     like = torch.empty_like(merged.m)
     total = merged.total if rows.labels is None else softmax.label_mass_total(rows, like, smoothing)
-    stacked = torch.stack([merged.m, softmax.finalize_rest(merged), total])
+    stacked = torch.stack([merged.m, softmax.finalize_rest(rows, merged, softmax.ALL_ROWS), total])
     state = SoftmaxState(*stacked, gap=merged.gap)
     if rows.z_as_label is not None and rows.labels is not None:
         for z in (rows.candidates.z, rows.z_as_label):  # no tile has filled in a label that does not count
@@ -139,19 +139,18 @@ def backward(
     tiles.grad_features = torch.zeros_like(head.features, dtype=tiles.dtype) if features else None
     if weight:
         tiles.grad_weight = torch.empty_like(head.weight) if tiles.blocks else torch.zeros_like(head.weight)
-    rows, grad_offset = backward_tiles(tiles, problem, saved, grad_rows, bias or log_prior, kernels, shard)
-    grad_bias = None
-    if grad_offset is not None and bias and head.bias is not None:
-        grad_bias = (grad_offset if rows.scale is None else grad_offset * rows.scale).to(head.bias.dtype)
-    grad_prior = prior_gradient(problem, grad_offset) if log_prior else None
+    # Summed in float64: over many rows a float32 sum would lose what the rows' gradients hold.
+    tiles.grad_bias = None if not bias or head.bias is None else torch.zeros_like(head.bias, dtype=torch.float64)
+    grad_prior = backward_tiles(tiles, problem, saved, grad_rows, log_prior, kernels, shard)
+    grad_bias = None if tiles.grad_bias is None or head.bias is None else tiles.grad_bias.to(head.bias.dtype)
     return Gradients(tiles.grad_features, tiles.grad_weight, grad_bias, grad_prior)
 
 
 def backward_tiles(
-    source: LogitTiles, problem: Problem, saved: Saved, grad_rows: Tensor, needs_offset: bool, kernels: ModuleType,
+    source: LogitTiles, problem: Problem, saved: Saved, grad_rows: Tensor, needs_prior: bool, kernels: ModuleType,
     shard: ShardLabels | None,
-) -> tuple[PreparedRows, Tensor | None]:  # fmt: skip
-    """Give every tile's gradient of the logits to the source. Returns the rows, and the gradient of the offset (C,)."""
+) -> Tensor | None:  # fmt: skip
+    """Give every tile's gradient of the logits to the source. Returns that of log_prior if it is needed."""
     rows = softmax.prepare(problem, tiled=True, shard=shard)
     rows = rows._replace(
         candidates=rows.candidates._replace(classes=saved.classes, z=saved.z),
@@ -160,20 +159,18 @@ def backward_tiles(
     state, grad_rows = SoftmaxState(*saved.state), grad_rows.to(problem.compute_dtype)
     grad_candidates = softmax.candidate_gradient(rows, state, grad_rows)
     to_gradient = make_epilogue(rows, source, kernels).gradient_of(state, grad_rows, grad_candidates)
-    # Summed in float64: over many rows a float32 sum would lose what the rows' gradients hold.
-    grad_offset = saved.z.new_zeros(source.n_classes, dtype=torch.float64) if needs_offset else None
+    grad_offset = None
+    if needs_prior and problem.log_prior is not None:
+        grad_offset = torch.zeros_like(problem.log_prior, dtype=torch.float64)  # as that of the bias
     for chunk in class_chunks(source.n_classes, source.tile_shape.classes):
         operand = source.chunk_operand(chunk)
         for block in source.blocks:
             grad = to_gradient(block, chunk, source.logits(block, operand))
             if grad_offset is not None:
-                grad_offset[chunk] += grad.sum(0, dtype=source.dtype)
-            source.take_gradient(block, chunk, operand, grad if rows.scale is None else grad.mul_(rows.scale[chunk]))
-    return rows, grad_offset
-
-
-def prior_gradient(problem: Problem, grad_offset: Tensor | None) -> Tensor | None:
-    """The gradient of log_prior from that of tau * log_prior."""
+                tile = grad.unsqueeze(1)
+                softmax.add_to_offset_gradient(grad_offset, rows, block, chunk, tile, source.dtype)
+            rows.scale_in_place(grad.unsqueeze(1), block, chunk)
+            source.take_gradient(block, chunk, operand, grad)
     if grad_offset is None or problem.log_prior is None:
         return None
     return (grad_offset * problem.tau).to(problem.log_prior.dtype)
@@ -247,6 +244,7 @@ class HeadTiles(LogitTiles):
 
     grad_features: Tensor | None = None  # to add to in a backward pass
     grad_weight: Tensor | None = None
+    grad_bias: Tensor | None = None
     _weight_sum: Tensor  # of the chunk
 
     def __init__(self, head: Head, dtype: torch.dtype, class_major: bool):
@@ -265,6 +263,8 @@ class HeadTiles(LogitTiles):
 
     def take_gradient(self, block: Block, chunk: slice, operand: Tensor, grad: Tensor) -> None:
         rows = block[0]
+        if self.grad_bias is not None:
+            self.grad_bias[chunk] += grad.sum(0, dtype=self.dtype)
         if self.grad_features is not None:
             accumulate_matmul(self.grad_features[rows], grad, operand)
         if self.grad_weight is not None:

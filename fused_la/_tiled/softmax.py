@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_la._call.problem import Labels, Problem, ShardLabels, label_loss, resolve_labels, sum_others
+from fused_la._call.problem import Labels, Problem, ShardLabels, label_loss, resolve_labels, sum_by_group, sum_others
 from fused_la._tiled import blocks
 from fused_la._tiled.blocks import Block, row_sum
 
@@ -49,16 +49,37 @@ class PreparedRows(NamedTuple):
     """A problem with everything that needs no pass over its classes; both passes share it."""
 
     problem: Problem
-    offset: Tensor | None  # (C,)
-    excluded: Tensor | None  # (C,) bool: at -inf; None if no class is
+    offset: Tensor | None  # (C,), or (G, C) by group
+    excluded: Tensor | None  # bool, like offset: at -inf; None if no class is
     weight: Tensor | None  # (C,)
-    smoothing: Tensor | None  # (C,) smoothing mass of each class in a row whose labels' weights sum to 1
+    smoothing: Tensor | None  # (C,) or (G, C) smoothing mass of each class in a row whose labels' weights sum to 1
     labels: Labels | None  # None for class probabilities
     all_live: bool  # every row counts
     candidates: Candidates
     z_as_label: Tensor | None  # (N, P, K) z of the labels with the target_offset; None without one
     scale: Tensor | None  # (C,)
     target_offset: Tensor | None  # (C,)
+    groups: Tensor | None = None  # (N, P) int64, in range; None if all rows have one prior
+    no_group: Tensor | None = None  # (N, P) bool: the row's group is out of range; None if none can be
+    row_scale: Tensor | None = None  # (N, P) the label_scale of the row's label; None without one
+
+    def in_tile(self, values: Tensor, block: Block, chunk: slice) -> Tensor:
+        """offset, excluded or smoothing for a block of rows and a chunk of classes: (c,), or (n, p, c) if the rows are
+        of several groups."""
+        if values.dim() == 1 or self.groups is None:
+            return values[chunk]
+        groups = self.groups[block]
+        if groups.device.type == "cpu":  # elsewhere nothing is read: it would synchronise
+            lowest, highest = groups.aminmax()
+            if lowest == highest:
+                return values[int(lowest), chunk]
+        return values[:, chunk][groups]
+
+    def scale_in_place(self, z: Tensor, block: Block, chunk: slice) -> Tensor:
+        """Multiply a tile (n, p, c), of logits or of the gradient of z, by the scales."""
+        if self.scale is not None:
+            z.mul_(self.scale[chunk])
+        return z if self.row_scale is None else z.mul_(self.row_scale[block].unsqueeze(-1))
 
 
 class SoftmaxState(NamedTuple):
@@ -90,19 +111,25 @@ def prepare(problem: Problem, tiled: bool = False, shard: ShardLabels | None = N
     excluded, on_cpu = None, problem.logits.device.type == "cpu"  # elsewhere nothing is read: it would synchronise
     if offset is not None:
         # If every class is at -inf (in values that could not be read) the gradient must be NaN as the loss is, not 0.
-        lowest, highest = offset.aminmax()
-        if not on_cpu:
+        lowest, highest = offset.aminmax(dim=-1, keepdim=True)
+        if not on_cpu or bool((lowest == -math.inf).any()):
             excluded = (offset == -math.inf) & ((highest > -math.inf) | (shard is not None))
-        elif lowest.item() == -math.inf and (shard is not None or highest.item() > -math.inf):
-            excluded = offset == -math.inf
+    groups = no_group = row_scale = None
+    if problem.prior_index is not None:
+        groups, in_range = problem.groups()
+        no_group = None if on_cpu and bool(in_range.all()) else ~in_range
     one_tile = not tiled and problem.logits.shape[-1] <= blocks.BLOCK_ELEMENTS
     if problem.has_probabilities:
         z = problem.logits.new_zeros((*problem.logits.shape[:2], 1), dtype=problem.compute_dtype)
         candidates = Candidates(z.long(), z == 0, z, one_tile)
-        return PreparedRows(problem, offset, excluded, weight, smoothing, None, True, candidates, None, scale, None)
+        return PreparedRows(
+            problem, offset, excluded, weight, smoothing, None, True, candidates, None, scale, None, groups, no_group
+        )
 
     labels = resolve_labels(problem, shard)
     all_live = on_cpu and bool(labels.live.all())
+    if problem.label_scale is not None:
+        row_scale = problem.label_scale.to(problem.compute_dtype)[labels.classes[..., 0]]
     if tiled:
         z = torch.zeros_like(labels.mass)
         z_as_label = None if target_offset is None else torch.zeros_like(z)
@@ -110,17 +137,21 @@ def prepare(problem: Problem, tiled: bool = False, shard: ShardLabels | None = N
         z = problem.logits.gather(-1, labels.classes).to(problem.compute_dtype)
         if scale is not None:
             z = z * scale[labels.classes]
+        if row_scale is not None:
+            z = z * row_scale.unsqueeze(-1)
         if target_offset is not None:
             z_as_label = z + target_offset[labels.classes]
         if offset is not None:
-            z = z + offset[labels.classes]
+            z = z + problem.for_classes(offset, labels.classes)
         if excluded is not None:
-            z = z.masked_fill_(excluded[labels.classes], -math.inf)
+            z = z.masked_fill_(problem.for_classes(excluded, labels.classes), -math.inf)
     one_label = labels.classes.shape[-1] == 1
     used = labels.is_local if one_label else labels.is_local & ~_same_class(labels).tril(-1).any(-1)
     candidates = Candidates(labels.classes, used, z, one_label and all_live and one_tile)
     per_class = offset, excluded, weight, smoothing
-    return PreparedRows(problem, *per_class, labels, all_live, candidates, z_as_label, scale, target_offset)
+    return PreparedRows(
+        problem, *per_class, labels, all_live, candidates, z_as_label, scale, target_offset, groups, no_group, row_scale
+    )
 
 
 def _same_class(labels: Labels) -> Tensor:
@@ -137,7 +168,10 @@ def label_mass_total(rows: PreparedRows, out: Tensor, smoothing: Tensor | None =
     if rows.labels is not None:
         torch.sum(rows.labels.mass, -1, out=out)
         if rows.smoothing is not None:
-            out.addcmul_(rows.labels.share, row_sum(rows.smoothing) if smoothing is None else smoothing)
+            if smoothing is None:
+                smoothing = row_sum(rows.smoothing)
+                smoothing = smoothing if smoothing.dim() == 0 or rows.groups is None else smoothing[rows.groups]
+            out.addcmul_(rows.labels.share, smoothing)
     return out
 
 
@@ -164,9 +198,10 @@ def _gap_from(state: SoftmaxState, m: Tensor) -> Tensor:
     return state.gap + torch.where(state.total == 0, 0.0, state.total * (m - state.m))
 
 
-def finalize_rest(state: SoftmaxState) -> Tensor:
-    """The rest of whole rows: NaN where the maximum is infinite, or no class takes part."""
-    return torch.where(state.rest < 0.0, math.nan, state.rest) + (state.m - state.m)
+def finalize_rest(rows: PreparedRows, state: SoftmaxState, block: Block) -> Tensor:
+    """The rest of whole rows: NaN where the maximum is infinite, no class takes part, or the group is out of range."""
+    rest = torch.where(state.rest < 0.0, math.nan, state.rest) + (state.m - state.m)
+    return rest if rows.no_group is None else rest.masked_fill(rows.no_group[block], math.nan)
 
 
 # Candidates -----------------------------------------------------------------------------------------------------------
@@ -198,6 +233,18 @@ def candidate_sum_without_top(candidates: Candidates, m: Tensor) -> Tensor:
     is_top &= is_top.cumsum(-1) == 1
     e = torch.where(candidates.used & ~is_top, e, 0.0)
     return e.sum(-1) - torch.where(is_top.any(-1), 0.0, 1.0)
+
+
+def add_to_offset_gradient(
+    grad_offset: Tensor, rows: PreparedRows, block: Block, chunk: slice, grad: Tensor, dtype: torch.dtype
+) -> None:
+    """Add the gradient of z of a tile (n, p, c), summed in `dtype`, to that of the offset, (C,) or (G, C)."""
+    if rows.groups is None:
+        grad_offset[chunk] += grad.sum((0, 1), dtype=dtype)
+    elif grad.device.type == "cpu":
+        grad_offset[:, chunk].index_add_(0, rows.groups[block].flatten(), grad.flatten(0, 1).double())
+    else:
+        grad_offset[:, chunk] += sum_by_group(grad.to(dtype), rows.groups[block], len(grad_offset))
 
 
 # Whole rows -----------------------------------------------------------------------------------------------------------
@@ -251,13 +298,14 @@ def candidate_gradient(rows: PreparedRows, state: SoftmaxState, grad_rows: Tenso
         if rows.weight is not None:
             t = t * rows.weight[candidates.classes]
         if rows.smoothing is not None:
-            t = t + rows.smoothing[candidates.classes]
+            t = t + rows.problem.for_classes(rows.smoothing, candidates.classes)
     else:
         t = rows.labels.mass
         if t.shape[-1] > 1:
             t = torch.where(_same_class(rows.labels), t.unsqueeze(-2), 0.0).sum(-1)
         if rows.smoothing is not None:
-            t = t + rows.labels.share.unsqueeze(-1) * rows.smoothing[candidates.classes]
+            smoothing = rows.problem.for_classes(rows.smoothing, candidates.classes)
+            t = t + rows.labels.share.unsqueeze(-1) * smoothing
     if rows.z_as_label is None or rows.labels is None:
         d = 1.0 + rest
         p = (candidates.z - m).exp() / d
@@ -269,5 +317,5 @@ def candidate_gradient(rows: PreparedRows, state: SoftmaxState, grad_rows: Tenso
         of_others = torch.where(other_labels, (rows.labels.mass / d).unsqueeze(-2), 0.0).sum(-1)
         grad = g * ((candidates.z - m).exp() * of_others - t * (others / d))
     if rows.excluded is not None and rows.z_as_label is None:
-        grad = grad.masked_fill(rows.excluded[candidates.classes], 0.0)
+        grad = grad.masked_fill(rows.problem.for_classes(rows.excluded, candidates.classes), 0.0)
     return grad

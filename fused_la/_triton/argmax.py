@@ -2,7 +2,8 @@
 
     prediction_t = argmax_c  f_c * scale_tc + offset_tc
 
-A class at offset_tc = -inf is excluded, whatever its logit. Ties go to the lowest class, and NaN is the highest value,
+With groups of rows, each has a scale and an offset of its own. A class at offset_tc = -inf is excluded, whatever its
+logit. Ties go to the lowest class, and NaN is the highest value,
 as in `torch.argmax`: the kernel compares integer keys in the order of the values, with NaN on top. One program takes a
 row and keeps, for each correction and each of BLOCK_C lanes, the highest key so far and its class; the lanes are
 reduced at the end of the row.
@@ -31,16 +32,16 @@ def _ordered(z, KEY: tl.constexpr, HIGHEST: tl.constexpr):
     return tl.where(z != z, HIGHEST, key)
 
 
-@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=["logits", "scale", "offset"])
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=["logits", "scale", "offset", "group"])
 def _argmax_kernel(
     # in
-    logits, scale, offset,
+    logits, scale, offset, group,
     # out
     predictions,
     # strides
     logits_outer: tl.int64, logits_inner: tl.int64, logits_class: tl.int64,
     # sizes
-    n_rows: tl.int64, n_inner, n_classes: tl.int32, n_taus: tl.int32,
+    n_rows: tl.int64, n_inner, n_classes: tl.int32, n_taus: tl.int32, n_priors: tl.int32,
     # constants
     ADJACENT: tl.constexpr, COMPUTE: tl.constexpr, KEY: tl.constexpr, HIGHEST: tl.constexpr,
     TAUS: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -50,6 +51,10 @@ def _argmax_kernel(
     row = tl.program_id(0).to(tl.int64)
     taus = tl.program_id(1) * TAUS + tl.arange(0, TAUS)
     table_rows = tl.where(taus < n_taus, taus, 0).to(tl.int64)[:, None] * n_classes
+    if group is not None:  # one out of range is read as the first
+        of_row = tl.load(group + row)
+        of_row = tl.where(of_row.to(tl.uint64) < n_priors.to(tl.uint64), of_row, 0)
+        table_rows += of_row * n_taus * n_classes
     start = row_offsets(row, n_inner, (logits_outer, logits_inner))
 
     lowest = -HIGHEST - 1  # below the key of -inf
@@ -74,15 +79,15 @@ def _argmax_kernel(
     tl.store(predictions + taus.to(tl.int64) * n_rows + row, predicted.to(tl.int64), taus < n_taus)
 
 
-def launch_argmax(logits: Tensor, scale: Tensor | None, offset: Tensor | None) -> Tensor:
+def launch_argmax(logits: Tensor, scale: Tensor | None, offset: Tensor | None, group: Tensor | None = None) -> Tensor:
     """Predicted classes, (T, N, P) int64, of (N, P, C) logits. scale and offset are contiguous (T, C) in the compute
-    dtype; one may be None."""
+    dtype, or (G, T, C) with a contiguous group (N, P); one may be None."""
     if not is_on_current_device(logits):
         with torch.cuda.device(logits.device):
-            return launch_argmax(logits, scale, offset)
+            return launch_argmax(logits, scale, offset, group)
     table = scale if scale is not None else offset
     assert table is not None
-    n_taus, n_classes = table.shape
+    n_taus, n_classes = table.shape[-2:]
     n_outer, n_inner, _ = logits.shape
     n_rows = n_outer * n_inner
     predictions = torch.empty((n_taus, n_outer, n_inner), dtype=torch.int64, device=logits.device)
@@ -95,11 +100,11 @@ def launch_argmax(logits: Tensor, scale: Tensor | None, offset: Tensor | None) -
         logits.stride(2) == 1 or n_classes == 1, triton_dtype(table.dtype), tl.int64 if wide else tl.int32,
         2**63 - 1 if wide else 2**31 - 1, taus, block_c,
     )  # fmt: skip
-    types = logits.dtype, scale is None, offset is None, n_inner == 1
+    types = logits.dtype, scale is None, offset is None, group is None, n_inner == 1
     variant(_argmax_kernel, logits.get_device(), types, constants).launch(
-        (n_rows, cdiv(n_taus, taus), 1), logits, scale, offset,
+        (n_rows, cdiv(n_taus, taus), 1), logits, scale, offset, group,
         predictions,
         *logits.stride(),
-        n_rows, None if n_inner == 1 else n_inner, n_classes, n_taus,
+        n_rows, None if n_inner == 1 else n_inner, n_classes, n_taus, len(table),
     )  # fmt: skip
     return predictions

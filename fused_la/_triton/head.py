@@ -29,6 +29,8 @@ from fused_la._triton.tiles import (
     adjust,
     float_bits,
     from_bits,
+    label_scale,
+    load_prior_of_label,
     load_z,
     triton_dtype,
     whole_vectors,
@@ -44,13 +46,17 @@ UNALIGNED = ["bias", "m", "rest", "gap", "total", "upstream", "share", "label_gr
 
 
 @triton.jit
-def _block_of_row(stride, target_outer, first_row, first_class, width, ALIGNED: tl.constexpr, BLOCK_C: tl.constexpr):
+def _block_of_row(
+    stride, target_outer, first_row, first_class, width, n_classes, n_priors, vectors,
+    ALIGNED: tl.constexpr, BLOCK_C: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
     """(rows, tile, index of the row in its tile of logits) of a program."""
     row = tl.program_id(0).to(tl.int64)
     index = first_row + row
     rows = tiles.RowGroup(
         index, row >= 0, row * stride - first_class, index * target_outer,
         row * stride - first_class, first_class, 0,
+        tiles.load_row_operands(vectors, index, row >= 0, n_classes, n_priors, COMPUTE),
     )  # fmt: skip
     if ALIGNED:
         width = whole_vectors(width, MAX_VEC)
@@ -68,7 +74,8 @@ def _tile_state_kernel(
     # strides
     logits_row_stride: tl.int64, target_outer: tl.int64, target_class: tl.int64,
     # sizes
-    first_row: tl.int64, first_class: tl.int32, width: tl.int32, n_classes: tl.int32, n_rows: tl.int64,
+    first_row: tl.int64, first_class: tl.int32, width: tl.int32, n_classes: tl.int32, n_priors: tl.int32,
+    n_rows: tl.int64,
     # scalars
     tau_bits: tl.int64, smoothing_bits: tl.int64,
     # constants
@@ -82,7 +89,10 @@ def _tile_state_kernel(
         logits, bias, vectors, n_classes, 1, target_class, from_bits(tau_bits, COMPUTE),
         from_bits(smoothing_bits, COMPUTE) if HAS_SMOOTHING else None, None, None if N_LABELS == 0 else N_LABELS, None,
     )  # fmt: skip
-    rows, tile, row = _block_of_row(logits_row_stride, target_outer, first_row, first_class, width, ALIGNED, BLOCK_C)
+    rows, tile, row = _block_of_row(
+        logits_row_stride, target_outer, first_row, first_class, width, n_classes, n_priors, vectors,
+        ALIGNED, BLOCK_C, COMPUTE,
+    )  # fmt: skip
     z = load_z(args, rows, tile, rows.in_bounds, VEC if ALIGNED else 1)
     state = tile_state(z, dense_mass(args, rows, tile, 1) if HAS_MASS else None, VEC, HAS_MASS)
     stride = tl.num_programs(1) * n_rows
@@ -100,7 +110,8 @@ def _merge_kernel(
     # strides
     logits_row_stride: tl.int64,
     # sizes
-    first_row: tl.int64, first_class: tl.int32, width: tl.int32, n_rows: tl.int64, n_blocks: tl.int32,
+    first_row: tl.int64, first_class: tl.int32, width: tl.int32, n_classes: tl.int32, n_priors: tl.int32,
+    n_rows: tl.int64, n_blocks: tl.int32,
     # scalars
     tau_bits: tl.int64, ignore_index: tl.int64,
     # constants
@@ -123,6 +134,9 @@ def _merge_kernel(
     tl.store(total + index, state[3], in_bounds)
     if N_LABELS > 0:
         tau = from_bits(tau_bits, COMPUTE)
+        operands = tiles.load_row_operands(vectors, index, in_bounds, n_classes, n_priors, COMPUTE)
+        rows_of_tile = tiles.RowGroup(index, in_bounds, None, None, None, None, None, operands)
+        args = Arguments(None, None, vectors, n_classes, None, None, tau, None, None, None, None)
         for k in range(N_LABELS):
             label = tl.load(vectors.target + index * N_LABELS + k, in_bounds, other=ignore_index)
             in_tile = in_bounds & (label != ignore_index) & (label >= first_class) & (label < first_class + width)
@@ -131,11 +145,9 @@ def _merge_kernel(
             logit = tl.load(pointers, in_tile, other=0.0).to(COMPUTE)
             if bias is not None:
                 logit += tl.load(bias + label).to(COMPUTE)
-            prior, scale = None, None
+            prior, scale = None, label_scale(args, rows_of_tile, label)
             if vectors.log_prior is not None:
-                prior = tl.load(vectors.log_prior + label)
-            if vectors.scale is not None:
-                scale = tl.load(vectors.scale + label)
+                prior = load_prior_of_label(vectors.log_prior, rows_of_tile, label)
             tl.store(label_z + index * N_LABELS + k, adjust(logit, prior, scale, True, tau), in_tile)
             if vectors.target_offset is not None:
                 value = adjust(logit, None, scale, True, tau) + tl.load(vectors.target_offset + label).to(COMPUTE)
@@ -151,7 +163,7 @@ def _tile_gradient_kernel(
     # strides
     logits_row_stride: tl.int64, target_outer: tl.int64, target_class: tl.int64,
     # sizes
-    first_row: tl.int64, first_class: tl.int32, width: tl.int32, n_classes: tl.int32,
+    first_row: tl.int64, first_class: tl.int32, width: tl.int32, n_classes: tl.int32, n_priors: tl.int32,
     # scalars
     tau_bits: tl.int64, smoothing_bits: tl.int64, ignore_index: tl.int64,
     # constants
@@ -163,7 +175,10 @@ def _tile_gradient_kernel(
         logits, bias, vectors, n_classes, 1, target_class, from_bits(tau_bits, COMPUTE),
         from_bits(smoothing_bits, COMPUTE) if HAS_SMOOTHING else None, None, None if N_LABELS == 0 else N_LABELS, None,
     )  # fmt: skip
-    rows, tile, _ = _block_of_row(logits_row_stride, target_outer, first_row, first_class, width, ALIGNED, BLOCK_C)
+    rows, tile, _ = _block_of_row(
+        logits_row_stride, target_outer, first_row, first_class, width, n_classes, n_priors, vectors,
+        ALIGNED, BLOCK_C, COMPUTE,
+    )  # fmt: skip
     index = rows.index
     m_row, rest_row = tl.load(m + index), tl.load(rest + index)
     share_row, live = tl.full((), 1.0, COMPUTE), rows.in_bounds
@@ -217,7 +232,7 @@ class Epilogue:
         variant(_tile_state_kernel, self._device, self._types, constants, self._num_warps).launch(
             (n_rows, n_blocks, 1), logits, self._bias, self._vectors, partials,
             row_stride, *self._target_strides,
-            block[0].start, chunk.start, width, problem.logits.shape[-1], n_rows,
+            block[0].start, chunk.start, width, problem.logits.shape[-1], problem.n_groups, n_rows,
             self._tau, self._smoothing,
         )  # fmt: skip
         has_mass = self._has_smoothing or self._n_labels == 0
@@ -227,7 +242,7 @@ class Epilogue:
             (cdiv(n_rows, ROWS_PER_MERGE), 1, 1), partials, logits, self._bias, self._vectors,
             state.m, state.rest, state.gap, state.total, rows.candidates.z, rows.z_as_label,
             row_stride,
-            block[0].start, chunk.start, width, n_rows, n_blocks,
+            block[0].start, chunk.start, width, problem.logits.shape[-1], problem.n_groups, n_rows, n_blocks,
             self._tau, problem.ignore_index,
         )  # fmt: skip
 
@@ -255,7 +270,7 @@ class Epilogue:
                 logits, self._bias, self._vectors, state.m, state.rest, state.total, upstream, share, candidate_grads,
                 grad,
                 row_stride, *self._target_strides,
-                block[0].start, chunk.start, width, problem.logits.shape[-1],
+                block[0].start, chunk.start, width, problem.logits.shape[-1], problem.n_groups,
                 self._tau, self._smoothing, problem.ignore_index,
             )  # fmt: skip
             return grad

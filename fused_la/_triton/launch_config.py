@@ -101,9 +101,13 @@ STREAM_THREADS_PER_SM = 768  # assumed for streaming programs: as many fit with 
 
 
 def choose_launch_config(
-    n_rows: int, n_classes: int, dtype: torch.dtype, layout: Layout, device: Device, class_cost: int
-) -> LaunchConfig:
-    """The launch configuration of a kernel over (n_rows, n_classes) logits; `class_cost` is as in `Signature`."""
+    n_rows: int, n_classes: int, dtype: torch.dtype, layout: Layout, device: Device, class_cost: int,
+    shares_prior: bool = True,
+) -> LaunchConfig:  # fmt: skip
+    """The launch configuration of a kernel over (n_rows, n_classes) logits; `class_cost` is as in `Signature`.
+
+    Unless all rows share one prior, a streaming program has one row.
+    """
     vec = VECTOR_BYTES // dtype.itemsize
     # Not for short rows, which are mostly edges: a warp reads them as well together with adjacent rows.
     wide = layout.adjacent and None not in (layout.misalignment, layout.row_stride) and n_classes >= 32 * vec
@@ -135,7 +139,9 @@ def choose_launch_config(
     tiles = max(1, max(CHUNK_CLASSES, next_power_of_2(cdiv(n_classes, MAX_CHUNKS))) // block_c)
     one_row = LaunchConfig(vec, edges, 1, 0, block_c, num_warps, False, tiles)
     config = one_row._replace(block_rows=STREAM_ROWS, period=vec // math.gcd(layout.row_stride, vec))
-    if fits_l2(one_row, n_classes, dtype, device) and not fits_l2(config, n_classes, dtype, device):
+    if not shares_prior or (
+        fits_l2(one_row, n_classes, dtype, device) and not fits_l2(config, n_classes, dtype, device)
+    ):
         config = one_row
     return _split_rows_if_few(config, n_rows, n_classes, device)
 

@@ -27,7 +27,7 @@ from fused_la._triton.operands import (
     strides_3d,
     view_from_boundary,
 )
-from fused_la._triton.prior_gradient import PRIOR_TILE, _grad_log_prior_kernel
+from fused_la._triton.prior_gradient import PRIOR_TILE, PRIOR_TILE_BY_GROUP, _grad_log_prior_kernel
 from fused_la._triton.resident import _resident_kernel
 from fused_la._triton.streamed import _streamed_kernel
 from fused_la._triton.tiles import float_bits
@@ -60,6 +60,7 @@ class LaunchPlan(NamedTuple):
     gradient_layout: GradientLayout | None  # None if the row kernel is compiled without the gradient
     writes_gradient: bool  # False if rows are shared: the kernel has a pointer to other memory, and writes nothing
     prior_kernel: Variant | None
+    prior_grid: tuple[int, int, int]
 
 
 @functools.lru_cache(MAX_PLANS)
@@ -69,7 +70,10 @@ def plan_launches(
     """The launch plan of a pass. `has_table`: whether a backward pass has the forward pass's whole workspace."""
     n_outer, n_inner, n_classes = signature.shape_3d
     n_rows, layout, device = n_outer * n_inner, signature.layout(), device_of(signature.device)
-    config = choose_launch_config(n_rows, n_classes, signature.dtype, layout, device, signature.class_cost)
+    by_group = signature.n_priors > 0
+    config = choose_launch_config(
+        n_rows, n_classes, signature.dtype, layout, device, signature.class_cost, shares_prior=not by_group
+    )
     may_make = backward or may_make_gradient(config, n_classes, signature.dtype, device, reduction)
     may_write_gradient = wants_gradient and may_make
     grad_layout = gradient_layout(signature) if may_write_gradient else None
@@ -78,7 +82,8 @@ def plan_launches(
     problem_constants, types = signature.row_constants(), signature.compile_key(config.vec)
 
     needs_prepare = not backward and (reduction != "none" or config.splits > 1)
-    has_table &= config.resident and config.edges and reduction != "none" and signature.types.log_prior is not None
+    has_table &= config.resident and config.edges and reduction != "none"
+    has_table &= signature.types.log_prior is not None and not by_group
     table_stride = (config.full_c + config.block_c + config.vec + 3) // 4 * 4 if has_table else 0
     workspace = workspace_layout(n_rows, n_groups, n_chunks if config.splits > 1 else 0, table_stride)
     rows_per_partial = cdiv(n_rows, MAX_WEIGHT_PARTIALS.value * BLOCK_PREPARE) * BLOCK_PREPARE
@@ -94,9 +99,9 @@ def plan_launches(
     row_types = types, backward, None if grad_layout is None else config.vec > 1 or grad_layout.misalignment == 0
     n_labels, has_smoothing, _, adjacent, target_adjacent, compute = problem_constants
     strides, target_strides = strides_3d(signature.strides), strides_3d(signature.target_strides or (0, 0))
-    prior_kernel = None
+    prior_kernel, prior_tile = None, PRIOR_TILE_BY_GROUP if by_group else PRIOR_TILE
     if backward and signature.types.log_prior is not None:
-        constants = n_labels, has_smoothing, adjacent, target_adjacent, compute, reduction, PRIOR_TILE, PRIOR_TILE
+        constants = n_labels, has_smoothing, adjacent, target_adjacent, compute, reduction, *prior_tile
         prior_types = signature.dtype, signature.types, signature.target_is_aligned, signature.n_inner is None
         prior_kernel = variant(_grad_log_prior_kernel, signature.device, prior_types, constants)
     return LaunchPlan(
@@ -107,8 +112,8 @@ def plan_launches(
         (n_groups * config.splits, 1, 1),
         (*strides, *target_strides, *((0, 0, 1) if grad_layout is None else strides_3d(grad_layout.strides))),
         (
-            n_rows, signature.n_inner, n_classes, n_groups, n_weight_partials, n_chunks, config.splits, config.period,
-            misalignment, *workspace.kernel_arguments,
+            n_rows, signature.n_inner, n_classes, signature.n_priors, n_groups, n_weight_partials, n_chunks,
+            config.splits, config.period, misalignment, *workspace.kernel_arguments,
         ),
         misalignment,
         n_rows,
@@ -116,6 +121,7 @@ def plan_launches(
         grad_layout,
         grad_layout is not None and (backward or config.splits == 1),
         prior_kernel,
+        (cdiv(n_classes, prior_tile[1]), 1, 1),
     )  # fmt: skip
 
 
@@ -153,7 +159,7 @@ def backward(
     problem: Problem, reduction: str, workspace: Tensor, upstream: Tensor, needs_logits: bool, needs_log_prior: bool,
     gradient: Tensor | None = None, signature: Signature | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """Gradients of the logits, in their shape, and of log_prior, (C,); None for one that is not needed.
+    """Gradients of the logits and of log_prior, in their shapes; None for one that is not needed.
 
     `upstream` is one number, or with reduction "none" has the shape of the rows. `gradient` is the gradient that
     forward computed for an upstream gradient of 1: it is corrected in place. `signature` is that of forward. It differs
@@ -183,10 +189,13 @@ def backward(
                 *plan.strides, *upstream_strides, *plan.sizes, int(gradient is not None), *numbers,
             )  # fmt: skip
     if needs_log_prior and log_prior is not None and plan.prior_kernel is not None:
-        grad_log_prior = torch.empty_like(log_prior, dtype=workspace.dtype)
+        if problem.prior_index is None:
+            grad_log_prior = torch.empty_like(log_prior, dtype=workspace.dtype)
+        else:
+            grad_log_prior = torch.zeros_like(log_prior, dtype=torch.float64)
         plan.prior_kernel.launch(
-            (cdiv(log_prior.numel(), PRIOR_TILE), 1, 1), logits, vectors, workspace, upstream, grad_log_prior,
-            *plan.strides[:6], *upstream_strides, *plan.sizes[:3], *numbers,
+            plan.prior_grid, logits, vectors, workspace, upstream, grad_log_prior,
+            *plan.strides[:6], *upstream_strides, *plan.sizes[:4], *numbers,
         )  # fmt: skip
         grad_log_prior = grad_log_prior.to(log_prior.dtype)
     return grad_logits, grad_log_prior

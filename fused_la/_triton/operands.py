@@ -30,6 +30,7 @@ class Signature(NamedTuple):
     target_strides: tuple[int, ...]  # of class probabilities
     target_is_aligned: bool  # class probabilities start on a 16-byte boundary
     has_smoothing: bool
+    n_priors: int  # G with a prior_index, else 0
 
     @property
     def shape_3d(self) -> tuple[int, int, int]:
@@ -45,7 +46,7 @@ class Signature(NamedTuple):
     def class_cost(self) -> int:
         """Registers of a class in a resident row, relative to those with labels and an offset alone."""
         if self.n_labels == 0 or self.has_smoothing:  # a target mass
-            return 4
+            return 4 if self.n_priors == 0 else 5
         return 1 if self.types.scale is None else 2
 
     @property
@@ -89,7 +90,7 @@ def signature_of(problem: Problem) -> Signature:
         target_is_aligned = target.data_ptr() % VECTOR_BYTES == 0
     return Signature(
         logits.get_device(), logits.dtype, logits.shape, logits.stride(), misalignment_of(logits), types,
-        n_labels, target_strides, target_is_aligned, problem.label_smoothing > 0.0,
+        n_labels, target_strides, target_is_aligned, problem.label_smoothing > 0.0, problem.n_groups,
     )  # fmt: skip
 
 

@@ -1,4 +1,8 @@
-"""The gradient of a learned log_prior: grad_log_prior_c = tau * sum over the rows of grad_logits_c."""
+"""The gradient of a learned log_prior: grad_log_prior_c = tau * sum of the gradient of z_c over the rows (of a group).
+
+With one prior a program keeps the sums of its classes in registers. With a prior for each group it takes a row at a
+time, and adds it to the sums of the row's group in memory, in float64: no other program has these classes.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +18,16 @@ from fused_la._triton.tiles import (
     RowGroup,
     Tile,
     from_bits,
-    load_classes,
+    load_prior,
+    load_row_operands,
     load_z,
     per_row,
     row_offsets,
 )
 
-PRIOR_TILE = 32  # rows and classes of a tile
+# Rows and classes of a tile; by group. Neither has been timed on a GPU.
+PRIOR_TILE = (32, 32)
+PRIOR_TILE_BY_GROUP = (1, 128)
 
 
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=["upstream", "logits"])
@@ -34,7 +41,7 @@ def _grad_log_prior_kernel(
     target_outer: tl.int64, target_inner: tl.int64, target_class: tl.int64,
     upstream_outer: tl.int64, upstream_inner: tl.int64,
     # sizes
-    n_rows: tl.int64, n_inner, n_classes: tl.int32,
+    n_rows: tl.int64, n_inner, n_classes: tl.int32, n_priors: tl.int32,
     # scalars
     tau_bits: tl.int64, smoothing_bits: tl.int64, ignore_index: tl.int64,
     # constants
@@ -53,7 +60,6 @@ def _grad_log_prior_kernel(
     )  # fmt: skip
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     tile = Tile(0, 0, cols, cols < n_classes, 0)
-    excluded = load_classes(vectors.log_prior, tile) == float("-inf")
     grad_sum = tl.zeros((BLOCK_ROWS, BLOCK_C), COMPUTE)
     for start in range(0, n_rows, BLOCK_ROWS):
         index = start + tl.arange(0, BLOCK_ROWS)
@@ -62,6 +68,7 @@ def _grad_log_prior_kernel(
         rows = RowGroup(
             safe_rows, in_bounds, row_offsets(safe_rows, n_inner, (logits_outer, logits_inner)),
             row_offsets(safe_rows, n_inner, (target_outer, target_inner)), 0, 0, 0,
+            load_row_operands(vectors, safe_rows, in_bounds, n_classes, n_priors, COMPUTE),
         )  # fmt: skip
         share, live = share_and_live(args, rows, None)
         z = load_z(args, rows, tile, live, 1)
@@ -84,6 +91,15 @@ def _grad_log_prior_kernel(
         p = exp(z - per_row(m)) * per_row(inverse_sum)
         not_p = tl.where(z == per_row(m), per_row(rest * inverse_sum), 1.0 - p)
         grad = class_gradient(p, not_p, per_row(total), per_row(g), mass)
-        grad = tl.where(excluded[None, :], per_row(rest - rest), grad)
-        grad_sum += tl.where(per_row(tl.where(in_bounds, live, False)), grad, 0.0)
-    tl.store(grad_log_prior + cols, tl.sum(grad_sum, 0) * args.tau, tile.mask)
+        excluded = load_prior(vectors.log_prior, rows, tile) == float("-inf")
+        grad = tl.where(excluded, per_row(rest - rest), grad)
+        grad = tl.where(per_row(tl.where(in_bounds, live, False)), grad, 0.0)
+        if vectors.prior_index is None:
+            grad_sum += grad
+        else:  # BLOCK_ROWS is 1
+            pointers = grad_log_prior + per_row(rows.operands.prior_start) + cols[None, :]
+            total = tl.load(pointers, tile.mask[None, :], other=0.0) + grad.to(tl.float64) * args.tau.to(tl.float64)
+            tl.store(pointers, total, tile.mask[None, :])
+            tl.debug_barrier()  # the next row may be of the same group
+    if vectors.prior_index is None:
+        tl.store(grad_log_prior + cols, tl.sum(grad_sum, 0) * args.tau, tile.mask)

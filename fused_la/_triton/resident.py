@@ -50,6 +50,7 @@ from fused_la._triton.tiles import (
     row_offsets,
     row_sum,
     rows_of_group,
+    tile_scale,
     unmasked_tile,
 )  # fmt: skip
 from fused_la._triton.workspace import load_denominator, store_loss, table_offset
@@ -130,9 +131,9 @@ def _resident_kernel(
     grad_outer: tl.int64, grad_inner: tl.int64, grad_class: tl.int64,
     upstream_outer: tl.int64, upstream_inner: tl.int64,
     # sizes, those that only the streamed kernel needs included
-    n_rows: tl.int64, n_inner, n_classes: tl.int32, n_groups: tl.int32, n_weight_partials: tl.int32, n_chunks: tl.int32,
-    splits: tl.int32, period: tl.int32, misalignment: tl.int32, scratch_start: tl.int64, table_stride: tl.int32,
-    losses_start: tl.int64,
+    n_rows: tl.int64, n_inner, n_classes: tl.int32, n_priors: tl.int32, n_groups: tl.int32,
+    n_weight_partials: tl.int32, n_chunks: tl.int32, splits: tl.int32, period: tl.int32, misalignment: tl.int32,
+    scratch_start: tl.int64, table_stride: tl.int32, losses_start: tl.int64,
     # scalars
     unit_gradient: tl.int32,  # 1: forward computes the gradient for an upstream gradient of 1, or has computed it
     tau_bits: tl.int64, smoothing_bits: tl.int64, ignore_index: tl.int64,
@@ -160,8 +161,8 @@ def _resident_kernel(
         None if N_LABELS == 0 else N_LABELS, 1 if SAME_ALIGNMENT else None,
     )  # fmt: skip
     rows = rows_of_group(
-        tl.program_id(0), period, n_rows, n_inner, n_classes, misalignment, (logits_outer, logits_inner),
-        (target_outer, target_inner), (grad_outer, grad_inner), VEC, EDGES, BLOCK_ROWS,
+        tl.program_id(0), period, n_rows, n_inner, n_classes, n_priors, misalignment, (logits_outer, logits_inner),
+        (target_outer, target_inner), (grad_outer, grad_inner), vectors, VEC, EDGES, BLOCK_ROWS, COMPUTE,
     )  # fmt: skip
     single_label = None
     if N_LABELS == 1:
@@ -222,7 +223,7 @@ def _resident_kernel(
             rest += tl.sum(sums, 0)
         d = rest + exp(z_label - m)
         rest = tl.where(z_label == m, rest, tl.where(d < 1.0, 0.0, d - 1.0))
-    rest = rest_or_nan(args, m, rest, d < 0.5)
+    rest = rest_or_nan(args, rows, m, rest, d < 0.5)
     loss_rows, total = row_loss(args, rows, m, rest, gap, total, share, live, single_label)
 
     # The gradient
@@ -244,7 +245,8 @@ def _resident_kernel(
             if i >= BODY_TILES:  # columns of the body are stored already
                 tile = Tile(0, 0, tile.cols, tile.mask & (tile.first_new == 0), 0)
             grad = tile_gradient(args, rows, state, tile, z_tiles[i], exp_tiles[i], VEC if i < BODY_TILES else 1)
-            store_gradient(grad_logits, rows, tile, grad_class, grad, vectors.scale, VEC if i < BODY_TILES else 1)
+            scale = tile_scale(args, rows, tile)
+            store_gradient(grad_logits, rows, tile, grad_class, grad, scale, VEC if i < BODY_TILES else 1)
         store_label_gradients(args, rows, state, grad_logits, grad_class, 0, rows.body, EDGES, single_label)
 
     # The loss

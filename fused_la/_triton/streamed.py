@@ -40,6 +40,7 @@ from fused_la._triton.tiles import (
     per_row,
     row_offsets,
     rows_of_group,
+    tile_scale,
 )  # fmt: skip
 from fused_la._triton.workspace import counters_pointer, load_denominator, partials_pointer, store_loss, take_ticket
 
@@ -62,7 +63,7 @@ def _update_with_tile(lanes, args, rows, tile, live, VEC: tl.constexpr, HAS_MASS
 def _write_gradient(args, rows, state, tile, grad_logits, grad_class, VEC: tl.constexpr):
     z = load_z(args, rows, tile, state.live, VEC)
     grad = tile_gradient(args, rows, state, tile, z, exp(z - per_row(state.m)), VEC)
-    store_gradient(grad_logits, rows, tile, grad_class, grad, args.vectors.scale, VEC)
+    store_gradient(grad_logits, rows, tile, grad_class, grad, tile_scale(args, rows, tile), VEC)
 
 
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=["upstream"])
@@ -77,9 +78,9 @@ def _streamed_kernel(
     grad_outer: tl.int64, grad_inner: tl.int64, grad_class: tl.int64,
     upstream_outer: tl.int64, upstream_inner: tl.int64,
     # sizes
-    n_rows: tl.int64, n_inner, n_classes: tl.int32, n_groups: tl.int32, n_weight_partials: tl.int32, n_chunks: tl.int32,
-    splits: tl.int32, period: tl.int32, misalignment: tl.int32, scratch_start: tl.int64, table_stride: tl.int32,
-    losses_start: tl.int64,
+    n_rows: tl.int64, n_inner, n_classes: tl.int32, n_priors: tl.int32, n_groups: tl.int32,
+    n_weight_partials: tl.int32, n_chunks: tl.int32, splits: tl.int32, period: tl.int32, misalignment: tl.int32,
+    scratch_start: tl.int64, table_stride: tl.int32, losses_start: tl.int64,
     # scalars
     unit_gradient: tl.int32,  # 1: forward computes the gradient for an upstream gradient of 1, or has computed it
     tau_bits: tl.int64, smoothing_bits: tl.int64, ignore_index: tl.int64,
@@ -105,8 +106,8 @@ def _streamed_kernel(
     )  # fmt: skip
     group, split = tl.program_id(0) // splits, tl.program_id(0) % splits
     rows = rows_of_group(
-        group, period, n_rows, n_inner, n_classes, misalignment, (logits_outer, logits_inner),
-        (target_outer, target_inner), (grad_outer, grad_inner), VEC, EDGES, BLOCK_ROWS,
+        group, period, n_rows, n_inner, n_classes, n_priors, misalignment, (logits_outer, logits_inner),
+        (target_outer, target_inner), (grad_outer, grad_inner), vectors, VEC, EDGES, BLOCK_ROWS, COMPUTE,
     )  # fmt: skip
     chunks_per_split = tl.cdiv(n_chunks, splits)
     first_chunk, last_chunk = split * chunks_per_split, tl.minimum((split + 1) * chunks_per_split, n_chunks)
@@ -144,7 +145,7 @@ def _streamed_kernel(
             stored = load_state(partials + chunk * n_rows + rows.index, n_chunks * n_rows, rows.in_bounds)
             partial = merge(partial, stored, HAS_MASS)
         m, rest, gap, total = partial
-        rest = rest_or_nan(args, m, rest, rest < 0.0)
+        rest = rest_or_nan(args, rows, m, rest, rest < 0.0)
         loss_rows, total = row_loss(args, rows, m, rest, gap, total, share, live, single_label)
         tl.store(workspace + rows.index, m, rows.in_bounds)
         tl.store(workspace + n_rows + rows.index, rest, rows.in_bounds)

@@ -13,7 +13,16 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from fused_la._triton.tiles import Tile, adjust, load_classes, load_tile, per_class, tile_offsets
+from fused_la._triton.tiles import (
+    adjust,
+    label_scale,
+    load_classes,
+    load_prior,
+    load_prior_of_label,
+    load_tile,
+    per_class,
+    tile_offsets,
+)
 
 
 class Label(NamedTuple):
@@ -62,12 +71,11 @@ def load_label_and_logit(args, rows, k):
     label, vectors = load_label(args, rows, k), args.vectors
     offsets = rows.logits_start + label.index.to(tl.int64) * args.logits_class
     logits = tl.load(args.logits + offsets, rows.in_bounds, other=0.0)
-    prior, scale, excluded = None, None, label.index < 0
+    prior, excluded = None, label.index < 0
     if vectors.log_prior is not None:
-        prior = tl.load(vectors.log_prior + label.index, rows.in_bounds, other=0.0)
+        prior = load_prior_of_label(vectors.log_prior, rows, label.index)
         excluded = prior == float("-inf")
-    if vectors.scale is not None:
-        scale = tl.load(vectors.scale + label.index, rows.in_bounds, other=0.0)
+    scale = label_scale(args, rows, label.index)
     z = adjust(logits, prior, scale, True, args.tau)
     z_as_label = z
     if vectors.target_offset is not None:
@@ -118,22 +126,29 @@ def row_weights(args, rows):
 
 
 @triton.jit
-def smoothing_mass(args, tile):
+def smoothing_mass(args, rows, tile):
     """eps * q_c * weight_c of a tile's classes, 0 out of bounds."""
     COMPUTE: tl.constexpr = args.tau.dtype
     if args.vectors.smoothing_distribution is None:
-        mass = tl.full(tile.cols.shape, 1.0, COMPUTE) * (args.smoothing / args.n_classes)
+        mass = per_class(tl.full(tile.cols.shape, 1.0, COMPUTE) * (args.smoothing / args.n_classes), rows)
     else:
-        mass = load_classes(args.vectors.smoothing_distribution, tile).to(COMPUTE) * args.smoothing
+        mass = load_prior(args.vectors.smoothing_distribution, rows, tile).to(COMPUTE) * args.smoothing
     if args.vectors.weight is not None:
-        mass = mass * load_classes(args.vectors.weight, tile).to(COMPUTE)
-    return tl.where(tile.mask, mass, 0.0)
+        mass = mass * per_class(load_classes(args.vectors.weight, tile).to(COMPUTE), rows)
+    return tl.where(per_class(tile.mask, rows), mass, 0.0)
 
 
 @triton.jit
-def label_smoothing_mass(args, label):
+def label_smoothing_mass(args, rows, label):
     """eps * q_c * weight_c of a label's class."""
-    return smoothing_mass(args, Tile(0, 0, label, label >= 0, 0))
+    COMPUTE: tl.constexpr = args.tau.dtype
+    if args.vectors.smoothing_distribution is None:
+        mass = args.smoothing / args.n_classes
+    else:
+        mass = load_prior_of_label(args.vectors.smoothing_distribution, rows, label).to(COMPUTE) * args.smoothing
+    if args.vectors.weight is not None:
+        mass = mass * tl.load(args.vectors.weight + label, rows.in_bounds, other=0.0).to(COMPUTE)
+    return mass
 
 
 @triton.jit
@@ -142,7 +157,7 @@ def dense_mass(args, rows, tile, VEC: tl.constexpr):
     COMPUTE: tl.constexpr = args.tau.dtype
     mass = per_class(tl.zeros(tile.cols.shape, COMPUTE), rows)
     if args.smoothing is not None:
-        mass = per_class(smoothing_mass(args, tile), rows)
+        mass = smoothing_mass(args, rows, tile)
     if args.n_labels is None:
         offsets = tile_offsets(rows.target_start, tile, args.target_class, 1 if args.same_alignment is None else VEC)
         probabilities = load_tile(args.vectors.target, offsets, tile, rows, 0.0).to(COMPUTE)

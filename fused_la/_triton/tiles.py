@@ -24,14 +24,16 @@ import triton.language as tl
 class Vectors(NamedTuple):
     """The tensor arguments of a kernel other than the logits; None for those that a problem does not have."""
 
-    log_prior: Any  # (C,)
+    log_prior: Any  # (C,), or (G, C) with a prior_index
     target: Any  # (N, P, K) labels or (N, P, C) probabilities
     target_weight: Any  # (N, P, K)
+    prior_index: Any  # (N, P)
     weight: Any  # (C,)
     mean_weight: Any  # (C,)
-    smoothing_distribution: Any  # (C,)
+    smoothing_distribution: Any  # like log_prior
     target_offset: Any  # (C,)
     scale: Any  # (C,)
+    label_scale: Any  # (C,)
 
 
 # Kernel parameters that are numbers. None is specialised, and all but n_inner state their type, so that one compiled
@@ -39,7 +41,7 @@ class Vectors(NamedTuple):
 NUMBERS = [
     "logits_outer", "logits_inner", "logits_class", "target_outer", "target_inner", "target_class",
     "grad_outer", "grad_inner", "grad_class", "upstream_outer", "upstream_inner", "logits_row_stride",
-    "n_rows", "n_inner", "n_classes", "n_groups", "n_chunks", "n_blocks", "n_weight_partials",
+    "n_rows", "n_inner", "n_classes", "n_priors", "n_groups", "n_chunks", "n_blocks", "n_weight_partials",
     "rows_per_partial", "n_taus", "period", "splits", "misalignment", "scratch_start", "table_stride",
     "losses_start", "unit_gradient", "first_row", "first_class", "width", "tau_bits", "smoothing_bits",
     "ignore_index",
@@ -62,6 +64,14 @@ class Arguments(NamedTuple):
     same_alignment: Any  # None unless class probabilities have the misalignment of the logits in every row
 
 
+class RowOperands(NamedTuple):
+    """What each row has of its own beside its logits and target; None where a problem does not have it."""
+
+    prior_start: Any  # where its prior starts in log_prior and smoothing_distribution
+    has_prior: Any  # its prior_index is in range
+    scale: Any  # of its logits: the label_scale of its label
+
+
 class RowGroup(NamedTuple):
     """The rows of a program: their numbers, the offsets where they start, and the sizes of prefix and body."""
 
@@ -72,6 +82,7 @@ class RowGroup(NamedTuple):
     gradient_start: Any
     prefix: Any  # classes before the first 16-byte boundary
     body: Any  # classes in whole vectors
+    operands: Any
 
 
 class Tile(NamedTuple):
@@ -121,6 +132,17 @@ def per_class(values, rows):
 
 
 @triton.jit
+def multiply(a, b):
+    """The product of two factors, of which None is 1."""
+    if a is None:
+        return b
+    elif b is None:
+        return a
+    else:
+        return a * b
+
+
+@triton.jit
 def row_sum(tile):
     return tl.sum(tile, len(tile.shape) - 1)
 
@@ -155,9 +177,24 @@ def whole_vectors(n, VEC: tl.constexpr):
 
 
 @triton.jit
+def load_row_operands(vectors, index, in_bounds, n_classes, n_priors, COMPUTE: tl.constexpr):
+    """The `RowOperands` of rows. An index or a label out of range is read as 0."""
+    prior_start, has_prior, scale = None, None, None
+    if vectors.prior_index is not None:
+        prior = tl.load(vectors.prior_index + index, in_bounds, other=0)
+        has_prior = prior.to(tl.uint64) < n_priors.to(tl.uint64)
+        prior_start = tl.where(has_prior, prior, 0) * n_classes
+    if vectors.label_scale is not None:
+        label = tl.load(vectors.target + index, in_bounds, other=0)
+        label = tl.where(label.to(tl.uint64) < n_classes.to(tl.uint64), label, 0)
+        scale = tl.load(vectors.label_scale + label).to(COMPUTE)
+    return RowOperands(prior_start, has_prior, scale)
+
+
+@triton.jit
 def rows_of_group(
-    group, period, n_rows, n_inner, n_classes, misalignment, logits_strides, target_strides, grad_strides,
-    VEC: tl.constexpr, EDGES: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    group, period, n_rows, n_inner, n_classes, n_priors, misalignment, logits_strides, target_strides, grad_strides,
+    vectors, VEC: tl.constexpr, EDGES: tl.constexpr, BLOCK_ROWS: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """The rows of a group. They are `period` apart, so that all have the same misalignment."""
     if BLOCK_ROWS == 1:
@@ -179,6 +216,7 @@ def rows_of_group(
     return RowGroup(
         rows, in_bounds, logits_start, row_offsets(safe_rows, n_inner, target_strides),
         misalignment + row_offsets(safe_rows, n_inner, grad_strides), prefix, whole_vectors(n_classes - prefix, VEC),
+        load_row_operands(vectors, rows, in_bounds, n_classes, n_priors, COMPUTE),
     )  # fmt: skip
 
 
@@ -226,6 +264,25 @@ def load_classes(vector, tile):
     return tl.load(vector + tile.first_class + tile.cols, tile.mask, other=0.0)
 
 
+@triton.jit
+def load_prior(vector, rows, tile):
+    """The values of log_prior or smoothing_distribution at the classes of a tile; 0 out of bounds."""
+    if rows.operands.prior_start is None:
+        return per_class(load_classes(vector, tile), rows)
+    else:
+        pointers = vector + per_row(rows.operands.prior_start) + per_class(tile.first_class + tile.cols, rows)
+        return tl.load(pointers, per_class(tile.mask, rows), other=0.0)
+
+
+@triton.jit
+def load_prior_of_label(vector, rows, label):
+    """The same at one class of each row."""
+    if rows.operands.prior_start is None:
+        return tl.load(vector + label, rows.in_bounds, other=0.0)
+    else:
+        return tl.load(vector + rows.operands.prior_start + label, rows.in_bounds, other=0.0)
+
+
 # z --------------------------------------------------------------------------------------------------------------------
 
 
@@ -266,19 +323,37 @@ def load_logits(args, rows, tile, VEC: tl.constexpr):
 
 
 @triton.jit
+def tile_scale(args, rows, tile):
+    """The factor of the logits of a tile; None if it is 1."""
+    of_classes, of_rows = None, None
+    if args.vectors.scale is not None:
+        of_classes = per_class(load_classes(args.vectors.scale, tile).to(args.tau.dtype), rows)
+    if rows.operands.scale is not None:
+        of_rows = per_row(rows.operands.scale)
+    return multiply(of_classes, of_rows)
+
+
+@triton.jit
+def label_scale(args, rows, label):
+    """The factor of the logit of one class of each row; None if it is 1."""
+    of_class = None
+    if args.vectors.scale is not None:
+        of_class = tl.load(args.vectors.scale + label, rows.in_bounds, other=0.0).to(args.tau.dtype)
+    return multiply(of_class, rows.operands.scale)
+
+
+@triton.jit
 def compute_z(args, rows, tile, logits, log_prior, live):
     """z of a tile, -inf out of bounds; `log_prior` is that of its classes, or None if it is to be loaded."""
     if args.bias is not None:
         logits = logits.to(args.tau.dtype) + per_class(load_classes(args.bias, tile).to(args.tau.dtype), rows)
-    if log_prior is None and args.vectors.log_prior is not None:
-        log_prior = load_classes(args.vectors.log_prior, tile)
     if log_prior is not None:
         log_prior = per_class(log_prior, rows)
-    scale = None
-    if args.vectors.scale is not None:
-        scale = per_class(load_classes(args.vectors.scale, tile), rows)
+    elif args.vectors.log_prior is not None:
+        log_prior = load_prior(args.vectors.log_prior, rows, tile)
+    scale = tile_scale(args, rows, tile)
     z = adjust(logits, log_prior, scale, per_row(live), args.tau)
-    if args.vectors.scale is not None:
+    if scale is not None:
         z = tl.where(per_class(tile.mask, rows), z, float("-inf"))  # -inf * 0
     return z
 

@@ -112,7 +112,7 @@ def _prepare_kernel(
         end = tl.minimum((partial + 1) * rows_per_partial, n_rows)
         for first in range(partial * rows_per_partial, end, BLOCK):
             rows = first + lanes
-            weight_sum += row_weights(args, RowGroup(rows, rows < end, None, None, None, None, None))
+            weight_sum += row_weights(args, RowGroup(rows, rows < end, None, None, None, None, None, None))
         tl.store(workspace + scratch_start + partial, tl.sum(weight_sum, 0))
 
 

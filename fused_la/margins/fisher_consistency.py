@@ -34,8 +34,9 @@ def consistency(margin: PairwiseMargin, log_prior: Tensor) -> Consistency:
     .. math:: \alpha_y = \delta_y / \pi_y, \qquad \Delta_{yc} = \log(\delta_c / \delta_y)
               \qquad \text{for some } \delta > 0
 
-    up to a constant factor of alpha, with one positive scale for all logits. Classes without examples (log_prior =
-    -inf) are ignored. Numbers are compared to the precision of float32.
+    up to a constant factor of alpha, with one positive scale for all logits: scale and label_scale are each the same
+    for all classes. Classes without examples (log_prior = -inf) are ignored. Numbers are compared to the precision of
+    float32.
 
     Args:
         margin: the loss.
@@ -71,17 +72,19 @@ def consistency(margin: PairwiseMargin, log_prior: Tensor) -> Consistency:
         checks.check_class_vector("margin", vector, len(seen))
         return vector.detach().to(log_pi.device, torch.float64)[seen]
 
-    alpha, scale = values_of_seen(margin.alpha, 1.0), values_of_seen(margin.scale, 1.0)
+    alpha = values_of_seen(margin.alpha, 1.0)
     negative, target = values_of_seen(margin.negative_offset, 0.0), values_of_seen(margin.target_offset, 0.0)
     magnitudes = torch.stack([negative, target, log_pi]).abs()
     # Logarithms are compared; float32 rounds them to 6e-8 of their size.
     tolerance = 1e-5 + 1e-6 * magnitudes[magnitudes.isfinite()].amax()
     unmet = []
-    if bool((scale <= 0.0).any()) or bool((scale.amax() - scale.amin()) > 1e-5 * scale.abs().amax()):
-        unmet.append(
-            "scale must be one positive number for all classes, "
-            f"but lies between {scale.amin().item():.4g} and {scale.amax().item():.4g}"
-        )
+    for name in ("scale", "label_scale"):
+        scale = values_of_seen(getattr(margin, name), 1.0)
+        if bool((scale <= 0.0).any()) or bool((scale.amax() - scale.amin()) > 1e-5 * scale.abs().amax()):
+            unmet.append(
+                f"{name} must be one positive number for all classes, "
+                f"but lies between {scale.amin().item():.4g} and {scale.amax().item():.4g}"
+            )
     log_delta, difference = negative, (negative - target).abs()
     if not bool((torch.stack([negative, target]) > -math.inf).all()):
         unmet.append("negative_offset and target_offset must be finite, log delta, but are -inf for some class")

@@ -337,7 +337,7 @@ def test_operators_are_what_they_declare(device, log_prior, impl, operands):
     target = torch.randint(0, 5, (*logits.shape[:2], 1), device=device)
     for learned in ((True, False), (False, True), (True, True)):
         x, p = (t.detach().requires_grad_(flag) for t, flag in zip((logits, log_prior), learned, strict=True))
-        arguments = (x, p, target, *[None] * 6, 1.3, 0.0, -100)
+        arguments = (x, p, target, *[None] * 8, 1.3, 0.0, -100)
         torch.library.opcheck(torch.ops.fused_la.loss_forward.default, (*arguments, reduction, impl))
     loss, state = torch.ops.fused_la.loss_forward(*arguments, reduction, impl)
     torch.library.opcheck(

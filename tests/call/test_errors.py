@@ -162,7 +162,10 @@ BAD_CLASS_VECTORS = [
 @pytest.mark.parametrize("name", ["log_prior", "weight", "smoothing_distribution"])
 @table(*BAD_CLASS_VECTORS)
 def test_what_is_not_a_floating_number_a_class_is_refused(impl, device, name, value, error, message):
-    assert_loss_refuses(impl, device, error, message.format(name), **{name: value(device)})
+    value = value(device)
+    if name == "log_prior" and isinstance(value, torch.Tensor) and value.shape[1:] == (5,):
+        message += "; with a row for each group, group must be given"
+    assert_loss_refuses(impl, device, error, message.format(name), **{name: value})
 
 
 @pytest.mark.parametrize("name", ["log_prior", "weight", "smoothing_distribution"])
@@ -881,8 +884,8 @@ COUNTS = [40, 30, 15, 10, 5]
     ("counts", "error", "message"),
     [
         ([], ValueError, "class_counts must have at least one class, got shape (0,)"),
-        ([[1, 2]], ValueError, "class_counts must have shape (n_classes,), got (1, 2)"),
-        (5, ValueError, "class_counts must have shape (n_classes,), got ()"),
+        ([[[1, 2]]], ValueError, "class_counts must have shape (n_classes,) or (n_groups, n_classes), got (1, 1, 2)"),
+        (5, ValueError, "class_counts must have shape (n_classes,) or (n_groups, n_classes), got ()"),
         ([1, -1], ValueError, "class_counts must be non-negative, got -1 for class 1 (1 of 2 classes)"),
         (
             [1, 0],

@@ -425,7 +425,12 @@ def test_without_matplotlib_a_plot_says_what_is_missing(monkeypatch):
     ("arguments", "error", "message"),
     [
         ({"log_prior": [0.0, 0.0]}, TypeError, "log_prior must be a torch.Tensor, got list"),
-        ({"log_prior": torch.zeros(2, 2)}, ValueError, "log_prior must have shape (C,) with C >= 1, got (2, 2)"),
+        ({"log_prior": torch.zeros(0)}, ValueError, "log_prior must have shape (C,) or (G, C) with C >= 1, got (0,)"),
+        (
+            {"log_prior": torch.zeros(1, 2, 2)},
+            ValueError,
+            "log_prior must have shape (C,) or (G, C) with C >= 1, got (1, 2, 2)",
+        ),
         (
             {"log_prior": torch.tensor([INF, 0.0])},
             ValueError,

@@ -1,13 +1,17 @@
 """Margin losses against the paper's formula with an explicit (C, C) matrix of margins, and Theorem 1.
 
-Oracle, in float64: alpha_y * log[1 + sum over c != y of exp(Delta[y, c] + s_c f_c - s_y f_y)], one label at a time.
+Oracle, in float64: alpha_y * log[1 + sum over c != y of exp(Delta[y, c] + (s_c f_c - s_y f_y) * r_y)], one label at a
+time, with the scale s and the label_scale r.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -41,6 +45,10 @@ PRESETS = {
     "vector_scaling": lambda prior: margins.vector_scaling(prior, 0.3, 1.2),
     "cdt": lambda prior: margins.cdt(prior, 0.3),
     "fisher_consistent": lambda prior: margins.fisher_consistent(prior, prior.cos()),
+    "fedlc": lambda prior: margins.fedlc(1000.0 * prior.exp(), 3.0),
+    "fedrs": lambda prior: margins.fedrs(prior >= prior.median(), 0.4),
+    "immax": lambda prior: margins.immax(2.0 * (prior / 3.0).exp()),
+    "immax, every field": lambda prior: margins.immax((prior / 12.0).exp()) + PRESETS["added"](prior),
     "added": lambda prior: margins.cdt(prior, 0.2) + margins.adaptive(prior) + margins.balanced(prior),
 }
 COVERED = {
@@ -66,7 +74,7 @@ def explicit(logits, target, margin):
     v = as_vector(margin.target_offset, n_classes, 0.0)
     alpha, scale = as_vector(margin.alpha, n_classes, 1.0), as_vector(margin.scale, n_classes, 1.0)
     delta = u[None, :] - v[:, None]  # Delta[y, c]
-    scaled = logits * scale
+    scaled = logits * scale * as_vector(margin.label_scale, n_classes, 1.0)[target][:, None]
     exponents = delta[target] + scaled - scaled.gather(1, target[:, None])
     others = exponents.masked_fill(F.one_hot(target, n_classes).bool(), -math.inf)
     return alpha[target] * F.softplus(others.logsumexp(1))
@@ -98,6 +106,49 @@ def test_every_preset_is_the_explicit_matrix(impl, device, preset, dtype):
         assert loss.dtype == loss_dtype
         assert_near(loss.detach(), want.detach(), loss_dtype)
         assert_near(gradient, want_gradient, dtype)
+
+
+def test_presets_without_a_prior_are_their_papers_matrices():
+    """(C, C) matrices Delta[y, c] and factors of f_c and f_y, written out by the formulas of the papers."""
+    counts = torch.tensor([625.0, 81.0, 16.0, 1.0], dtype=torch.float64)
+    fourth_roots = torch.tensor([5.0, 3.0, 2.0, 1.0], dtype=torch.float64)
+    present = torch.tensor([True, False, True, False])
+    rho = torch.tensor([4.0, 2.0, 1.0, 0.5], dtype=torch.float64)
+    none, ones = torch.zeros(4, 4, dtype=torch.float64), torch.ones(4, 4, dtype=torch.float64)
+    restricted = torch.tensor([1.0, 0.3, 1.0, 0.3], dtype=torch.float64)
+    logits, target = 3.0 * torch.randn(8, 4, dtype=torch.float64), torch.arange(8) % 4
+    for margin, delta, of_c, of_y in (
+        (margins.fedlc(counts, 2.0), 2.0 * (1.0 / fourth_roots[:, None] - 1.0 / fourth_roots[None, :]), ones, ones),
+        (margins.fedrs(present, 0.3), none, restricted.expand(4, 4), restricted[:, None].expand(4, 4)),
+        (margins.immax(rho), none, 1.0 / rho[:, None].expand(4, 4), 1.0 / rho[:, None].expand(4, 4)),
+    ):
+        exponents = delta[target] + of_c[target] * logits - of_y[target] * logits.gather(1, target[:, None])
+        want = (exponents.exp() * (1 - F.one_hot(target, 4))).sum(1).log1p()
+        assert_close(margin_cross_entropy(logits, target, margin, reduction="none"), want, rtol=1e-6, atol=0.0)
+
+
+def test_a_class_without_examples_on_a_client_takes_no_part_under_fedlc_whatever_tau_is(impl, device):
+    logits, target = torch.randn(6, 4, dtype=torch.float64), torch.tensor([0, 1, 3, 3, 1, 0])
+    for tau in (0.0, 1.5):
+        margin = margins.fedlc({0: 16, 1: 1, 2: 0, 3: 81}, tau).to(device)
+        x, exact = logits.clone().to(device).requires_grad_(), logits.clone().requires_grad_()
+        loss = margin_cross_entropy(x, target.to(device), margin, impl=impl)
+        offset = -tau * torch.tensor([0.5, 1.0, 1.0 / 3.0], dtype=torch.float64)
+        want = F.cross_entropy(exact[:, [0, 1, 3]] + offset, torch.tensor([0, 1, 2])[[0, 1, 2, 2, 1, 0]])
+        assert_close(loss.detach().cpu(), want.detach(), rtol=1e-6, atol=0.0)
+        loss.backward()
+        want.backward()
+        assert_near(x.grad, exact.grad, torch.float32)
+
+
+def test_counts_and_masks_may_be_of_any_kind():
+    tensor = margins.fedlc(torch.tensor([16, 1, 81]), 2.0)
+    assert tensor.negative_offset is tensor.target_offset
+    assert_close(tensor.negative_offset, torch.tensor([-1.0, -2.0, -2.0 / 3.0]))
+    for counts in ([16, 1, 81], np.array([16.0, 1.0, 81.0]), Counter({2: 81, 0: 16, 1: 1}), pd.Series([16, 1, 81])):
+        assert torch.equal(margins.fedlc(counts, 2.0).negative_offset, tensor.negative_offset)
+    for present in ([True, False], np.array([True, False]), torch.tensor([3, 0]) > 0):
+        assert margins.fedrs(present).scale.tolist() == [1.0, 0.5]
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -157,19 +208,49 @@ def test_only_the_reference_takes_dense_targets_if_the_offsets_differ(device):
             margin_cross_entropy(logits, target.argmax(1), margin, label_smoothing=0.1, impl=impl)
 
 
+def test_only_the_reference_takes_several_labels_and_dense_targets_under_a_label_scale(device):
+    """Every label then has a sum over the classes of its own."""
+    margin = PRESETS["immax, every field"](make_prior(5))
+    logits = torch.randn(3, 5, dtype=torch.float64)
+    labels, shares = torch.tensor([[0, 1], [2, 2], [4, 3]]), torch.rand(3, 2, dtype=torch.float64)
+    probabilities = torch.rand(3, 5, dtype=torch.float64).softmax(1)
+    smoothed = 0.9 * F.one_hot(labels[:, 0], 5).double() + 0.1 / 5
+    mass = torch.zeros(3, 5, dtype=torch.float64).scatter_add_(1, labels, shares)
+    for target, options, expected_mass in (
+        (labels, {"target_weight": shares.to(device)}, mass),
+        (probabilities, {}, probabilities),
+        (labels[:, 0], {"label_smoothing": 0.1}, smoothed),
+    ):
+        x, exact = logits.clone().to(device).requires_grad_(), logits.clone().requires_grad_()
+        loss = margin_cross_entropy(x, target.to(device), margin, reduction="sum", **options)
+        every = [explicit(exact, torch.full((3,), c), margin) for c in range(5)]
+        want = (expected_mass * torch.stack(every, 1)).sum()
+        assert_close(loss.detach().cpu(), want.detach(), rtol=1e-12, atol=0.0)
+        loss.backward()
+        want.backward()
+        assert_near(x.grad, exact.grad, torch.float64)
+        for impl in ["triton"] + ["blocked"] * (device == "cpu"):
+            with pytest.raises(ValueError, match="'reference' or 'auto' for class probabilities"):
+                margin_cross_entropy(logits.to(device), target.to(device), margin, impl=impl, **options)
+
+
 @pytest.mark.parametrize("gap", [12.0, 30.0, 200.0])
-@pytest.mark.parametrize("shift", [-5.0, 5.0])
-def test_a_confident_row_keeps_its_digits_under_a_margin(impl, device, gap, shift):
+@pytest.mark.parametrize(("shift", "label_scale"), [(-5.0, None), (5.0, None), (-5.0, 4.0)])
+def test_a_confident_row_keeps_its_digits_under_a_margin(impl, device, gap, shift, label_scale):
     """Loss and target gradient are about exp(-gap - shift), too small to show beside 1 in float32."""
-    margin = PairwiseMargin(target_offset=torch.tensor([shift, 0.0, 0.0], device=device))
-    logits = torch.tensor([[gap, 0.0, -1.0]], device=device, requires_grad=True)
+    factor = 1.0 if label_scale is None else label_scale
+    margin = PairwiseMargin(
+        target_offset=torch.tensor([shift, 0.0, 0.0], device=device),
+        label_scale=None if label_scale is None else torch.tensor([factor, 1.0, 0.5], device=device),
+    )
+    logits = torch.tensor([[gap / factor, 0.0, -1.0 / factor]], device=device, requires_grad=True)
     loss = margin_cross_entropy(logits, torch.tensor([0], device=device), margin, impl=impl)
     loss.backward()
     others = (1.0 + math.exp(-1.0)) * math.exp(-gap - shift)
     eps = torch.finfo(torch.float32).eps
     tiny = 1e-37  # what the hardware may flush to 0
     assert_close(loss.item(), math.log1p(others), rtol=(gap + 16) * eps, atol=tiny)
-    assert_close(logits.grad[0, 0].item(), -others / (1.0 + others), rtol=(gap + 16) * eps, atol=tiny)
+    assert_close(logits.grad[0, 0].item(), -factor * others / (1.0 + others), rtol=(gap + 16) * eps, atol=4 * tiny)
 
 
 @pytest.mark.parametrize("gap", [50.0, 1e4, 1e30])
@@ -263,7 +344,7 @@ def test_logit_adjusted_margin_has_the_bits_of_logit_adjusted_cross_entropy(impl
 
 # Differentiation ------------------------------------------------------------------------------------------------------
 
-DIFFERENTIATED = ["adaptive", "equalised", "vector_scaling", "added"]
+DIFFERENTIATED = ["adaptive", "equalised", "vector_scaling", "added", "immax", "immax, every field"]
 
 
 @pytest.mark.parametrize("preset", ["adaptive", slow("equalised"), slow("vector_scaling"), "added"])
@@ -299,22 +380,24 @@ def test_batches_tangents_and_gradients_for_each_sample(impl, device, preset):
 
 
 def test_vectors_of_a_margin_may_be_learned(device):
-    fields = [torch.rand(5, dtype=torch.float64, device=device).add(0.5).requires_grad_() for _ in range(4)]
+    fields = [torch.rand(5, dtype=torch.float64, device=device).add(0.5).requires_grad_() for _ in range(5)]
     logits = torch.randn(3, 5, dtype=torch.float64, device=device)
     target = torch.tensor([0, 3, 3], device=device)
 
-    def loss(alpha, negative_offset, target_offset, scale):
-        margin = PairwiseMargin(alpha, negative_offset, target_offset, scale)
+    def loss(alpha, negative_offset, target_offset, scale, label_scale):
+        margin = PairwiseMargin(alpha, negative_offset, target_offset, scale, label_scale)
         return margin_cross_entropy(logits, target, margin, weight=logits[0].exp())
 
     assert gradcheck(loss, fields)
     for impl in ["triton"] + ["blocked"] * (device == "cpu"):
-        with pytest.raises(ValueError, match="gradient of alpha, an offset or the scale of a margin"):
-            margin_cross_entropy(logits, target, PairwiseMargin(scale=fields[0]), impl=impl)
+        for margin in (PairwiseMargin(scale=fields[0]), margins.immax(fields[0])):
+            with pytest.raises(ValueError, match="gradient of alpha, an offset or a scale of a margin"):
+                margin_cross_entropy(logits, target, margin, impl=impl)
 
 
-@pytest.mark.parametrize("preset", ["adaptive", "vector_scaling"])
+@pytest.mark.parametrize("preset", ["adaptive", "vector_scaling", "immax, every field"])
 def test_compiled_is_eager(impl, device, preset):
+    torch._dynamo.reset()  # every case is another graph of one function, and their number is limited
     margin = PRESETS[preset](make_prior(5))
     logits = torch.randn(3, 5, dtype=torch.float64, device=device)
     target = torch.tensor([0, 3, -100], device=device)
@@ -348,6 +431,19 @@ def test_consistency_is_that_of_the_table(preset):
         (lambda prior: margins.adaptive(prior), r"negative_offset and target_offset must be equal"),
         (lambda prior: margins.cdt(prior, 0.1) + margins.logit_adjusted(prior), r"scale must be one positive number"),
         (lambda prior: PairwiseMargin(scale=-1.0), r"scale must be one positive number"),
+        (
+            lambda prior: margins.logit_adjusted(prior) + margins.immax((prior / 3).exp()),
+            r"^not covered by Theorem 1: label_scale must be one positive number for all classes, but lies between",
+        ),
+        (
+            lambda prior: margins.logit_adjusted(prior) + PairwiseMargin(label_scale=-torch.ones_like(prior)),
+            r"^not covered by Theorem 1: label_scale must be one positive number .* between -1 and -1$",
+        ),
+        (lambda prior: margins.fedlc(prior.exp(), 1.0), "alpha must be proportional"),
+        (
+            lambda prior: margins.fedrs(prior > prior.median()),
+            r"^not covered by Theorem 1: scale must be one positive number .* lies between 0.5 and 1; alpha must",
+        ),
         (lambda prior: PairwiseMargin(alpha=(-2 * prior).exp()), r"alpha must be proportional"),
         (lambda prior: PairwiseMargin(alpha=prior * 0.0), "alpha must be positive, but is 0 for class 0"),
         (
@@ -366,8 +462,12 @@ def test_a_verdict_names_the_condition_that_is_not_met(make, unmet):
 def test_constants_that_change_no_minimum_change_no_verdict():
     prior = make_prior(12)
     one = margins.logit_adjusted(prior)
-    same = PairwiseMargin(torch.full_like(prior, 7.0), one.negative_offset + 3.0, one.target_offset + 3.0, 30.0)
+    seven, offset = torch.full_like(prior, 7.0), one.negative_offset + 3.0
+    same = PairwiseMargin(seven, offset, offset.clone(), 30.0, seven)
     assert margins.consistency(same, prior - 5.0)
+    unseen = torch.cat([prior, prior.new_tensor([-math.inf])])  # what a label without examples is scaled by is nothing
+    unused = PairwiseMargin(None, unseen, unseen, None, torch.cat([seven, prior.new_tensor([9.0])]))
+    assert margins.consistency(unused, unseen)
     apart = PairwiseMargin(None, one.negative_offset + 3.0, one.target_offset)
     assert not margins.consistency(apart, prior)
 
@@ -444,6 +544,32 @@ VECTOR = torch.zeros(3)
         (lambda: margins.equalised(VECTOR, lambda pi: pi + 1.0), ValueError, "transform must give 3 numbers between"),
         (lambda: margins.fisher_consistent(VECTOR, VECTOR[:2]), ValueError, r"log_delta must have shape \(3,\)"),
         (lambda: margins.fisher_consistent(VECTOR, VECTOR - math.inf), ValueError, "log_delta must be finite"),
+        (lambda: margins.fedlc([4, -1], 1.0), ValueError, "class_counts must be non-negative, got -1 for class 1"),
+        (
+            lambda: margins.fedlc([[4, 1]], 1.0),
+            ValueError,
+            r"class_counts must have shape \(n_classes,\), got \(1, 2\)",
+        ),
+        (lambda: margins.fedlc([0, 0], 1.0), ValueError, "class_counts must have a positive count, got 0 for all 2"),
+        (lambda: margins.fedlc([1, 2], -1.0), ValueError, "tau must be finite and not negative, got -1.0"),
+        (lambda: margins.fedrs([3, 0]), TypeError, "present must be bool, as class_counts > 0 is, got int64"),
+        (lambda: margins.fedrs(VECTOR), TypeError, "present must be bool, as class_counts > 0 is, got float32"),
+        (lambda: margins.fedrs([[True]]), ValueError, r"present must have shape \(C,\), got \(1, 1\)"),
+        (lambda: margins.fedrs([True, False], 1.5), ValueError, "alpha must be between 0 and 1, got 1.5"),
+        (lambda: margins.immax([1.0]), TypeError, "class_margins must be a torch.Tensor, got list"),
+        (lambda: margins.immax(VECTOR.long()), TypeError, "class_margins must be float16, .* got torch.int64"),
+        (lambda: margins.immax(VECTOR[None]), ValueError, r"class_margins must have shape \(3,\), got \(1, 3\)"),
+        (
+            lambda: margins.immax(torch.tensor([1.0, 0.0])),
+            ValueError,
+            "class_margins must be finite and positive, got 0.0 for class 1",
+        ),
+        (lambda: margins.immax(VECTOR + math.inf), ValueError, "class_margins must be finite and positive, got inf"),
+        (
+            lambda: margins.immax(VECTOR + 1.0) + margins.immax(VECTOR + 1.0),
+            ValueError,
+            "label_scale must be None in one of two",
+        ),
         (lambda: margins.consistency(VECTOR, VECTOR), TypeError, "margin must be a PairwiseMargin, got Tensor"),
         (lambda: margins.consistency(PairwiseMargin(VECTOR), VECTOR[:2]), ValueError, r"must have shape \(2,\)"),
         (
