@@ -195,7 +195,8 @@ def logits_trial(
         return actual("reference", logit_adjusted_cross_entropy)
 
     # Eager cross entropy multiplies 0 by infinity if a class is excluded.
-    has_eager = not (options.keys() & {"target_weight", "smoothing_distribution"} or log_prior.isinf().any())
+    only_reference = {"target_weight", "smoothing_distribution", "group"}
+    has_eager = not (options.keys() & only_reference or log_prior.isinf().any())
     exact = x.truth(logits, target, log_prior, tau, reduction=reduction, grad_loss=upstream, **options)
     eps = torch.finfo(x.wide).eps
     prior_eps = max(eps, torch.finfo(log_prior.dtype).eps)
@@ -227,6 +228,7 @@ def margin_rows(
         return given.detach().cpu().expand(n_classes)
 
     alpha, scale = vector(margin.alpha, 1.0), vector(margin.scale, 1.0)
+    scale = scale * vector(margin.label_scale, 1.0)[target.cpu()][:, None]  # of each row
     scaled, label = logits.detach().cpu().double() * scale, target.cpu()[:, None]
     z = scaled + vector(margin.negative_offset, 0.0)
     z = z.scatter(1, label, (scaled + vector(margin.target_offset, 0.0)).gather(1, label))
@@ -257,7 +259,7 @@ def margin_trial(x: Inputs, margin: PairwiseMargin, logits: Tensor, target: Tens
 
 
 def head_trial(x: Inputs, n_rows: int, n_features: int, n_classes: int, kind: str, reduction: str) -> Trial:
-    """A trial of a head: with one label a row, two, or a margin with a target_offset."""
+    """A trial of a head: with one label a row, two, a prior for each group, or a margin with a target_offset."""
     features = x.randn(n_rows, n_features, scale=1.0)
     weight = x.randn(n_classes, n_features, scale=2.0 / math.sqrt(n_features))
     bias, log_prior = x.randn(n_classes, scale=1.0), x.log_prior(n_classes)
@@ -267,6 +269,8 @@ def head_trial(x: Inputs, n_rows: int, n_features: int, n_classes: int, kind: st
     if kind == "two labels":
         target = torch.stack([target, target.flip(0)], 1)
         options = {"target_weight": x.rand(n_rows, 2)}
+    if kind == "by group":
+        log_prior, options = priors_by_group(x, n_classes), {"group": x.labels(3, n_rows)}
     rows = x.upstream((n_rows,)) if reduction == "none" else torch.full((n_rows,), 1.0 / n_rows, dtype=torch.float64)
     upstream = rows if reduction == "none" else 1.0
 
@@ -399,6 +403,25 @@ def smoothing_distribution(x: Inputs) -> Iterator[Trial]:
     yield logits_trial(x, logits, x.probabilities(*logits.shape), log_prior, **options)
 
 
+def priors_by_group(x: Inputs, n_classes: int) -> Tensor:
+    """Log priors of three groups, (3, C)."""
+    log_prior = x.log_prior(n_classes)
+    return torch.stack([log_prior, log_prior.flip(0), 0.5 * log_prior])
+
+
+def groups(x: Inputs) -> Iterator[Trial]:
+    logits, target, _ = default_inputs(x)
+    n_rows, n_classes = logits.shape
+    log_prior, group = priors_by_group(x, n_classes), x.labels(3, n_rows)
+    yield from every_reduction(x, logits, target, log_prior, group=group)
+    options: dict[str, Any] = dict(label_smoothing=0.2, smoothing_distribution=log_prior.softmax(1), group=group)
+    yield logits_trial(x, logits, target, log_prior, **options)
+    logits = x.randn(*x.shape(5, 50_003, small=(1, 1_201)))
+    n_rows, n_classes = logits.shape
+    group = x.labels(3, n_rows)
+    yield logits_trial(x, logits, x.labels(n_classes, n_rows), priors_by_group(x, n_classes), group=group)
+
+
 def classes_without_prior(x: Inputs) -> Iterator[Trial]:
     logits, target, log_prior = default_inputs(x)
     log_prior[5:25] = -math.inf
@@ -474,7 +497,7 @@ def preset_trials(
 
 def heads(x: Inputs) -> Iterator[Trial]:
     n, d, c = x.shape(70, 48, 5003, small=(4, 6, 13))
-    for kind, reduction in (("one label", "mean"), ("two labels", "none"), ("margin", "mean")):
+    for kind, reduction in (("one label", "mean"), ("two labels", "none"), ("margin", "mean"), ("by group", "mean")):
         yield head_trial(x, n, d, c, kind, reduction)
 
 
@@ -559,6 +582,7 @@ OPTIONS: dict[str, Callable[[Inputs], Iterator[Trial]]] = {  # the most valuable
     "label smoothing": label_smoothing,
     "classes without prior": classes_without_prior,
     "learned prior": learned_prior,
+    "groups": groups,
     "loss scale": loss_scale,
     "upstream gradients": upstream_gradients,
     "vector scaling": preset_trials(lambda prior: margins.vector_scaling(prior, 0.3, 1.2)),
@@ -575,6 +599,7 @@ OPTIONS: dict[str, Callable[[Inputs], Iterator[Trial]]] = {  # the most valuable
     "balanced": preset_trials(margins.balanced),
     "equalised": preset_trials(margins.equalised),
     "logit adjusted, consistent": preset_trials(lambda prior: margins.logit_adjusted(prior, 0.5, consistent=True)),
+    "immax": preset_trials(lambda prior: margins.immax((prior / 3).exp() * 5)),
     "cdt": preset_trials(lambda prior: margins.cdt(prior, 0.3)),
     "fisher consistent": preset_trials(lambda prior: margins.fisher_consistent(prior, prior.cos())),
 }

@@ -162,6 +162,7 @@ def test_expressions_that_the_readme_calls_equivalent_agree():
         logit_adjusted_cross_entropy=logit_adjusted_cross_entropy,
         logits=torch.randn(6, 5, device=DEVICE), log_prior=log_prior_from_counts(class_counts),
         target=torch.tensor([0, 1, 2, 3, 4, 4], device=DEVICE), weight=torch.rand(5, device=DEVICE),
+        log_priors=torch.randn(2, 5, device=DEVICE), group=torch.tensor([0, 1, 1, 0, 0, 1], device=DEVICE),
         y1=torch.tensor([0, 1, 2, 3, 4, 4], device=DEVICE), y2=torch.tensor([4, 1, 0, 0, 2, 3], device=DEVICE),
         q=torch.tensor([0.5, 0.2, 0.1, 0.1, 0.1], device=DEVICE), ignore_index=3, reduction="mean", label_smoothing=0.2,
     )  # fmt: skip
@@ -171,9 +172,39 @@ def test_expressions_that_the_readme_calls_equivalent_agree():
             values.append(eval(ast.unparse(statement), names))
         else:
             exec(ast.unparse(statement), names)
-    assert len(values) >= 8
+    assert len(values) >= 10
     for eager, ours in zip(values[::2], values[1::2], strict=True):
         torch.testing.assert_close(ours, eager)
+
+
+def readme_section(heading: str) -> str:
+    """The code of a section of the README."""
+    text = (Path(__file__).parents[1] / "README.md").read_text().partition(f"### {heading}\n")[2]
+    return text.partition("```python\n")[2].partition("```")[0]
+
+
+def test_the_readmes_sections_on_priors_and_row_losses_are_right():
+    from fused_la import count_classes
+    from fused_la.prior import RunningPrior
+
+    labels, sites = torch.tensor([0, 0, 1, 2, 0, 1]), torch.tensor([0, 0, 0, 1, 1, 1])
+    logits, target, site = torch.randn(3, 3).double(), torch.tensor([0, 2, 1]), torch.tensor([0, 1, 1])
+    log_prior, tau, gamma, q = log_prior_from_counts([3, 2, 1]), 0.7, 2.0, 0.3
+    names = dict(
+        torch=torch, count_classes=count_classes, RunningPrior=RunningPrior, labels=labels, sites=sites, n_classes=3,
+        LogitAdjustedCrossEntropyLoss=LogitAdjustedCrossEntropyLoss, logits=logits, target=target, site=site, tau=tau,
+        logit_adjusted_cross_entropy=logit_adjusted_cross_entropy, log_prior=log_prior, gamma=gamma, q=q,
+    )  # fmt: skip
+    exec(readme_section("A prior for each group"), names)
+    assert names["counts"].tolist() == [[2, 1, 0], [1, 1, 1]]
+    by_site = names["counts"].double().log()[site]
+    torch.testing.assert_close(names["loss"], F.cross_entropy(logits + by_site, target))
+    exec(readme_section("A prior that changes"), names)
+    torch.testing.assert_close(names["loss"], F.cross_entropy(logits + torch.tensor([2.0, 2.0, 2.0]).log(), target))
+    exec(readme_section("Losses built on this one"), names)
+    p = (logits + tau * log_prior.double()).softmax(1).gather(1, target[:, None]).squeeze(1)
+    torch.testing.assert_close(names["focal"], ((1 - p) ** gamma * -p.log()).mean())
+    torch.testing.assert_close(names["generalized"], ((1 - p**q) / q).mean())
 
 
 def test_the_module_is_the_function(impl):

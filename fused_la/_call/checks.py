@@ -97,8 +97,8 @@ def check_log_prior(
     n_classes = logits.shape[class_dim(logits)]
     if by_group is False and isinstance(log_prior, Tensor) and log_prior.shape[1:] == (n_classes,):
         raise ValueError(
-            f"{name} must have shape ({n_classes},), got {tuple(log_prior.shape)}; with a row for each group, group must "
-            "be given"
+            f"{name} must have shape ({n_classes},), got {tuple(log_prior.shape)}; "
+            "with a row for each group, group must be given"
         )
     check_class_vector(name, log_prior, n_classes, logits, by_group is True)
     check_device(name, log_prior, logits)

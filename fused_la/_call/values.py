@@ -90,4 +90,6 @@ def largest(values: Tensor) -> float | None:
 
 def smallest(values: Tensor) -> float:
     """The smallest number of a CPU tensor whose values can be read."""
-    return min(values.tolist()) if values.numel() <= FEW_VALUES else values.amin().item()
+    if values.numel() > FEW_VALUES:
+        return values.amin().item()
+    return min(values.tolist() if values.dim() == 1 else values.flatten().tolist())

@@ -201,7 +201,7 @@ def _adjusted(part: RowBlock, chunk: slice, out: Tensor | None = None) -> Tensor
         z = out
     else:
         z = part.scratch.view(0, logits.shape)
-    offset = None if rows.offset is None else rows.in_tile(rows.offset, part.block, chunk)
+    offset = _in_tile(part, rows.offset, chunk)
     if rows.scale is None and rows.row_scale is None:
         combine_into(z, logits, offset, torch.add)
     else:
@@ -213,10 +213,20 @@ def _adjusted(part: RowBlock, chunk: slice, out: Tensor | None = None) -> Tensor
     return z if rows.excluded is None else z.masked_fill_(rows.in_tile(rows.excluded, part.block, chunk), -math.inf)
 
 
+def _in_tile(part: RowBlock, values: Tensor | None, chunk: slice) -> Tensor | None:
+    """offset or smoothing for a block; for rows of several groups in scratch memory, which the next call overwrites."""
+    if values is None or values.dim() == 1:
+        return None if values is None else values[chunk]
+    rows = part.candidates.classes.shape[:2]
+    return part.rows.in_tile(
+        values, part.block, chunk, part.scratch.view(3, torch.Size((*rows, chunk.stop - chunk.start)))
+    )
+
+
 def _dense_mass(part: RowBlock, chunk: slice) -> Tensor | None:
     """The dense target mass, broadcastable to the block: probabilities, or smoothing for labels that weigh 1 in all."""
     rows = part.rows
-    smoothing = None if rows.smoothing is None else rows.in_tile(rows.smoothing, part.block, chunk)
+    smoothing = _in_tile(part, rows.smoothing, chunk)
     if rows.labels is not None:
         return smoothing
     target = rows.problem.target[part.block][..., chunk]

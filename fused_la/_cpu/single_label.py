@@ -21,7 +21,8 @@ from fused_la._call.values import smallest
 from fused_la._tiled import blocks
 from fused_la._tiled.blocks import Scratch, choose_blocking, combine_into, row_blocks, row_sum
 
-_OPTIONS = slice(Problem._fields.index("target_weight"), Problem._fields.index("tau"))
+_FIRST_OPTION, _AFTER_OPTIONS = Problem._fields.index("target_weight"), Problem._fields.index("tau")
+_OPTIONS = [i for i in range(_FIRST_OPTION, _AFTER_OPTIONS) if Problem._fields[i] != "prior_index"]
 
 
 class _NoClassError(Exception):
@@ -40,11 +41,13 @@ def has_single_label(problem: Problem) -> bool:
     """Whether a problem has one label a row and no other option, and a row fits into a block."""
     if problem.has_probabilities or problem.n_labels != 1 or problem.label_smoothing > 0.0:
         return False
-    for option in problem[_OPTIONS]:
-        if option is not None:
+    for i in _OPTIONS:
+        if problem[i] is not None:
             return False
     # A dispatch mode may trace the operations here, and would keep the values that are read as constants.
     if problem.logits.shape[-1] > blocks.BLOCK_ELEMENTS or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    if problem.prior_index is not None and not bool(problem.groups()[1].all()):
         return False
     # Read in every call, since NumPy may have changed it, which no version counter shows.
     return problem.log_prior is None or smallest(problem.log_prior) > -math.inf
@@ -82,11 +85,11 @@ def _forward(
     g: float | Tensor = 1.0
     if reduction == "mean":
         g = 1.0 / labels.n_counting if labels.n_counting else math.nan
-    offset, blocks, scratch = _blocks_of(problem)
-    parts = []
+    blocks, scratch = _blocks_of(problem)
+    offset, parts = problem.offset(), []
     for block in blocks:
         label, mass, out = (_in_block(block, t) for t in (labels.classes, labels.mass, grad_logits))
-        e = _adjusted(_in_block(block, logits), offset, scratch, out)
+        e = _adjusted(problem, block, offset, scratch, out)
         m = e.amax(-1, keepdim=True)
         z_label, others, rest = _sums(e.sub_(m), label)
         parts.append((rest.log1p().sub_(z_label), m, rest))
@@ -126,10 +129,11 @@ def _backward(problem: Problem, labels: _Labels, reduction: str, state: Tensor |
     g_all = grad_rows.expand(rows[:-1]).unsqueeze(-1)
     g_all = g_all if labels.mass is None else labels.mass * g_all
     grad_logits = torch.empty_like(logits)
-    offset, blocks, scratch = _blocks_of(problem)
+    blocks, scratch = _blocks_of(problem)
+    offset = problem.offset()
     for block in blocks:
         label, m, rest, g, out = (_in_block(block, t) for t in (labels.classes, m_all, rest_all, g_all, grad_logits))
-        e = _adjusted(_in_block(block, logits), offset, scratch, out)
+        e = _adjusted(problem, block, offset, scratch, out)
         _, others, found = _sums(e.sub_(e.amax(-1, keepdim=True) if m is None else m), label)
         _write_gradient(e, label, others, found if rest is None else rest, g, out)
     if labels.mass is not None:
@@ -140,15 +144,15 @@ def _backward(problem: Problem, labels: _Labels, reduction: str, state: Tensor |
 # A block --------------------------------------------------------------------------------------------------------------
 
 
-def _blocks_of(problem: Problem) -> tuple[Tensor | None, list[tuple[slice, ...] | None], Scratch]:
-    """The offset, the blocks of rows ([None] if all rows are one block), and scratch memory for a block."""
+def _blocks_of(problem: Problem) -> tuple[list[tuple[slice, ...] | None], Scratch]:
+    """The blocks of rows ([None] if all rows are one block), and scratch memory for a block."""
     rows = problem.logits.shape[:-1]
     n_rows, (height, width) = rows.numel(), choose_blocking(problem, forward=True)
     blocks: list[tuple[slice, ...] | None] = [None]
     if n_rows > height:
         n_outer, n_inner = (*rows, 1)[:2]
         blocks = [block[: len(rows)] for block in row_blocks(n_outer, n_inner, height)]
-    return problem.offset(), blocks, Scratch(min(height, n_rows) * width, problem.compute_dtype)
+    return blocks, Scratch(min(height, n_rows) * width, problem.compute_dtype)
 
 
 def _in_block(block: tuple[slice, ...] | None, tensor: Any) -> Any:
@@ -163,8 +167,16 @@ def _concatenated(parts: list[tuple[Tensor, Tensor, Tensor]], logits: Tensor) ->
     return losses, m, rest
 
 
-def _adjusted(logits: Tensor, offset: Tensor | None, scratch: Scratch, out: Tensor | None) -> Tensor:
+def _adjusted(
+    problem: Problem, block: tuple[slice, ...] | None, offset: Tensor | None, scratch: Scratch, out: Tensor | None
+) -> Tensor:
     """z of a block, written to the memory of its gradient if dtype and strides allow that, otherwise to scratch."""
+    logits = _in_block(block, problem.logits)
+    if problem.prior_index is not None and offset is not None:
+        of_rows = scratch.view(1, logits.shape)
+        groups = _in_block(block, problem.prior_index).flatten()
+        torch.index_select(offset, 0, groups, out=of_rows.view(-1, logits.shape[-1]))
+        offset = of_rows
     fits = out is not None and out.dtype == scratch.dtype and out.is_contiguous()
     z = out if fits and out is not None else scratch.view(0, logits.shape)
     return combine_into(z, logits, offset, torch.add)

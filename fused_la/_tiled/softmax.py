@@ -63,9 +63,9 @@ class PreparedRows(NamedTuple):
     no_group: Tensor | None = None  # (N, P) bool: the row's group is out of range; None if none can be
     row_scale: Tensor | None = None  # (N, P) the label_scale of the row's label; None without one
 
-    def in_tile(self, values: Tensor, block: Block, chunk: slice) -> Tensor:
+    def in_tile(self, values: Tensor, block: Block, chunk: slice, out: Tensor | None = None) -> Tensor:
         """offset, excluded or smoothing for a block of rows and a chunk of classes: (c,), or (n, p, c) if the rows are
-        of several groups."""
+        of several groups, in the memory of `out` if that is given."""
         if values.dim() == 1 or self.groups is None:
             return values[chunk]
         groups = self.groups[block]
@@ -73,7 +73,10 @@ class PreparedRows(NamedTuple):
             lowest, highest = groups.aminmax()
             if lowest == highest:
                 return values[int(lowest), chunk]
-        return values[:, chunk][groups]
+        if out is None:
+            return values[:, chunk][groups]
+        torch.index_select(values[:, chunk], 0, groups.flatten(), out=out.flatten(0, 1))
+        return out
 
     def scale_in_place(self, z: Tensor, block: Block, chunk: slice) -> Tensor:
         """Multiply a tile (n, p, c), of logits or of the gradient of z, by the scales."""
