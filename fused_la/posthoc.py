@@ -270,7 +270,7 @@ def _groups(group: Any, n_groups: int, logits: Tensor) -> Tensor | None:
         return None
     dim = checks.class_dim(logits)
     groups = checks.rows_of_groups(group, logits.shape[:dim] + logits.shape[dim + 1 :], logits)
-    checks.check_groups_in_range(groups, n_groups, None)
+    checks.check_groups_in_range(groups, n_groups)
     return groups
 
 

@@ -54,8 +54,9 @@ def writes_gradient(row: Row) -> bool:
 
 
 def _amd_violations(row: Row) -> Iterator[str]:
-    # With 168 registers three waves fit on a SIMD unit.
-    limit = int((240 if row["dtype"] == "float64" and row["vec"] == 1 else 168) * SLACK)
+    # With 168 registers three waves fit on a SIMD unit; rows with a prior of their own take some more.
+    limit = 184 if row["variant"] in ROW_VARIANTS else 168
+    limit = int((240 if row["dtype"] == "float64" and row["vec"] == 1 else limit) * SLACK)
     if row["regs"] > limit:
         yield f"{row['regs']} registers, more than {limit}"
     if row["local"] > 0:

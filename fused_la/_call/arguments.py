@@ -79,11 +79,7 @@ def read_call(
         checks.check_device("smoothing_distribution", smoothing_distribution, logits)
 
     if group is not None and offset is not None:
-        counts = None
-        if not target.is_floating_point():
-            counts = target != ignore_index
-            counts = counts if target_weight is None else counts.any(checks.class_dim(logits))
-        checks.check_groups_in_range(group, len(offset), counts)
+        checks.check_groups_in_range(group, len(offset), target, ignore_index)
         if smoothing_distribution is not None:
             if smoothing_distribution.dim() == 2 and len(smoothing_distribution) != len(offset):
                 raise ValueError(

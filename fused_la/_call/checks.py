@@ -166,13 +166,16 @@ def rows_of_groups(group: Any, shape: torch.Size, like: Tensor) -> Tensor:
     return group.long().reshape((*group.shape, *[1] * (len(shape) - group.dim()))).expand(shape)
 
 
-def check_groups_in_range(group: Tensor, n_groups: int, counts: Tensor | None) -> None:
-    """Check that the groups of rows that count (None: all do) are in [0, n_groups), if their values can be read."""
+def check_groups_in_range(group: Tensor, n_groups: int, target: Tensor | None = None, ignore_index: int = -100) -> None:
+    """Check that groups are in [0, n_groups), if their values can be read; with a target those of rows that count."""
     lowest, highest = label_range(group)
     if lowest is None or highest is None or (lowest >= 0 and highest < n_groups):
         return
     outside = (group < 0) | (group >= n_groups)
-    outside = group[outside if counts is None else outside & counts]
+    if target is not None and not target.is_floating_point():
+        counts = target != ignore_index
+        outside &= counts if counts.shape == group.shape else counts.any(min(1, counts.dim() - 1))  # K labels a row
+    outside = group[outside]
     if outside.numel() > 0:
         raise IndexError(
             f"group must hold indices of the {n_groups} rows of log_prior, in [0, {n_groups}), got {int(outside[0])}"

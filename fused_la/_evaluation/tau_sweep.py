@@ -149,7 +149,7 @@ class TauSweep:
             raise ValueError(f"group must be {expected}, got {type(group).__name__}")
         if group is not None:
             group = checks.rows_of_groups(group, logits.shape[:dim] + logits.shape[dim + 1 :], logits)
-            checks.check_groups_in_range(group, len(self._log_divisor), target != self.ignore_index)
+            checks.check_groups_in_range(group, len(self._log_divisor), target, self.ignore_index)
             in_range = (group >= 0) & (group < len(self._log_divisor))
             # As a label that is no class: it raises when the counts are read.
             target = torch.where(in_range | (target == self.ignore_index), target, n_classes)

@@ -61,6 +61,30 @@ def test_nothing_waits_for_the_device(device, shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_learned_priors_by_group_are_those_of_float64_without_waiting_and_with_the_same_bits(device, shape):
+    logits, target, _ = make(*shape, torch.float32, device)
+    log_prior = -12 * torch.rand(5, shape[1], device=device)
+    group = torch.randint(5, (shape[0],), device=device)
+
+    def step():
+        x, prior = logits.detach().requires_grad_(), log_prior.detach().requires_grad_()
+        loss = logit_adjusted_cross_entropy(x, target, prior, group=group, impl="triton")
+        return loss.detach(), *torch.autograd.grad(loss, (x, prior))
+
+    step()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        first, second = step(), step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected = truth(logits, target, log_prior, group=group)
+    for one, two, exact in zip(first, second, expected, strict=True):
+        assert same_bits(one, two)
+        assert (one.double().cpu() - exact).norm() <= 1e-5 * exact.norm()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_captured_graph_replays_on_new_inputs(device, shape):
     logits, target, log_prior = make(*shape, torch.bfloat16, device)
     x = logits.clone().requires_grad_()
