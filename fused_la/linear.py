@@ -14,7 +14,7 @@ from fused_la._call import checks, head_arguments
 from fused_la._call.arguments import Adjustment, Options, ScaledPrior, read_call
 from fused_la._call.pairwise_margin import PairwiseMargin
 from fused_la._call.problem import reduce_rows
-from fused_la._modules.options import CountedLossOptions, argument_or_input, per_class_option
+from fused_la._modules.options import CountedLossOptions, argument_or_input, per_class_option, split_target
 from fused_la._tiled.head import Head, predict
 
 
@@ -165,7 +165,8 @@ class LogitAdjustedLinear(CountedLossOptions, nn.Linear):
             them, raw logits of -inf, so that none is predicted.
         class_weight: as in `linear_logit_adjusted_cross_entropy`; or an array or a list.
         ignore_index, reduction, label_smoothing: as in `linear_logit_adjusted_cross_entropy`.
-        smoothing_distribution: as in `linear_logit_adjusted_cross_entropy`; or an array or a list.
+        smoothing_distribution: as in `linear_logit_adjusted_cross_entropy`; or an array or a list; or "prior", which
+            follows the counts, by group for counts (G, C).
         impl: as in `linear_logit_adjusted_cross_entropy`.
         device, dtype: of weight and bias, as in `torch.nn.Linear`.
 
@@ -236,7 +237,7 @@ class LogitAdjustedLinear(CountedLossOptions, nn.Linear):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         features: Tensor | None = None,
-        target: Tensor | None = None,
+        target: Any = None,
         target_weight: Tensor | None = None,
         *,
         group: Tensor | None = None,
@@ -247,11 +248,13 @@ class LogitAdjustedLinear(CountedLossOptions, nn.Linear):
         """The loss, or the raw logits if there is no target.
 
         Args:
-            features, target, target_weight, group: as in `linear_logit_adjusted_cross_entropy`.
+            features, target, target_weight, group: as in `linear_logit_adjusted_cross_entropy`. `target` may also be a
+                pair of labels and target_weight.
             input: another name for `features`, as in `torch.nn.Linear`.
             reduction, num_items_in_batch: of the loss, as in `LogitAdjustedCrossEntropyLoss.forward`.
         """
         features = argument_or_input("features", features, input)
+        target, target_weight = split_target(target, target_weight)
         if target is None:
             for name, value in (("target_weight", target_weight), ("group", group), ("reduction", reduction),
                                 ("num_items_in_batch", num_items_in_batch)):  # fmt: skip

@@ -15,7 +15,13 @@ from fused_la._call import checks
 from fused_la._call.arguments import Adjustment, Options, ScaledPrior, read_call
 from fused_la._call.pairwise_margin import PairwiseMargin, checked_margin
 from fused_la._call.problem import reduce_rows
-from fused_la._modules.options import CountedLossOptions, LossOptions, argument_or_input, per_class_option
+from fused_la._modules.options import (
+    CountedLossOptions,
+    LossOptions,
+    argument_or_input,
+    per_class_option,
+    split_target,
+)
 
 
 def logit_adjusted_cross_entropy(
@@ -182,11 +188,12 @@ class _LogitsLoss(LossOptions):
 
     weight = per_class_option("weight")
 
-    def _loss_of_logits(self, logits: Any, target: Any, input: Any, **keywords: Any) -> Tensor:
+    def _loss_of_logits(self, logits: Any, target: Any, target_weight: Any, input: Any, **keywords: Any) -> Tensor:
         """The loss of logits, or of a model output that has them; `input` is another name for the logits."""
         logits = argument_or_input("logits", getattr(logits, "logits", logits), input)
         checks.check_tensor("logits", logits)
-        return self._call_loss(self._loss_function, logits, target, **keywords)
+        target, target_weight = split_target(target, target_weight)
+        return self._call_loss(self._loss_function, logits, target, target_weight=target_weight, **keywords)
 
     _loss_function: Callable[..., Tensor]
 
@@ -213,7 +220,8 @@ class LogitAdjustedCrossEntropyLoss(_LogitsLoss, CountedLossOptions):
         exclude_absent: give classes without examples a log prior of -inf: probability 0, gradient 0.
         weight: as in `logit_adjusted_cross_entropy`; or an array or a list.
         ignore_index, reduction, label_smoothing: as in `logit_adjusted_cross_entropy`.
-        smoothing_distribution: as in `logit_adjusted_cross_entropy`; or an array or a list.
+        smoothing_distribution: as in `logit_adjusted_cross_entropy`; or an array or a list; or "prior", which follows
+            the counts, by group for counts (G, C).
         impl: as in `logit_adjusted_cross_entropy`.
 
     Attributes:
@@ -280,7 +288,8 @@ class LogitAdjustedCrossEntropyLoss(_LogitsLoss, CountedLossOptions):
 
         Args:
             logits, target, target_weight, group: as in `logit_adjusted_cross_entropy`. `logits` may also be a model
-                output with an attribute `logits`, as Hugging Face models return.
+                output with an attribute `logits`, as Hugging Face models return. `target` may also be a pair of labels
+                and target_weight, for loops that pass on one target.
             input: another name for `logits`, as in the losses of `torch.nn`.
             reduction: replaces the module's reduction in this call.
             num_items_in_batch: a mean divides the sum of the losses by this number, not by the number of rows of this
@@ -288,7 +297,7 @@ class LogitAdjustedCrossEntropyLoss(_LogitsLoss, CountedLossOptions):
                 not corrected for labels that it counts and `ignore_index` excludes.
         """
         return self._loss_of_logits(
-            logits, target, input, target_weight=target_weight, group=group, reduction=reduction,
+            logits, target, target_weight, input, group=group, reduction=reduction,
             num_items_in_batch=num_items_in_batch,
         )  # fmt: skip
 
@@ -363,8 +372,7 @@ class MarginCrossEntropyLoss(_LogitsLoss):
                 `LogitAdjustedCrossEntropyLoss.forward`.
         """
         return self._loss_of_logits(
-            logits, target, input, target_weight=target_weight, reduction=reduction,
-            num_items_in_batch=num_items_in_batch,
+            logits, target, target_weight, input, reduction=reduction, num_items_in_batch=num_items_in_batch
         )  # fmt: skip
 
     @property

@@ -160,7 +160,12 @@ class LossOptions(nn.Module):
 
 
 class CountedLossOptions(LossOptions):
-    """The options of a loss that is adjusted by the log prior of class counts; that log prior is a per-class option."""
+    """The options of a loss that is adjusted by the log prior of class counts; that log prior is a per-class option.
+
+    A smoothing_distribution of "prior" follows from the counts too.
+    """
+
+    _smooths_toward_prior = False
 
     def __init__(
         self, class_counts: Any, tau: float, pseudocount: float, exclude_absent: bool, *options: Any, **base_kwargs: Any
@@ -177,7 +182,7 @@ class CountedLossOptions(LossOptions):
         smooths_uniformly = self.label_smoothing > 0.0 and self.smoothing_distribution is None
         if smooths_uniformly and read_value((log_prior == -torch.inf).any()):
             raise ValueError(
-                "smoothing_distribution must be given with label_smoothing and exclude_absent=True, such as the prior: "
+                'smoothing_distribution must be given with label_smoothing and exclude_absent=True, such as "prior": '
                 "the uniform one asks for absent classes"
             )
         self._class_counts = counts  # a NumPy array: default devices and casts do not change it
@@ -211,29 +216,42 @@ class CountedLossOptions(LossOptions):
     @class_counts.setter
     def class_counts(self, value: Any) -> None:
         counts = counts_in_class_order(value)
-        log_prior, current = self._log_prior_of(counts), self.log_prior
+        log_prior = self._log_prior_of(counts)
         for name, n_classes in self._n_classes_by_name():
             if n_classes != log_prior.shape[-1]:
                 got = tuple(log_prior.shape)
                 raise ValueError(f"class_counts must have shape ({n_classes},) as {name} has, got {got}")
-        if current.shape == log_prior.shape and not current.is_meta:
-            with torch.no_grad():
-                current.copy_(log_prior)  # in place: CUDA graphs and compiled code use this tensor
-        else:
-            self._set_per_class("log_prior", log_prior)
+        for name, value in self._follow_from(log_prior).items():
+            current = self._per_class[name]
+            if current.shape == value.shape and not current.is_meta:
+                with torch.no_grad():
+                    current.copy_(value)  # in place: CUDA graphs and compiled code use this tensor
+            else:
+                super()._set_per_class(name, value)
         self._class_counts = counts
+
+    def _set_per_class(self, name: str, value: Any) -> None:
+        toward_prior = name == "smoothing_distribution" and isinstance(value, str) and value == "prior"
+        super()._set_per_class(name, self.log_prior.exp() if toward_prior else value)
+        if name == "smoothing_distribution":
+            self._smooths_toward_prior = toward_prior
+
+    def _follow_from(self, log_prior: Tensor) -> dict[str, Tensor]:
+        """The per-class options that follow from the counts."""
+        options = {"log_prior": log_prior}
+        return options | {"smoothing_distribution": log_prior.exp()} if self._smooths_toward_prior else options
 
     def _log_prior_of(self, counts: Any) -> Tensor:
         return log_prior_of(counts, self._pseudocount, self._exclude_absent)
 
     def _n_classes_by_name(self) -> list[tuple[str, int]]:
         """(name, number of classes) of everything per-class except the counts and their log prior."""
-        others = vectors.named_tensors({**self._per_class, "log_prior": None})
-        return [(name, tensor.shape[-1]) for name, tensor in others]
+        others = {**self._per_class, **dict.fromkeys(self._follow_from(self.log_prior))}
+        return [(name, tensor.shape[-1]) for name, tensor in vectors.named_tensors(others)]
 
     def _per_class_on(self, device: torch.device) -> dict[str, Any]:
         if self.log_prior.is_meta and isinstance(self._class_counts, np.ndarray):  # loaded to meta
-            self._per_class = {**self._per_class, "log_prior": self._log_prior_of(self._class_counts)}
+            self._per_class = {**self._per_class, **self._follow_from(self._log_prior_of(self._class_counts))}
         return super()._per_class_on(device)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -259,6 +277,15 @@ def _check_num_items(num_items_in_batch: Any, reduction: str) -> None:
             "num_items_in_batch must be a number or a tensor of one number, "
             f"got {type(num_items_in_batch).__name__}"
         )  # fmt: skip
+
+
+def split_target(target: Any, target_weight: Any) -> tuple[Any, Any]:
+    """The labels and their weights, which may be given as a pair, by loops that pass on one target."""
+    if not isinstance(target, (tuple, list)) or len(target) != 2:
+        return target, target_weight
+    if target_weight is not None:
+        raise TypeError("target_weight must be given once, got it and a pair of labels and weights as target")
+    return target[0], target[1]
 
 
 def argument_or_input(name: str, value: Any, input: Any) -> Tensor:

@@ -14,6 +14,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import DEVICE
 from oracle import truth
 from torch import nn
@@ -531,6 +532,50 @@ def test_counts_of_more_classes_may_be_assigned_unless_another_vector_fixes_thei
         weighted.class_counts = [1, 2, 0]
     assert weighted.class_counts.tolist() == [3, 2, 1]
     assert weighted.log_prior.isfinite().all()
+
+
+def test_smoothing_toward_the_prior_follows_the_counts():
+    logits, target = torch.randn(4, 3, dtype=torch.float64), torch.tensor([0, 2, 1, 0])
+    features, group = torch.randn(4, 2), torch.tensor([0, 1, 1, 0])
+
+    def expected(counts: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        log_prior = (counts.double() / counts.sum(-1, keepdim=True)).log()
+        z = z + log_prior
+        return 0.8 * F.cross_entropy(z, target) + 0.2 * F.cross_entropy(z, log_prior.exp().expand_as(z))
+
+    criterion = LogitAdjustedCrossEntropyLoss([30, 2, 1], label_smoothing=0.2, smoothing_distribution="prior")
+    head = LogitAdjustedLinear(2, [30, 2, 1], label_smoothing=0.2, smoothing_distribution="prior")
+    held = criterion.smoothing_distribution
+    for counts in ([30, 2, 1], [4, 5, 6]):
+        criterion.class_counts = head.class_counts = counts
+        torch.testing.assert_close(criterion(logits, target), expected(torch.tensor(counts), logits))
+        want = expected(torch.tensor(counts), F.linear(features, head.weight, head.bias).double())
+        torch.testing.assert_close(head(features, target).double(), want, rtol=1e-5, atol=1e-6)
+    assert criterion.smoothing_distribution is held
+    assert copy.deepcopy(criterion)(logits, target) == criterion(logits, target)
+    criterion.class_counts = [4, 3, 2, 1]
+    assert criterion.smoothing_distribution.tolist() == pytest.approx([0.4, 0.3, 0.2, 0.1])
+    criterion.smoothing_distribution = [0.25] * 4
+    criterion.class_counts = [1, 2, 3, 4]  # no longer toward the prior
+    assert criterion.smoothing_distribution.tolist() == [0.25] * 4
+    by_group = torch.tensor([[30, 2, 1], [4, 5, 6]])
+    criterion = LogitAdjustedCrossEntropyLoss(by_group, label_smoothing=0.2, smoothing_distribution="prior")
+    torch.testing.assert_close(criterion(logits, target, group=group), expected(by_group[group], logits))
+    with pytest.raises(TypeError, match="smoothing_distribution must be a tensor, an array or a list"):
+        LogitAdjustedCrossEntropyLoss([30, 2, 1], smoothing_distribution="uniform")
+    with pytest.raises(TypeError, match="smoothing_distribution must be a tensor, an array or a list"):
+        MarginCrossEntropyLoss(margins.erm(), smoothing_distribution="prior")
+
+
+def test_labels_and_their_weights_may_be_one_target():
+    logits, labels, share = torch.randn(2, 3), torch.tensor([[0, 1], [2, 2]]), torch.rand(2, 2)
+    features, head = torch.randn(2, 2), LogitAdjustedLinear(2, [3, 2, 1])
+    for criterion in (LogitAdjustedCrossEntropyLoss([3, 2, 1]), MarginCrossEntropyLoss(margins.erm())):
+        for pair in ((labels, share), [labels, share]):
+            assert criterion(logits, pair) == criterion(logits, labels, share)
+        with pytest.raises(TypeError, match="target_weight must be given once"):
+            criterion(logits, (labels, share), share)
+    assert head(features, (labels, share)) == head(features, labels, share)
 
 
 def test_a_module_may_have_parameters_that_are_not_per_class():
