@@ -371,9 +371,9 @@ def immax(class_margins: Tensor) -> PairwiseMargin:
 
     .. math:: \ell(y, f) = \log\Big[1 + \sum_{c \ne y} e^{(f_c - f_y) / \rho_y}\Big]
 
-    The margins are hyperparameters. For a fixed sum of them, rho_c proportional to n_c^(1/3) minimises
-    sum_c n_c / rho_c^2, the class-dependent term of the paper's margin bound if the features of all classes are of one
-    size. A constant times `(log_prior / 3).exp()` is such a rho. Not covered by Theorem 1 unless all rho are equal.
+    The margins are hyperparameters. A choice to start from is a constant times `(log_prior / 3).exp()`: for a fixed sum
+    of the margins, rho_c proportional to n_c^(1/3) minimises sum_c n_c / rho_c^2. Not covered by Theorem 1 unless all
+    rho are equal.
 
     Args:
         class_margins: (C,) floating, finite and > 0: rho, in units of the logits.
