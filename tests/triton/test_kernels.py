@@ -262,9 +262,9 @@ def problem_of(rows):
         rows.log_prior,
         rows.target.reshape(shape),
         None if weights is None else weights.reshape(shape),
-        rows.options.get("weight"),
-        rows.options.get("weight"),
-        rows.options.get("smoothing_distribution"),
+        weight=rows.options.get("weight"),
+        mean_weight=rows.options.get("weight"),
+        smoothing_distribution=rows.options.get("smoothing_distribution"),
         label_smoothing=rows.options.get("label_smoothing", 0.0),
     )
 
