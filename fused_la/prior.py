@@ -41,8 +41,8 @@ def count_classes(
         n_gc = #{i : groups_i = g and target_i = c and target_i != ignore_index}
 
     Args:
-        target: class indices in [0, n_classes) or `ignore_index`, of any shape, also empty: a tensor or
-            array of any integer dtype, or a (nested) list of ints.
+        target: class indices in [0, n_classes) or `ignore_index`, of any shape, also empty: a tensor or array of any
+            integer dtype, or a (nested) list of ints, also of lists of different lengths, as of sentences.
         n_classes: the number of classes C. Classes that never occur, also the last ones, get the count 0.
         ignore_index: entries of this value are not counted, as in `torch.nn.functional.cross_entropy`.
         groups: the group of each entry, such as its hospital, site, client or domain: integers of the shape of
@@ -57,7 +57,7 @@ def count_classes(
 
     Raises:
         TypeError: `target` or `groups` is not integer, or another argument has the wrong type.
-        ValueError: `target` is ragged; `groups` does not have its shape; `n_classes` or `n_groups` is not positive, or
+        ValueError: `groups` does not have its shape; `n_classes` or `n_groups` is not positive, or
             not the same on all ranks; `n_groups` is given without `groups`, or missing where values cannot be read.
         IndexError: an entry is neither in [0, n_classes) nor `ignore_index`, or the group of an entry that counts is
             not in [0, n_groups), on this rank or another.
@@ -350,12 +350,19 @@ def _to_positive_int(value: Any, name: str) -> int:
 
 
 def _to_int64(value: Any, name: str) -> tuple[Tensor, bool]:
-    """Integers as an int64 tensor, and whether they were uint64: entries of 2^63 or more become negative."""
+    """Integers as an int64 tensor, flat if they are ragged, and whether they were uint64: entries of 2^63 or more
+    become negative."""
     if isinstance(value, Tensor):
         check_dense(value, name)
         if not checks.is_integer(value):
             raise TypeError(f"{name} must be integer, got {dtype_name(value)}")
         return value.to(torch.int64), value.dtype == torch.uint64
-    array = to_array(value, name, "iu", "integer")
+    if isinstance(value, np.ndarray) and value.dtype == object:
+        value = list(value)
+    try:
+        array = to_array(value, name, "iu", "integer")
+    except ValueError:  # lists of different lengths, as the labels of sentences
+        parts = [_to_int64(part, name) for part in value]
+        return torch.cat([part.reshape(-1) for part, _ in parts]), any(is_uint64 for _, is_uint64 in parts)
     # A copy in C order, because PyTorch does not accept read-only, byte-swapped or reversed memory.
     return torch.from_numpy(array.astype(np.int64, order="C")), array.dtype == np.uint64

@@ -179,11 +179,7 @@ def test_an_error_does_not_name_an_ignored_label():
         ({"target": ["cat"]}, TypeError, "target must be integer, got <U3"),
         ({"target": None}, TypeError, "target must be integer, got NoneType"),
         ({"target": [2**70]}, TypeError, "target must be integer, got list"),
-        (
-            {"target": [[0, 1], [0]]},
-            ValueError,
-            "target must be rectangular, got nested sequences of different lengths",
-        ),
+        ({"target": [[0, 1], [0.5]]}, TypeError, "target must be integer, got float64"),
         ({"n_classes": 0}, ValueError, "n_classes must be positive, got 0"),
         ({"n_classes": -3}, ValueError, "n_classes must be positive, got -3"),
         ({"n_classes": True}, TypeError, "n_classes must be an integer, got bool"),
@@ -245,14 +241,35 @@ def test_groups_without_examples_keep_their_row_up_to_the_largest():
 
 
 @pytest.mark.parametrize(
+    "sentences",
+    [
+        [[0, 1, -100], [2], [], [1]],
+        ((0, 1, -100), (2, 1)),
+        [np.array([0, 1]), np.array([2, 1, -100])],
+        np.array([np.array([0, 1]), np.array([2, 1, -100])], dtype=object),
+        [torch.tensor([0, 1]), torch.tensor([2, 1, -100])],
+        [[[0], [1, -100]], [[2, 1]]],
+    ],
+    ids=str,
+)
+def test_labels_of_sentences_of_different_lengths_are_counted(sentences):
+    assert count_classes(sentences, 3).tolist() == [1, 2, 1]
+    with pytest.raises(IndexError, match="target must have entries in"):
+        count_classes(sentences, 2)
+
+
+def test_groups_of_sentences_of_different_lengths():
+    assert count_classes([[0, 1], [2]], 3, groups=[[1, 0], [1]]).tolist() == [[0, 1, 0], [1, 0, 1]]
+
+
+@pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
         ({"groups": [0.0, 1.0]}, TypeError, "groups must be integer, got float64"),
         ({"groups": torch.tensor([True, False])}, TypeError, "groups must be integer, got bool"),
         ({"groups": [0]}, ValueError, "groups must have the shape of target, (2,), got (1,)"),
         ({"groups": [[0, 1]]}, ValueError, "groups must have the shape of target, (2,), got (1, 2)"),
-        ({"groups": [[0], [1, 2]]}, ValueError,
-         "groups must be rectangular, got nested sequences of different lengths"),
+        ({"groups": [[0], [1, 2]]}, ValueError, "groups must have the shape of target, (2,), got (3,)"),
         ({"n_groups": 2}, ValueError, "n_groups must be None without groups, got 2"),
         ({"groups": [0, 1], "n_groups": 0}, ValueError, "n_groups must be positive, got 0"),
         ({"groups": [0, 1], "n_groups": 2.0}, TypeError, "n_groups must be an integer, got float"),

@@ -21,7 +21,6 @@ from collections.abc import Callable
 from typing import Any
 
 import datasets
-import numpy as np
 import torch
 from digits import N_CLASSES, Digits, Formula, main
 from torch import Tensor
@@ -54,7 +53,7 @@ def train_dataset(digits: Digits) -> datasets.Dataset:
 
 
 def class_counts(digits: Digits) -> Tensor:
-    return count_classes(np.concatenate(train_dataset(digits)["labels"]), N_CLASSES)  # of sentences of any lengths
+    return count_classes(train_dataset(digits)["labels"], N_CLASSES)  # of sentences of any lengths
 
 
 def collate(sentences: list[dict[str, Tensor]]) -> dict[str, Tensor]:
