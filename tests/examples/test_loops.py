@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import large, slow
 
 import fused_la
 
@@ -70,8 +71,7 @@ def test_losses_are_those_of_the_formula_in_bfloat16(name):
     assert process.returncode == 0, process.stderr
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("name", [slow(name) if name == "transformers_tokens.py" else large(name) for name in PROGRAMS])
 def test_a_wrong_prior_is_seen(name, tmp_path):
     wrong = tmp_path / name
     wrong.write_text(WRONG_PRIOR.format(folder=str(LOOPS), script=str(LOOPS / name)))
