@@ -263,6 +263,7 @@ class LogitAdjustedLinear(CountedLossOptions, nn.Linear):
             features, weight = self._operands(features)
             head_arguments.check_dtensor_features(features, weight)
             return F.linear(features, weight, self._raw_logit_bias(features))
+        self._check_group(group)
         checks.check_tensor("features", features)
         features, weight = self._operands(features)
         return self._call_loss(

@@ -296,6 +296,7 @@ class LogitAdjustedCrossEntropyLoss(_LogitsLoss, CountedLossOptions):
                 batch. `transformers.Trainer` passes it to its `compute_loss_func` when it accumulates gradients. It is
                 not corrected for labels that it counts and `ignore_index` excludes.
         """
+        self._check_group(group)
         return self._loss_of_logits(
             logits, target, target_weight, input, group=group, reduction=reduction,
             num_items_in_batch=num_items_in_batch,

@@ -10,6 +10,7 @@ the device. With fake tensors and while a graph is recorded there are no values,
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,11 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from fused_la._call import checks
-from fused_la._call.class_counts import check_dense, dtype_name, log_prior_of, to_array
+from fused_la._call.class_counts import dtype_name, log_prior_of, to_int64
 from fused_la._call.values import is_compiled_or_traced, read_value
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+_MAX_COUNTS = 1 << 34  # 128 GB of them
 
 
 def count_classes(
@@ -97,7 +100,7 @@ def count_classes(
 def _count(target: Any, n_classes: Any, ignore_index: Any, groups: Any, n_groups: Any) -> Tensor:
     """The counts of the target of this process, (C,) or (G, C)."""
     n_classes, ignore_index = _to_positive_int(n_classes, "n_classes"), _to_int(ignore_index, "ignore_index")
-    labels, is_uint64 = _to_int64(target, "target")
+    labels, is_uint64 = to_int64(target, "target")
     counted = labels != ignore_index
     if is_uint64:
         counted |= labels < 0  # an entry of 2^63 or more has wrapped to a negative one: out of range, never ignored
@@ -109,7 +112,7 @@ def _count(target: Any, n_classes: Any, ignore_index: Any, groups: Any, n_groups
             raise ValueError(f"n_groups must be None without groups, got {n_groups!r}")
         return _histogram(labels, counted, n_classes)
 
-    rows, is_uint64 = _to_int64(groups, "groups")
+    rows, is_uint64 = to_int64(groups, "groups")
     if rows.shape != labels.shape:
         raise ValueError(f"groups must have the shape of target, {tuple(labels.shape)}, got {tuple(rows.shape)}")
     n_groups, rows = None if n_groups is None else _to_positive_int(n_groups, "n_groups"), rows.to(labels.device)
@@ -120,6 +123,11 @@ def _count(target: Any, n_classes: Any, ignore_index: Any, groups: Any, n_groups
             n_groups = int(rows[counted].max()) + 1 if bool(counted.any()) else 0
     elif n_groups is None:
         raise ValueError("n_groups must be given with groups that are fake or traced and have no values, got None")
+    if n_groups * n_classes > _MAX_COUNTS:
+        raise ValueError(
+            f"groups must be numbers from 0 on, got {n_groups} groups of {n_classes} classes, too many to count; "
+            "torch.unique(groups, return_inverse=True) makes such numbers of ids"
+        )
     is_class = (labels >= 0) & (labels < n_classes)  # another label must not count as a class of another group
     cells = torch.where(is_class, rows * n_classes + labels, n_groups * n_classes)
     return _histogram(cells, counted, n_groups * n_classes).view(n_groups, n_classes)
@@ -214,7 +222,8 @@ class RunningPrior(nn.Module):
         pseudocount: a > 0, examples added to every class.
         ignore_index: entries of this value are not counted.
         group: a `torch.distributed` process group over which the counts of each batch are summed. All ranks then make
-            the same calls. With None only the labels of this process are counted.
+            the same calls, `add_classes` too; on a CPU an error on one rank raises on all. With None only the labels of
+            this process are counted.
 
     Attributes:
         class_counts: (C,) float64, a buffer. It is in the `state_dict` and moves with the module. Casts of the module,
@@ -226,7 +235,7 @@ class RunningPrior(nn.Module):
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or out of its range; `update` for a target that is not
-            integer or on another device.
+            integer or on another device, or on a CPU if the ranks differ in their number of classes.
         IndexError: `update` on a CPU for labels that are neither classes nor ignore_index, on any rank; nothing is
             counted then. On a GPU and under `torch.compile`, where reading them would wait, such labels are not
             counted, and the loss of their rows is NaN.
@@ -269,22 +278,20 @@ class RunningPrior(nn.Module):
         Args:
             target: class indices or `ignore_index`, a tensor of any integer dtype and any shape, also empty.
         """
-        checks.check_tensor("target", target)
-        if not checks.is_integer(target):
-            raise TypeError(f"target must be integer, got {dtype_name(target)}")
-        if target.device != self.class_counts.device:
-            raise ValueError(
-                f"target must be on the device of class_counts, {self.class_counts.device}, got {target.device}; "
-                "move the RunningPrior there with .to()"
-            )
         n_classes = len(self.class_counts)
-        labels = target.reshape(-1).long()  # as uint8, an ignore_index of -100 would be 156
-        cells = torch.where((labels >= 0) & (labels < n_classes), labels, n_classes)  # the last cell: no class
-        batch = self.class_counts.new_zeros(n_classes + 1)
-        batch.scatter_add_(0, cells, (labels != self.ignore_index).to(batch.dtype))
-        if self.group is not None:
+        if self.group is None:
+            batch = self._count_batch(target)
+        else:
             from fused_la._class_parallel import exchange
 
+            if self.class_counts.is_cpu and not is_compiled_or_traced(self.class_counts):
+                batch, headers = exchange.exchange_headers(
+                    exchange.ranks_of(self.group), "RunningPrior.update",
+                    lambda: (self._count_batch(target), {"n_classes": n_classes}),
+                )  # fmt: skip
+                exchange.check_same("n_classes", "the same", [numbers["n_classes"] for numbers in headers])
+            else:
+                batch = self._count_batch(target)
             batch = exchange.sum_over_group(batch, self.group)
         n_outside = read_value(batch[-1])
         if n_outside:
@@ -295,6 +302,22 @@ class RunningPrior(nn.Module):
         self.class_counts.mul_(self.decay).add_(batch[:-1])
         return self.log_prior
 
+    def _count_batch(self, target: Tensor) -> Tensor:
+        """The counts of a batch, (C + 1,); the last is of labels that are no class."""
+        checks.check_tensor("target", target)
+        if not checks.is_integer(target):
+            raise TypeError(f"target must be integer, got {dtype_name(target)}")
+        if target.device != self.class_counts.device:
+            raise ValueError(
+                f"target must be on the device of class_counts, {self.class_counts.device}, got {target.device}; "
+                "move the RunningPrior there with .to()"
+            )
+        n_classes = len(self.class_counts)
+        labels = target.reshape(-1).long()  # as uint8, an ignore_index of -100 would be 156
+        cells = torch.where((labels >= 0) & (labels < n_classes), labels, n_classes)
+        batch = self.class_counts.new_zeros(n_classes + 1)
+        return batch.scatter_add_(0, cells, (labels != self.ignore_index).to(batch.dtype))
+
     @property
     def log_prior(self) -> Tensor:
         counts = self.class_counts + self.pseudocount
@@ -302,7 +325,8 @@ class RunningPrior(nn.Module):
 
     def add_classes(self, n: int) -> None:
         """Append n classes with the count 0. The counts are then another tensor."""
-        self.class_counts = nn.functional.pad(self.class_counts, (0, checks.check_int("n", n, 1)))
+        with torch.inference_mode(False):
+            self.class_counts = nn.functional.pad(self.class_counts, (0, checks.check_int("n", n, 1)))
 
     def reset_parameters(self) -> None:
         """Forget all labels; also what gives the counts values after `to_empty`."""
@@ -326,6 +350,18 @@ class RunningPrior(nn.Module):
         )
         self.class_counts = self.class_counts.double()  # load_state_dict(assign=True) takes the saved dtype
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> RunningPrior:
+        """A copy that counts over the same process group, which cannot be copied."""
+        memo[id(self.group)] = self.group
+        result = memo[id(self)] = type(self).__new__(type(self))
+        result.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        return result
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.group is not None:
+            raise TypeError("group must be None to pickle a RunningPrior, got a process group; save its state_dict()")
+        return self.__dict__
+
     def extra_repr(self) -> str:
         return f"n_classes={len(self.class_counts)}, decay={self.decay}, pseudocount={self.pseudocount}"
 
@@ -347,22 +383,3 @@ def _to_positive_int(value: Any, name: str) -> int:
     if number < 1:
         raise ValueError(f"{name} must be positive, got {number}")
     return number
-
-
-def _to_int64(value: Any, name: str) -> tuple[Tensor, bool]:
-    """Integers as an int64 tensor, flat if they are ragged, and whether they were uint64: entries of 2^63 or more
-    become negative."""
-    if isinstance(value, Tensor):
-        check_dense(value, name)
-        if not checks.is_integer(value):
-            raise TypeError(f"{name} must be integer, got {dtype_name(value)}")
-        return value.to(torch.int64), value.dtype == torch.uint64
-    if isinstance(value, np.ndarray) and value.dtype == object:
-        value = list(value)
-    try:
-        array = to_array(value, name, "iu", "integer")
-    except ValueError:  # lists of different lengths, as the labels of sentences
-        parts = [_to_int64(part, name) for part in value]
-        return torch.cat([part.reshape(-1) for part, _ in parts]), any(is_uint64 for _, is_uint64 in parts)
-    # A copy in C order, because PyTorch does not accept read-only, byte-swapped or reversed memory.
-    return torch.from_numpy(array.astype(np.int64, order="C")), array.dtype == np.uint64

@@ -89,7 +89,8 @@ def check(impl: str, logits: Tensor, target: Tensor, log_prior: Tensor, group: T
             if who == "eager":
                 wide = x.double() if x.dtype == torch.float64 else x.float()
                 z = wide + 0.7 * prior[group].movedim(-1, 1)
-                loss = F.cross_entropy(z, target, reduction=reduction, **options)
+                given_weight = {"weight": options["weight"].to(wide.dtype)} if "weight" in options else {}
+                loss = F.cross_entropy(z, target, reduction=reduction, **(options | given_weight))
             else:
                 loss = logit_adjusted_cross_entropy(
                     x, target, prior, 0.7, group=given, reduction=reduction, impl=who, **options
@@ -383,8 +384,10 @@ def test_modules_take_counts_by_group():
     assert criterion.state_dict() == {}
     assert torch.equal(criterion.class_counts, COUNTS)
     assert "n_classes=3" in repr(criterion)
-    with pytest.raises(ValueError, match="group must be given"):
+    with pytest.raises(ValueError, match=r"group must be given for class_counts of shape \(G, C\), got NoneType"):
         criterion(logits, target)
+    with pytest.raises(ValueError, match=r"group must be None for class_counts \(C,\), got Tensor"):
+        LogitAdjustedCrossEntropyLoss([3, 2, 1])(logits, target, group=group)
 
 
 def test_counts_by_group_may_change_between_steps():

@@ -10,6 +10,7 @@ import copy
 import doctest
 import importlib
 import math
+import pickle
 import re
 from collections import Counter
 from fractions import Fraction
@@ -338,7 +339,7 @@ counted = {
 def error_of(call):
     try:
         call()
-    except (ValueError, IndexError) as error:
+    except (TypeError, ValueError, IndexError) as error:
         return type(error).__name__ + ": " + str(error)
 
 
@@ -354,6 +355,9 @@ prior.update(torch.tensor(lopsided, dtype=torch.int64))
 counted["running"] = prior.class_counts.tolist()
 counted["running error"] = error_of(lambda: prior.update(torch.tensor([[0], [4, 7]][rank])))
 counted["running after the error"] = prior.class_counts.tolist()
+counted["running, other numbers"] = error_of(lambda: RunningPrior(4 + rank, group=world).update(torch.tensor([0])))
+wrong = [torch.tensor([0]), torch.tensor([0.5])][rank]
+counted["running, wrong on one rank"] = error_of(lambda: prior.update(wrong))
 dist.destroy_process_group()
 print(json.dumps(counted))
 """
@@ -381,6 +385,11 @@ def test_counts_are_summed_over_a_group_only_if_one_is_given(tmp_path):
             "IndexError: target must hold class indices in [0, 4) or ignore_index (-100), got 2 labels that are neither"
         )
         assert rank["running after the error"] == rank["running"]
+        assert rank["running, other numbers"] == (
+            "ValueError: n_classes must be the same on every rank, got 4 on rank 0, 5 on rank 1"
+        )
+        assert rank["running, wrong on one rank"].startswith("TypeError: ")
+        assert rank["running, wrong on one rank"].endswith("target must be integer, got float32")
     assert first["groups, alone"] == [[1, 0, 0, 0], [1, 0, 0, 1]]
     assert second["groups, alone"] == [[0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]]
     assert first["errors"][3].startswith("IndexError: rank 1 raised an error in count_classes: groups")
@@ -391,6 +400,28 @@ def lone_group():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield dist.group.WORLD
     dist.destroy_process_group()
+
+
+def test_a_running_prior_over_a_group_is_copied_and_says_that_it_is_not_pickled(lone_group):
+    prior = RunningPrior(3, decay=0.5, group=lone_group)
+    prior.update(torch.tensor([0, 2]))
+    twin = copy.deepcopy(torch.nn.ModuleList([prior]))[0]
+    assert twin.group is lone_group
+    twin.update(torch.tensor([1]))
+    assert twin.class_counts.tolist() == [0.5, 1.0, 0.5]
+    assert prior.class_counts.tolist() == [1.0, 0.0, 1.0]
+    with pytest.raises(TypeError, match="group must be None to pickle a RunningPrior"):
+        pickle.dumps(prior)
+    alone = RunningPrior(3)
+    alone.update(torch.tensor([0, 2]))
+    for again in (copy.deepcopy(alone), pickle.loads(pickle.dumps(alone))):
+        assert torch.equal(again.update(torch.tensor([1])), copy.deepcopy(alone).update(torch.tensor([1])))
+
+
+@pytest.mark.parametrize("arguments", [{"groups": [0, 10**15]}, {"groups": [0, 1], "n_groups": 2**62}])
+def test_ids_that_are_no_numbers_of_groups_are_named(arguments):
+    with pytest.raises(ValueError, match=r"groups must be numbers from 0 on, got \d+ groups of 4 classes, too many"):
+        count_classes([0, 1], 4, **arguments)
 
 
 def test_without_a_group_nothing_is_communicated(lone_group, monkeypatch):

@@ -58,6 +58,8 @@ def read_call(
     if group is not None:
         dim = checks.class_dim(logits)
         group = checks.rows_of_groups(group, logits.shape[:dim] + logits.shape[dim + 1 :], logits)
+        if not torch.compiler.is_compiling() and group.is_inference():  # autograd keeps no inference tensor
+            group = group.clone()
     offset, tau = _read_prior(prior, logits, all_classes) if is_prior else _read_margin(prior, logits)
     target_weight, weight, ignore_index, reduction, label_smoothing, smoothing_distribution = options
     label_smoothing = checks.check_label_smoothing(label_smoothing)

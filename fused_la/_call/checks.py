@@ -112,8 +112,10 @@ def check_prior_values(log_prior: Tensor, tau: float = 1.0, name: str = "log_pri
         return
     if log_prior.dim() == 1:
         check_largest_prior(largest(log_prior), tau, name)
-    else:
-        for group, value in enumerate(read_value(log_prior.detach().amax(1)) or ()):
+        return
+    highest = log_prior.detach().amax(1)
+    if read_value(highest.isfinite().all()) is False:
+        for group, value in enumerate(highest.tolist()):
             check_largest_prior(value, tau, name, f" of group {group}")
 
 

@@ -194,6 +194,25 @@ def to_array(value: Any, name: str, kinds: str, expected: str) -> np.ndarray:
     return array
 
 
+def to_int64(value: Any, name: str) -> tuple[Tensor, bool]:
+    """Integers as an int64 tensor, flat if they are ragged, and whether they were uint64: entries of 2^63 or more
+    become negative."""
+    if isinstance(value, Tensor):
+        check_dense(value, name)
+        if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+            raise TypeError(f"{name} must be integer, got {dtype_name(value)}")
+        return value.to(torch.int64), value.dtype == torch.uint64
+    if isinstance(value, np.ndarray) and value.dtype == object:
+        value = list(value)
+    try:
+        array = to_array(value, name, "iu", "integer")
+    except ValueError:  # lists of different lengths, as the labels of sentences
+        parts = [to_int64(part, name) for part in value]
+        return torch.cat([part.reshape(-1) for part, _ in parts]), any(is_uint64 for _, is_uint64 in parts)
+    # A copy in C order, because PyTorch does not accept read-only, byte-swapped or reversed memory.
+    return torch.from_numpy(array.astype(np.int64, order="C")), array.dtype == np.uint64
+
+
 def dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 

@@ -230,6 +230,12 @@ class CountedLossOptions(LossOptions):
                 super()._set_per_class(name, value)
         self._class_counts = counts
 
+    def _check_group(self, group: Any) -> None:
+        """Check that a call gives groups if the counts are by group, and only then."""
+        if (group is None) == (self.log_prior.dim() == 2):
+            expected = "given for class_counts of shape (G, C)" if group is None else "None for class_counts (C,)"
+            raise ValueError(f"group must be {expected}, got {type(group).__name__}")
+
     def _set_per_class(self, name: str, value: Any) -> None:
         toward_prior = name == "smoothing_distribution" and isinstance(value, str) and value == "prior"
         super()._set_per_class(name, self.log_prior.exp() if toward_prior else value)

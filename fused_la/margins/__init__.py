@@ -13,6 +13,7 @@ Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equa
 """
 
 from fused_la._call.pairwise_margin import PairwiseMargin
+from fused_la.margins.federated import fedlc, fedrs
 from fused_la.margins.fisher_consistency import consistency
 from fused_la.margins.presets import (
     adaptive,
@@ -21,8 +22,6 @@ from fused_la.margins.presets import (
     cdt,
     equalised,
     erm,
-    fedlc,
-    fedrs,
     fisher_consistent,
     immax,
     ldam,

@@ -1,17 +1,15 @@
-"""Preset losses of the pairwise-margin family: each function makes a `PairwiseMargin` from what is known of classes."""
+"""Preset losses of the pairwise-margin family: each makes a `PairwiseMargin` from a log prior or from margins."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fused_la._call import checks
-from fused_la._call.class_counts import checked_counts, dtype_name, to_array
 from fused_la._call.pairwise_margin import PairwiseMargin, normalized_log_prior, to_prior_dtype
 from fused_la._call.values import holds_or_unknown
 
@@ -301,71 +299,6 @@ def fisher_consistent(log_prior: Tensor, log_delta: Tensor) -> PairwiseMargin:
     return PairwiseMargin(alpha=alpha, negative_offset=offset, target_offset=offset)
 
 
-def fedlc(class_counts: Tensor | np.ndarray | Sequence[float] | Mapping[int, float], tau: float) -> PairwiseMargin:
-    r"""FedLC, logits calibrated by the counts of one client: alpha = 1, Delta_yc = tau * (n_y^(-1/4) - n_c^(-1/4)).
-
-    .. math:: \ell(y, f) = -\log \frac{e^{f_y - \tau n_y^{-1/4}}}{\sum_c e^{f_c - \tau n_c^{-1/4}}}
-
-    A class without examples has the offset -inf, also at tau = 0: it takes no part. Not consistent.
-
-    Args:
-        class_counts: (C,) examples of each class on the client, or counts by class, as in `log_prior_from_counts`.
-        tau: strength of the calibration, >= 0.
-
-    Raises:
-        TypeError, ValueError: counts that are not numbers, not one-dimensional, negative, not finite, or 0 for all
-            classes; tau is negative.
-
-    Example:
-        >>> from fused_la import margins
-        >>> margins.fedlc([10000, 16, 0], tau=1.0).negative_offset
-        tensor([-0.1000, -0.5000,    -inf])
-
-    Source: Zhang et al., "Federated learning with label distribution skew via logits calibration", ICML 2022.
-    """
-    tau, counts = checks.check_tau(tau), torch.as_tensor(checked_counts(class_counts))
-    if not holds_or_unknown((counts > 0).any()):
-        raise ValueError(f"class_counts must have a positive count, got 0 for all {len(counts)} classes")
-    offset = torch.where(counts > 0, -tau * counts**-0.25, -math.inf).float()
-    offset = offset.to(class_counts.device if isinstance(class_counts, Tensor) else "cpu")
-    return PairwiseMargin(negative_offset=offset, target_offset=offset)
-
-
-def fedrs(present: Tensor | np.ndarray | Sequence[bool], alpha: float = 0.5) -> PairwiseMargin:
-    r"""FedRS, a softmax restricted to the classes of one client: logits of missing classes are scaled by alpha.
-
-    .. math:: \ell(y, f) = \log\Big[1 + \sum_{c \ne y} e^{s_c f_c - s_y f_y}\Big],
-              \qquad s_c = 1 \text{ if class } c \text{ is present, else } \alpha
-
-    Not consistent. The factor of a row's loss, which `PairwiseMargin` calls alpha, is 1.
-
-    Args:
-        present: (C,) bool, the classes of which the client has examples, such as `class_counts > 0`.
-        alpha: scale of the logits of missing classes, in [0, 1]. 1 is plain cross entropy.
-
-    Raises:
-        TypeError, ValueError: present is no vector of bools; alpha is not in [0, 1].
-
-    Example:
-        >>> import torch
-        >>> from fused_la import margins
-        >>> margins.fedrs(torch.tensor([900, 90, 0]) > 0).scale
-        tensor([1.0000, 1.0000, 0.5000])
-
-    Source: Li and Zhan, "FedRS: Federated learning with restricted softmax for label distribution non-IID data", KDD
-    2021.
-    """
-    alpha, expected = checks.check_number("alpha", alpha, 0.0, 1.0, "between 0 and 1"), "bool, as class_counts > 0 is"
-    if not isinstance(present, Tensor):
-        present = torch.from_numpy(to_array(present, "present", "b", expected).copy())
-    checks.check_tensor("present", present)
-    if present.dtype != torch.bool:
-        raise TypeError(f"present must be {expected}, got {dtype_name(present)}")
-    if present.dim() != 1 or len(present) == 0:
-        raise ValueError(f"present must have shape (C,), got {tuple(present.shape)}")
-    return PairwiseMargin(scale=torch.where(present, 1.0, alpha).float())
-
-
 def immax(class_margins: Tensor) -> PairwiseMargin:
     r"""IMMAX, a confidence margin rho_y for each class: all logits of a row are divided by that of its label.
 
@@ -391,9 +324,13 @@ def immax(class_margins: Tensor) -> PairwiseMargin:
     from imbalanced data", ICML 2025.
     """
     checks.check_tensor("class_margins", class_margins)
-    checks.check_class_vector("class_margins", class_margins, max(class_margins.numel(), 1))
-    allowed = class_margins.isfinite() & (class_margins > 0.0)
+    if class_margins.dim() != 1 or len(class_margins) == 0:
+        raise ValueError(f"class_margins must have shape (C,), got {tuple(class_margins.shape)}")
+    checks.check_class_vector("class_margins", class_margins, len(class_margins))
+    label_scale = to_prior_dtype(class_margins.double().reciprocal(), class_margins)
+    allowed = (class_margins > 0.0) & label_scale.isfinite() & (label_scale > 0.0)
     if not holds_or_unknown(allowed.all()):
         bad = int((~allowed).nonzero()[0])
-        raise ValueError(f"class_margins must be finite and positive, got {class_margins[bad].item()} for class {bad}")
-    return PairwiseMargin(label_scale=to_prior_dtype(class_margins.double().reciprocal(), class_margins))
+        got = f"{class_margins[bad].item()} for class {bad}, with a reciprocal of {label_scale[bad].item()}"
+        raise ValueError(f"class_margins must be finite and positive, got {got}")
+    return PairwiseMargin(label_scale=label_scale)

@@ -558,7 +558,7 @@ VECTOR = torch.zeros(3)
         (lambda: margins.fedrs([True, False], 1.5), ValueError, "alpha must be between 0 and 1, got 1.5"),
         (lambda: margins.immax([1.0]), TypeError, "class_margins must be a torch.Tensor, got list"),
         (lambda: margins.immax(VECTOR.long()), TypeError, "class_margins must be float16, .* got torch.int64"),
-        (lambda: margins.immax(VECTOR[None]), ValueError, r"class_margins must have shape \(3,\), got \(1, 3\)"),
+        (lambda: margins.immax(VECTOR[None]), ValueError, r"class_margins must have shape \(C,\), got \(1, 3\)"),
         (
             lambda: margins.immax(torch.tensor([1.0, 0.0])),
             ValueError,
