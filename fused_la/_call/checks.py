@@ -55,9 +55,12 @@ def class_dim(logits: Tensor) -> int:
 
 
 def check_class_vector(
-    name: str, value: Any, n_classes: int, logits: Tensor | None = None, by_group: bool = False
+    name: str, value: Any, n_classes: int, logits: Tensor | None = None, by_group: bool | None = None
 ) -> None:
-    """Check a floating vector of shape (C,), or `by_group` (G, C); `logits` only serve a hint in the message."""
+    """Check a floating vector of shape (C,), or `by_group` (G, C); `logits` only serve a hint in the message.
+
+    by_group is False where the caller might have given a group, and did not.
+    """
     check_tensor(name, value)
     if value.dtype not in FLOATING:
         hint = "; log_prior_from_counts makes a log prior from class counts" if name.endswith("log_prior") else ""
@@ -70,6 +73,8 @@ def check_class_vector(
         return
     if value.shape != (n_classes,):
         hint = "" if logits is None else _class_dim_hint(logits, len(value) if value.dim() == 1 else None)
+        if by_group is False and value.shape[1:] == (n_classes,):
+            hint = "; with a row for each group, group must be given"
         raise ValueError(f"{name} must have shape ({n_classes},), got {tuple(value.shape)}{hint}")
 
 
@@ -95,12 +100,7 @@ def check_log_prior(
 ) -> None:  # fmt: skip
     """Check a log prior; by_group is whether the caller gave a group, and None if it cannot."""
     n_classes = logits.shape[class_dim(logits)]
-    if by_group is False and isinstance(log_prior, Tensor) and log_prior.shape[1:] == (n_classes,):
-        raise ValueError(
-            f"{name} must have shape ({n_classes},), got {tuple(log_prior.shape)}; "
-            "with a row for each group, group must be given"
-        )
-    check_class_vector(name, log_prior, n_classes, logits, by_group is True)
+    check_class_vector(name, log_prior, n_classes, logits, by_group)
     check_device(name, log_prior, logits)
     if all_classes:
         check_prior_values(log_prior, tau, name)
@@ -130,7 +130,7 @@ def check_largest_prior(largest: float | None, tau: float, name: str, of_group: 
 def check_smoothing_distribution(value: Any, n_classes: int, by_group: bool = False) -> Tensor:
     """Check a distribution, or `by_group` one a group, and return it. If its values cannot be read and are invalid, the
     result is NaN."""
-    check_class_vector("smoothing_distribution", value, n_classes, by_group=by_group)
+    check_class_vector("smoothing_distribution", value, n_classes, by_group=by_group or None)
     wide = torch.promote_types(value.dtype, torch.float32)
     smallest, total = value.detach().amin(-1), value.detach().sum(-1, dtype=wide)
     is_distribution = (smallest >= 0.0) & ((total - 1.0).abs() <= _SUM_TOLERANCE)

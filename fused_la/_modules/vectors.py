@@ -80,7 +80,7 @@ def to_class_vector(name: str, value: Any, n_classes: int | None, n_groups: int 
     if n_classes is None and value.dim() != 1:
         raise ValueError(f"{name} must have shape (C,), got {tuple(value.shape)}")
     by_group = name == "smoothing_distribution" and n_groups is not None and value.dim() == 2
-    checks.check_class_vector(name, value, n_classes or len(value), by_group=by_group)
+    checks.check_class_vector(name, value, n_classes or len(value), by_group=by_group or None)
     if by_group and len(value) != n_groups:
         raise ValueError(f"{name} must have shape ({n_groups}, {n_classes}) or (C,), got {tuple(value.shape)}")
     if name == "smoothing_distribution":
