@@ -25,7 +25,7 @@ from digits import N_CLASSES, Digits, main, network
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fused_la import count_classes
+from fused_la import LogitAdjustedCrossEntropyLoss, count_classes
 
 EPOCHS, BATCH, ACCUMULATION = 60, 19, 2  # 304 images: all batches have 19, and all steps two of them
 
@@ -38,13 +38,18 @@ def class_counts(digits: Digits) -> Tensor:
     return count_classes(train_dataset(digits).tensors[1], N_CLASSES)  # the prior of all images, not of this process's
 
 
+# The line that changes, in the place of `nn.CrossEntropyLoss()`. The criterion needs neither prepare() nor .to(device):
+# it goes where the logits are.
+def logit_adjusted(class_counts: Tensor) -> nn.Module:
+    return LogitAdjustedCrossEntropyLoss(class_counts)
+
+
 def train(criterion: nn.Module, digits: Digits, seed: int, max_steps: int | None) -> tuple[nn.Module, list[float]]:
     set_seed(seed)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=ACCUMULATION)
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     loader = DataLoader(train_dataset(digits), batch_size=BATCH, shuffle=True)
-    # LogitAdjustedCrossEntropyLoss(class_counts) needs neither prepare() nor .to(device): it goes where the logits are.
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     losses: list[float] = []
     for _ in range(1 if max_steps else EPOCHS):
@@ -59,5 +64,5 @@ def train(criterion: nn.Module, digits: Digits, seed: int, max_steps: int | None
 
 
 if __name__ == "__main__":
-    main("accelerate", train, class_counts=class_counts)
+    main("accelerate", train, logit_adjusted, class_counts=class_counts)
     Accelerator(cpu=True).end_training()

@@ -13,6 +13,8 @@ what is). The prior counts the images of all processes.
 from __future__ import annotations
 
 import itertools
+import os
+import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -29,11 +31,16 @@ from fused_la import LogitAdjustedLinear, count_classes
 EPOCHS, BATCH, FEATURES = 30, 16, 64  # images of a step and process
 
 
+# The line that changes, in the place of `nn.Linear(FEATURES, N_CLASSES)` and the loss.
+def logit_adjusted_head(class_counts: Tensor) -> nn.Module:
+    return LogitAdjustedLinear(FEATURES, class_counts)
+
+
 class Classifier(nn.Module):
     def __init__(self, make_head: Callable[[], nn.Module]):
         super().__init__()
         self.trunk = network()[:-1]
-        self.head = make_head()  # LogitAdjustedLinear(FEATURES, class_counts), in the place of nn.Linear and the loss
+        self.head = make_head()
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         return self.head(self.trunk(images), labels)
@@ -87,9 +94,11 @@ class PlainHead(nn.Linear):
 
 
 if __name__ == "__main__":
+    if "RANK" not in os.environ:
+        sys.exit("RANK must be set: run this file by torchrun --nproc_per_node=2")
     dist.init_process_group("gloo")
     main(
-        "FSDP2", train, adjusted=lambda counts: partial(LogitAdjustedLinear, FEATURES, counts),
+        "FSDP2", train, lambda counts: partial(logit_adjusted_head, counts),
         plain=lambda: partial(PlainHead, torch.ones(N_CLASSES)), formula=lambda counts: partial(PlainHead, counts),
         class_counts=class_counts,
     )  # fmt: skip

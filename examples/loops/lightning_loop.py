@@ -21,18 +21,23 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fused_la import count_classes
+from fused_la import LogitAdjustedCrossEntropyLoss, count_classes
 
 EPOCHS, BATCH = 30, 16  # images of a step and process
 for name in ("lightning.pytorch", "lightning.fabric"):
     logging.getLogger(name).setLevel(logging.WARNING)
 
 
+# The line that changes, in the place of `nn.CrossEntropyLoss()`.
+def logit_adjusted(class_counts: Tensor) -> nn.Module:
+    return LogitAdjustedCrossEntropyLoss(class_counts)
+
+
 class DigitClassifier(L.LightningModule):
     def __init__(self, criterion: nn.Module):
         super().__init__()
         self.network = network()
-        self.criterion = criterion  # LogitAdjustedCrossEntropyLoss(class_counts), in the place of nn.CrossEntropyLoss()
+        self.criterion = criterion
         self.losses: list[float] = []
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
@@ -50,7 +55,8 @@ def train_loader(digits: Digits) -> DataLoader:
 
 
 def class_counts(digits: Digits) -> Tensor:
-    return count_classes(torch.cat([labels for _, labels in train_loader(digits)]), N_CLASSES)  # from a DataLoader
+    # From a DataLoader, one that drops no batch.
+    return count_classes(torch.cat([labels for _, labels in train_loader(digits)]), N_CLASSES)
 
 
 def train(criterion: nn.Module, digits: Digits, seed: int, max_steps: int | None) -> tuple[nn.Module, list[float]]:
@@ -80,4 +86,4 @@ def train(criterion: nn.Module, digits: Digits, seed: int, max_steps: int | None
 
 
 if __name__ == "__main__":
-    main("Lightning", train, class_counts=class_counts)
+    main("Lightning", train, logit_adjusted, class_counts=class_counts)

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from digits import N_CLASSES, Digits, Formula, main, network, save_images
+from digits import N_CLASSES, Digits, Formula, grad_norm, main, network, save_images
 from timm import utils
 from timm.data import Mixup, create_dataset, create_loader
 from timm.loss import SoftTargetCrossEntropy
@@ -90,11 +90,11 @@ def train(
                     loss = task(input, target)["loss"]
                 loss /= accum_steps
                 loss_scaler(loss, optimizer, need_update=need_update)
-                losses.append(loss.item() * accum_steps)
+                losses += [loss.item() * accum_steps, grad_norm(model)]
                 if need_update:
                     optimizer.zero_grad()
                     task.update_ema()
-                if len(losses) == max_steps:
+                if len(losses) // 2 == max_steps:
                     return model_ema.cpu(), losses
             if lr_scheduler is not None:
                 lr_scheduler.step(epoch + 1)

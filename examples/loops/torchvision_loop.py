@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from digits import N_CLASSES, Digits, Formula, main, network, save_images
+from digits import N_CLASSES, Digits, Formula, grad_norm, main, network, save_images
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, RandomSampler, default_collate
@@ -101,8 +101,8 @@ def train(criterion: nn.Module, digits: Digits, seed: int, max_steps: int | None
                 model_ema.update_parameters(model)
                 if epoch < WARMUP_EPOCHS:
                     model_ema.n_averaged.fill_(0)  # copy the weights during warmup
-                losses.append(loss.item())
-                if len(losses) == max_steps:
+                losses += [loss.item(), grad_norm(model)]
+                if len(losses) // 2 == max_steps:
                     return model_ema.cpu(), losses
             lr_scheduler.step()
     return model_ema.cpu().eval(), losses

@@ -19,7 +19,7 @@ from typing import Any
 
 import datasets
 from digits import N_CLASSES, Digits, Formula, main
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     PrinterCallback,
     Trainer,
@@ -29,7 +29,7 @@ from transformers import (
     set_seed,
 )
 
-from fused_la import count_classes
+from fused_la import LogitAdjustedCrossEntropyLoss, count_classes
 
 EPOCHS, BATCH = 30, 32
 
@@ -44,6 +44,11 @@ def train_dataset(digits: Digits) -> datasets.Dataset:
 
 def class_counts(digits: Digits) -> Tensor:
     return count_classes(train_dataset(digits)["label"], N_CLASSES)  # from a column of the data set
+
+
+# The lines that change: this, and `compute_loss_func` below.
+def logit_adjusted(class_counts: Tensor) -> nn.Module:
+    return LogitAdjustedCrossEntropyLoss(class_counts)
 
 
 def train(
@@ -66,7 +71,7 @@ def train(
                 logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True,
             ),
             train_dataset=train_dataset(digits),
-            compute_loss_func=criterion,  # the line that changes; None is the model's own cross entropy
+            compute_loss_func=criterion,  # None is the model's own cross entropy
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)  # a line a step
         trainer.train()
@@ -87,6 +92,6 @@ class SumFormula:
 
 if __name__ == "__main__":
     main(
-        "Trainer, images", train, plain=lambda: None, formula=SumFormula, class_counts=class_counts,
+        "Trainer, images", train, logit_adjusted, plain=lambda: None, formula=SumFormula, class_counts=class_counts,
         flags={"bf16": "the Trainer's mixed precision", "torch_compile": "the Trainer's compilation of the model"},
     )  # fmt: skip

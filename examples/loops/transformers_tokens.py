@@ -23,7 +23,7 @@ from typing import Any
 import datasets
 import torch
 from digits import N_CLASSES, Digits, Formula, main
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     BertConfig,
@@ -34,7 +34,7 @@ from transformers import (
     set_seed,
 )
 
-from fused_la import count_classes
+from fused_la import LogitAdjustedCrossEntropyLoss, count_classes
 
 EPOCHS, BATCH, PIXELS = 40, 8, 64
 
@@ -67,10 +67,14 @@ def collate(sentences: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     }
 
 
+# The lines that change: this, and `compute_loss_func` below.
+def logit_adjusted(class_counts: Tensor) -> nn.Module:
+    return LogitAdjustedCrossEntropyLoss(class_counts)
+
+
 def train(
     criterion: Any, digits: Digits, seed: int, max_steps: int | None, bf16: bool = False, torch_compile: bool = False
 ) -> tuple[Callable[[Tensor], Tensor], list[float]]:
-    # The lines that change. Without compute_loss_func the model computes its own cross entropy.
     def compute_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
         return criterion(outputs.logits.transpose(1, 2), labels, num_items_in_batch=num_items_in_batch)
 
@@ -93,7 +97,7 @@ def train(
             ),
             data_collator=collate,
             train_dataset=train_dataset(digits),
-            compute_loss_func=compute_loss if criterion else None,
+            compute_loss_func=compute_loss if criterion else None,  # None is the model's own cross entropy
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)  # a line a step
         trainer.train()
@@ -120,6 +124,6 @@ class SumFormula:
 
 if __name__ == "__main__":
     main(
-        "Trainer, tokens", train, plain=lambda: None, formula=SumFormula, class_counts=class_counts,
+        "Trainer, tokens", train, logit_adjusted, plain=lambda: None, formula=SumFormula, class_counts=class_counts,
         flags={"bf16": "the Trainer's mixed precision", "torch_compile": "the Trainer's compilation of the model"},
     )  # fmt: skip

@@ -63,7 +63,7 @@ class LossOptions(nn.Module):
         """Call a loss function with the module's options; with num_items_in_batch, divide its sum by that number."""
         reduction = self.reduction if reduction is None else reduction
         if num_items_in_batch is not None:
-            _check_num_items(num_items_in_batch, reduction)
+            num_items_in_batch = _checked_num_items(num_items_in_batch, reduction)
             reduction = "sum"
         loss = function(
             *inputs, **keywords, **self._per_class_for(inputs[0]), ignore_index=self.ignore_index, reduction=reduction,
@@ -272,9 +272,14 @@ class CountedLossOptions(LossOptions):
         return super().extra_repr().replace(", reduction", f", tau={self.tau}, reduction")
 
 
-def _check_num_items(num_items_in_batch: Any, reduction: str) -> None:
+def _checked_num_items(num_items_in_batch: Any, reduction: str) -> Any:
+    """One number, or a tensor of one; a tensor that repeats one is what transformers.Trainer has for several GPUs."""
     if reduction != "mean":
         raise ValueError(f"num_items_in_batch must be None unless reduction is 'mean', got it with {reduction!r}")
+    if isinstance(num_items_in_batch, Tensor) and num_items_in_batch.numel() > 1:
+        sizes = zip(num_items_in_batch.shape, num_items_in_batch.stride(), strict=True)
+        if all(size == 1 or stride == 0 for size, stride in sizes):
+            num_items_in_batch = num_items_in_batch.flatten()[0]
     is_number = isinstance(num_items_in_batch, numbers.Real) and not isinstance(num_items_in_batch, bool)
     if isinstance(num_items_in_batch, Tensor) and num_items_in_batch.numel() == 1:
         is_number = not (num_items_in_batch.is_complex() or num_items_in_batch.dtype == torch.bool)
@@ -283,6 +288,7 @@ def _check_num_items(num_items_in_batch: Any, reduction: str) -> None:
             "num_items_in_batch must be a number or a tensor of one number, "
             f"got {type(num_items_in_batch).__name__}"
         )  # fmt: skip
+    return num_items_in_batch
 
 
 def split_target(target: Any, target_weight: Any) -> tuple[Any, Any]:

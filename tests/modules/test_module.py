@@ -689,7 +689,11 @@ def test_a_call_may_override_the_reduction(module, reduction):
         loss_of(module, reduction="batchmean")
 
 
-@pytest.mark.parametrize("number", [7, 7.0, torch.tensor(7), torch.tensor(7.0), torch.tensor([7])], ids=repr)
+@pytest.mark.parametrize(
+    "number",
+    [7, 7.0, torch.tensor(7), torch.tensor(7.0), torch.tensor([7]), torch.tensor(7).unsqueeze(0).expand(2, -1)],
+    ids=repr,
+)
 def test_a_mean_may_be_over_a_given_number_of_items(module, number):
     """So the losses of two halves of a batch add up to the loss of the batch."""
     torch.testing.assert_close(loss_of(module, num_items_in_batch=number), loss_of(module, reduction="sum") / 7)
