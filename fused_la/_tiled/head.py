@@ -169,7 +169,8 @@ def backward_tiles(
             if grad_offset is not None:
                 tile = grad.unsqueeze(1)
                 softmax.add_to_offset_gradient(grad_offset, rows, block, chunk, tile, source.dtype)
-            rows.scale_in_place(grad.unsqueeze(1), block, chunk)
+            if rows.scale is not None or rows.row_scale is not None:
+                rows.scale_in_place(grad.unsqueeze(1), block, chunk)
             source.take_gradient(block, chunk, operand, grad)
     if grad_offset is None or problem.log_prior is None:
         return None

@@ -114,8 +114,9 @@ def prepare(problem: Problem, tiled: bool = False, shard: ShardLabels | None = N
     excluded, on_cpu = None, problem.logits.device.type == "cpu"  # elsewhere nothing is read: it would synchronise
     if offset is not None:
         # If every class is at -inf (in values that could not be read) the gradient must be NaN as the loss is, not 0.
-        lowest, highest = offset.aminmax(dim=-1, keepdim=True)
-        if not on_cpu or bool((lowest == -math.inf).any()):
+        by_group = offset.dim() == 2
+        lowest, highest = offset.aminmax(dim=-1, keepdim=True) if by_group else offset.aminmax()
+        if not on_cpu or (lowest.amin() if by_group else lowest).item() == -math.inf:
             excluded = (offset == -math.inf) & ((highest > -math.inf) | (shard is not None))
     groups = no_group = row_scale = None
     if problem.prior_index is not None:
