@@ -146,12 +146,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from fused_la._triton.argmax import _argmax_kernel
 
-def compile(pointer, wide, has_scale, has_offset):
+def compile(pointer, wide, *given):
     table = "*fp64" if wide else "*fp32"
     constants = {"ADJACENT": True, "COMPUTE": tl.float64 if wide else tl.float32, "KEY": tl.int64 if wide else tl.int32,
                  "HIGHEST": 2**63 - 1 if wide else 2**31 - 1, "TAUS": 16, "BLOCK_C": 128}
-    constants |= {name: None for name, given in (("scale", has_scale), ("offset", has_offset)) if not given}
-    types = {"logits": pointer, "scale": table, "offset": table, "predictions": "*i64", "n_inner": "i32"}
+    constants |= {name: None for name in ("scale", "offset", "group") if name not in given}
+    types = {"logits": pointer, "scale": table, "offset": table, "group": "*i64", "predictions": "*i64",
+             "n_inner": "i32"}
     constants_at = {(_argmax_kernel.arg_names.index(name),): value for name, value in constants.items()}
     signature = {parameter.name: "constexpr" if parameter.name in constants else
                  types.get(parameter.name, parameter.annotation_type) for parameter in _argmax_kernel.params}
@@ -162,9 +163,9 @@ def compile(pointer, wide, has_scale, has_offset):
     mul = "mul.f" in ptx or "mul.rn" in ptx
     print(json.dumps({"bytes": len(compiled.asm["cubin"]), "fma": "fma.rn" in ptx, "mul": mul}))
 
-compile("*bf16", False, False, True)
-compile("*fp32", False, True, True)
-compile("*fp64", True, True, True)
+compile("*bf16", False, "offset", "group")
+compile("*fp32", False, "scale", "offset")
+compile("*fp64", True, "scale", "offset")
 """
 
 
