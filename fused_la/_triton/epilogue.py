@@ -20,7 +20,7 @@ import triton.language as tl
 
 from fused_la._triton.softmax import exp, label_loss, log1p, sum_others
 from fused_la._triton.targets import dense_mass, label_and_logit, label_smoothing_mass
-from fused_la._triton.tiles import label_scale, load_prior, max_float, multiply, per_class, per_row, tile_offsets
+from fused_la._triton.tiles import load_prior, max_float, per_class, per_row, scale_label_gradient, tile_offsets
 
 
 class GradientInputs(NamedTuple):
@@ -38,7 +38,7 @@ class GradientInputs(NamedTuple):
 @triton.jit
 def rest_or_nan(args, rows, m, rest, is_empty):
     """rest, or NaN if a row has no class, an infinite z, or a prior_index out of range."""
-    if rows.operands.has_prior is not None:
+    if args.vectors.prior_index is not None:
         is_empty = is_empty | ~rows.operands.has_prior
     limit = max_float(m.dtype) if args.logits.dtype.element_ty.primitive_bitwidth == 16 else float("inf")  # as `adjust`
     return tl.where((m >= limit) | is_empty, float("nan"), rest)
@@ -91,15 +91,14 @@ def tile_gradient(args, rows, state, tile, z, e, VEC: tl.constexpr):
     else:
         grad = e * per_row(tl.where(state.live, state.g * state.total * state.inverse_sum, 0.0))
     if args.vectors.log_prior is not None and (args.n_labels is None or args.smoothing is not None):
-        prior = load_prior(args.vectors.log_prior, rows, tile)
+        prior = load_prior(args, args.vectors.log_prior, rows, tile)
         grad = tl.where(prior == float("-inf"), per_row(tl.where(state.live, state.rest - state.rest, 0.0)), grad)
     return grad
 
 
 @triton.jit
-def store_gradient(grad_logits, rows, tile, grad_class, grad, scale, VEC: tl.constexpr):
-    """Store the gradient of z, or times its scale that of the logits."""
-    grad = multiply(grad, scale)
+def store_gradient(grad_logits, rows, tile, grad_class, grad, VEC: tl.constexpr):
+    """Store the gradient of a tile."""
     offsets = tile_offsets(rows.gradient_start, tile, grad_class, VEC)
     in_bounds = tl.where(per_row(rows.in_bounds), per_class(tile.mask, rows), False)
     tl.store(grad_logits + offsets, grad.to(grad_logits.dtype.element_ty), in_bounds)
@@ -147,4 +146,4 @@ def label_gradient(args, rows, state, label, logit, single_label):
         p = exp(logit.z - m) * state.inverse_sum
         grad = class_gradient(p, tl.where(logit.z == m, rest * state.inverse_sum, 1.0 - p), state.total, state.g, mass)
         grad = tl.where(logit.excluded, rest - rest, grad)  # 0, and NaN in a row that is NaN
-    return multiply(grad, label_scale(args, rows, label.index))
+    return scale_label_gradient(args, rows, label.index, grad)

@@ -29,7 +29,6 @@ from fused_la._triton.tiles import (
     adjust,
     float_bits,
     from_bits,
-    label_scale,
     load_prior_of_label,
     load_z,
     triton_dtype,
@@ -145,12 +144,18 @@ def _merge_kernel(
             logit = tl.load(pointers, in_tile, other=0.0).to(COMPUTE)
             if bias is not None:
                 logit += tl.load(bias + label).to(COMPUTE)
-            prior, scale = None, label_scale(args, rows_of_tile, label)
+            prior, scale, row_scale = None, None, None
             if vectors.log_prior is not None:
-                prior = load_prior_of_label(vectors.log_prior, rows_of_tile, label)
-            tl.store(label_z + index * N_LABELS + k, adjust(logit, prior, scale, True, tau), in_tile)
+                prior = load_prior_of_label(args, vectors.log_prior, rows_of_tile, label)
+            if vectors.scale is not None:
+                scale = tl.load(vectors.scale + label)
+            if vectors.label_scale is not None:
+                row_scale = operands.scale
+            tl.store(label_z + index * N_LABELS + k, adjust(logit, prior, scale, row_scale, True, tau), in_tile)
             if vectors.target_offset is not None:
-                value = adjust(logit, None, scale, True, tau) + tl.load(vectors.target_offset + label).to(COMPUTE)
+                value = adjust(logit, None, scale, row_scale, True, tau) + tl.load(vectors.target_offset + label).to(
+                    COMPUTE
+                )
                 tl.store(z_as_label + index * N_LABELS + k, value, in_tile)
 
 
@@ -189,7 +194,7 @@ def _tile_gradient_kernel(
     state = GradientInputs(m_row, rest_row, 1.0 / (1.0 + rest_row), total_row, share_row, live, g)
     z = load_z(args, rows, tile, live, VEC if ALIGNED else 1)
     grad_z = tile_gradient(args, rows, state, tile, z, exp(z - m_row), 1)
-    store_gradient(grad, rows, tile, 1, grad_z, None, MAX_VEC if ALIGNED else 1)
+    store_gradient(grad, rows, tile, 1, grad_z, MAX_VEC if ALIGNED else 1)
     if N_LABELS > 0:
         tl.debug_barrier()  # other threads stored the columns that are overwritten
         for k in range(N_LABELS):

@@ -91,7 +91,7 @@ def _grad_log_prior_kernel(
         p = exp(z - per_row(m)) * per_row(inverse_sum)
         not_p = tl.where(z == per_row(m), per_row(rest * inverse_sum), 1.0 - p)
         grad = class_gradient(p, not_p, per_row(total), per_row(g), mass)
-        excluded = load_prior(vectors.log_prior, rows, tile) == float("-inf")
+        excluded = load_prior(args, vectors.log_prior, rows, tile) == float("-inf")
         grad = tl.where(excluded, per_row(rest - rest), grad)
         grad = tl.where(per_row(tl.where(in_bounds, live, False)), grad, 0.0)
         if vectors.prior_index is None:

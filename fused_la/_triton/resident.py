@@ -50,7 +50,7 @@ from fused_la._triton.tiles import (
     row_offsets,
     row_sum,
     rows_of_group,
-    tile_scale,
+    scale_gradient,
     unmasked_tile,
 )  # fmt: skip
 from fused_la._triton.workspace import load_denominator, store_loss, table_offset
@@ -245,8 +245,8 @@ def _resident_kernel(
             if i >= BODY_TILES:  # columns of the body are stored already
                 tile = Tile(0, 0, tile.cols, tile.mask & (tile.first_new == 0), 0)
             grad = tile_gradient(args, rows, state, tile, z_tiles[i], exp_tiles[i], VEC if i < BODY_TILES else 1)
-            scale = tile_scale(args, rows, tile)
-            store_gradient(grad_logits, rows, tile, grad_class, grad, scale, VEC if i < BODY_TILES else 1)
+            grad = scale_gradient(args, rows, tile, grad)
+            store_gradient(grad_logits, rows, tile, grad_class, grad, VEC if i < BODY_TILES else 1)
         store_label_gradients(args, rows, state, grad_logits, grad_class, 0, rows.body, EDGES, single_label)
 
     # The loss

@@ -40,7 +40,7 @@ from fused_la._triton.tiles import (
     per_row,
     row_offsets,
     rows_of_group,
-    tile_scale,
+    scale_gradient,
 )  # fmt: skip
 from fused_la._triton.workspace import counters_pointer, load_denominator, partials_pointer, store_loss, take_ticket
 
@@ -63,7 +63,7 @@ def _update_with_tile(lanes, args, rows, tile, live, VEC: tl.constexpr, HAS_MASS
 def _write_gradient(args, rows, state, tile, grad_logits, grad_class, VEC: tl.constexpr):
     z = load_z(args, rows, tile, state.live, VEC)
     grad = tile_gradient(args, rows, state, tile, z, exp(z - per_row(state.m)), VEC)
-    store_gradient(grad_logits, rows, tile, grad_class, grad, tile_scale(args, rows, tile), VEC)
+    store_gradient(grad_logits, rows, tile, grad_class, scale_gradient(args, rows, tile, grad), VEC)
 
 
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=["upstream"])

@@ -15,7 +15,6 @@ import triton.language as tl
 
 from fused_la._triton.tiles import (
     adjust,
-    label_scale,
     load_classes,
     load_prior,
     load_prior_of_label,
@@ -71,15 +70,18 @@ def load_label_and_logit(args, rows, k):
     label, vectors = load_label(args, rows, k), args.vectors
     offsets = rows.logits_start + label.index.to(tl.int64) * args.logits_class
     logits = tl.load(args.logits + offsets, rows.in_bounds, other=0.0)
-    prior, excluded = None, label.index < 0
+    prior, scale, row_scale, excluded = None, None, None, label.index < 0
     if vectors.log_prior is not None:
-        prior = load_prior_of_label(vectors.log_prior, rows, label.index)
+        prior = load_prior_of_label(args, vectors.log_prior, rows, label.index)
         excluded = prior == float("-inf")
-    scale = label_scale(args, rows, label.index)
-    z = adjust(logits, prior, scale, True, args.tau)
+    if vectors.scale is not None:
+        scale = tl.load(vectors.scale + label.index, rows.in_bounds, other=0.0)
+    if vectors.label_scale is not None:
+        row_scale = rows.operands.scale
+    z = adjust(logits, prior, scale, row_scale, True, args.tau)
     z_as_label = z
     if vectors.target_offset is not None:
-        z_as_label = adjust(logits, None, scale, True, args.tau)
+        z_as_label = adjust(logits, None, scale, row_scale, True, args.tau)
         z_as_label += tl.load(vectors.target_offset + label.index, rows.in_bounds, other=0.0).to(args.tau.dtype)
     return label, LabelLogit(z, z_as_label, excluded)
 
@@ -132,7 +134,7 @@ def smoothing_mass(args, rows, tile):
     if args.vectors.smoothing_distribution is None:
         mass = per_class(tl.full(tile.cols.shape, 1.0, COMPUTE) * (args.smoothing / args.n_classes), rows)
     else:
-        mass = load_prior(args.vectors.smoothing_distribution, rows, tile).to(COMPUTE) * args.smoothing
+        mass = load_prior(args, args.vectors.smoothing_distribution, rows, tile).to(COMPUTE) * args.smoothing
     if args.vectors.weight is not None:
         mass = mass * per_class(load_classes(args.vectors.weight, tile).to(COMPUTE), rows)
     return tl.where(per_class(tile.mask, rows), mass, 0.0)
@@ -145,7 +147,8 @@ def label_smoothing_mass(args, rows, label):
     if args.vectors.smoothing_distribution is None:
         mass = args.smoothing / args.n_classes
     else:
-        mass = load_prior_of_label(args.vectors.smoothing_distribution, rows, label).to(COMPUTE) * args.smoothing
+        mass = load_prior_of_label(args, args.vectors.smoothing_distribution, rows, label).to(COMPUTE)
+        mass = mass * args.smoothing
     if args.vectors.weight is not None:
         mass = mass * tl.load(args.vectors.weight + label, rows.in_bounds, other=0.0).to(COMPUTE)
     return mass

@@ -65,7 +65,7 @@ class Arguments(NamedTuple):
 
 
 class RowOperands(NamedTuple):
-    """What each row has of its own beside its logits and target; None where a problem does not have it."""
+    """What each row has of its own beside its logits and target; 0 where a problem does not have it."""
 
     prior_start: Any  # where its prior starts in log_prior and smoothing_distribution
     has_prior: Any  # its prior_index is in range
@@ -132,17 +132,6 @@ def per_class(values, rows):
 
 
 @triton.jit
-def multiply(a, b):
-    """The product of two factors, of which None is 1."""
-    if a is None:
-        return b
-    elif b is None:
-        return a
-    else:
-        return a * b
-
-
-@triton.jit
 def row_sum(tile):
     return tl.sum(tile, len(tile.shape) - 1)
 
@@ -179,7 +168,7 @@ def whole_vectors(n, VEC: tl.constexpr):
 @triton.jit
 def load_row_operands(vectors, index, in_bounds, n_classes, n_priors, COMPUTE: tl.constexpr):
     """The `RowOperands` of rows. An index or a label out of range is read as 0."""
-    prior_start, has_prior, scale = None, None, None
+    prior_start, has_prior, scale = 0, 0, 0  # not None: Triton 3.6 returns no tuple with one
     if vectors.prior_index is not None:
         prior = tl.load(vectors.prior_index + index, in_bounds, other=0)
         has_prior = prior.to(tl.uint64) < n_priors.to(tl.uint64)
@@ -265,9 +254,9 @@ def load_classes(vector, tile):
 
 
 @triton.jit
-def load_prior(vector, rows, tile):
+def load_prior(args, vector, rows, tile):
     """The values of log_prior or smoothing_distribution at the classes of a tile; 0 out of bounds."""
-    if rows.operands.prior_start is None:
+    if args.vectors.prior_index is None:
         return per_class(load_classes(vector, tile), rows)
     else:
         pointers = vector + per_row(rows.operands.prior_start) + per_class(tile.first_class + tile.cols, rows)
@@ -275,9 +264,9 @@ def load_prior(vector, rows, tile):
 
 
 @triton.jit
-def load_prior_of_label(vector, rows, label):
+def load_prior_of_label(args, vector, rows, label):
     """The same at one class of each row."""
-    if rows.operands.prior_start is None:
+    if args.vectors.prior_index is None:
         return tl.load(vector + label, rows.in_bounds, other=0.0)
     else:
         return tl.load(vector + rows.operands.prior_start + label, rows.in_bounds, other=0.0)
@@ -292,8 +281,9 @@ def max_float(COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def adjust(logits, log_prior, scale, live, tau):
-    """z = scale * logits + tau * log_prior, by the same operations in every kernel, so that all compute the same bits.
+def adjust(logits, log_prior, scale, row_scale, live, tau):
+    """z = scale * row_scale * logits + tau * log_prior, by the same operations in every kernel, so that all compute the
+    same bits.
 
     A class at log_prior = -inf is excluded, whatever its logit, and so is every class of a row that is not live. In
     half precision a logit of inf or NaN becomes the highest float, which no other logit reaches: added to -inf it
@@ -305,6 +295,8 @@ def adjust(logits, log_prior, scale, live, tau):
         z = logits.to(tau.dtype)
     if scale is not None:
         z = z * scale.to(tau.dtype)
+    if row_scale is not None:
+        z = z * row_scale
     if logits.dtype.primitive_bitwidth == 16:
         z = tl.minimum(z, tl.where(live, max_float(tau.dtype), float("-inf")))
         return z if log_prior is None else tl.fma(log_prior.to(tau.dtype), tau, z)
@@ -323,23 +315,23 @@ def load_logits(args, rows, tile, VEC: tl.constexpr):
 
 
 @triton.jit
-def tile_scale(args, rows, tile):
-    """The factor of the logits of a tile; None if it is 1."""
-    of_classes, of_rows = None, None
+def scale_gradient(args, rows, tile, grad):
+    """The gradient of the logits of a tile from that of z."""
     if args.vectors.scale is not None:
-        of_classes = per_class(load_classes(args.vectors.scale, tile).to(args.tau.dtype), rows)
-    if rows.operands.scale is not None:
-        of_rows = per_row(rows.operands.scale)
-    return multiply(of_classes, of_rows)
+        grad = grad * per_class(load_classes(args.vectors.scale, tile).to(grad.dtype), rows)
+    if args.vectors.label_scale is not None:
+        grad = grad * per_row(rows.operands.scale)
+    return grad
 
 
 @triton.jit
-def label_scale(args, rows, label):
-    """The factor of the logit of one class of each row; None if it is 1."""
-    of_class = None
+def scale_label_gradient(args, rows, label, grad):
+    """The same for one class of each row."""
     if args.vectors.scale is not None:
-        of_class = tl.load(args.vectors.scale + label, rows.in_bounds, other=0.0).to(args.tau.dtype)
-    return multiply(of_class, rows.operands.scale)
+        grad = grad * tl.load(args.vectors.scale + label, rows.in_bounds, other=0.0).to(grad.dtype)
+    if args.vectors.label_scale is not None:
+        grad = grad * rows.operands.scale
+    return grad
 
 
 @triton.jit
@@ -350,10 +342,14 @@ def compute_z(args, rows, tile, logits, log_prior, live):
     if log_prior is not None:
         log_prior = per_class(log_prior, rows)
     elif args.vectors.log_prior is not None:
-        log_prior = load_prior(args.vectors.log_prior, rows, tile)
-    scale = tile_scale(args, rows, tile)
-    z = adjust(logits, log_prior, scale, per_row(live), args.tau)
-    if scale is not None:
+        log_prior = load_prior(args, args.vectors.log_prior, rows, tile)
+    scale, row_scale = None, None
+    if args.vectors.scale is not None:
+        scale = per_class(load_classes(args.vectors.scale, tile), rows)
+    if args.vectors.label_scale is not None:
+        row_scale = per_row(rows.operands.scale)
+    z = adjust(logits, log_prior, scale, row_scale, per_row(live), args.tau)
+    if scale is not None or row_scale is not None:
         z = tl.where(per_class(tile.mask, rows), z, float("-inf"))  # -inf * 0
     return z
 
