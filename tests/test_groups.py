@@ -1,4 +1,5 @@
-"""A prior for each group of rows: `log_prior` and `smoothing_distribution` of shape (G, C), with a group for each row.
+"""A prior for each group of rows: `log_prior` and `smoothing_distribution` of shape (G, C), with a group for each row;
+and a factor of the logits for each row, `label_scale`, in heads.
 
 Losses and gradients are compared with the oracle, which looks up the prior of every row. The tolerances are those of
 `test_accuracy.py`. Groups are neither sorted nor all present, and a class may be excluded in one group alone.
@@ -498,3 +499,24 @@ def test_a_sweep_refuses_groups_that_do_not_fit():
         plain.update(logits, target, target)
     with pytest.raises(IndexError, match="group must hold indices of the 2 rows"):
         by_group.update(logits, target, target + 2)
+
+
+# A factor of the row's label ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_rows", [0, 5])
+def test_a_head_with_a_label_scale(impl, n_rows):
+    """The bias's gradient is not that of the offset here: every row has another factor."""
+    features, weight, bias, offset = (t.requires_grad_() for t in (randn(n_rows, 3), randn(7, 3), randn(7), randn(7)))
+    scale, label_scale = torch.rand(7, device=DEVICE) + 0.5, torch.linspace(-1.0, 2.0, 7, device=DEVICE)
+    target = torch.tensor([6, 0, -100, 3, 3], device=DEVICE)[:n_rows]
+    margin = fused_la.PairwiseMargin(negative_offset=offset, target_offset=offset, scale=scale, label_scale=label_scale)
+    leaves = [features, weight, bias, offset]
+    loss = fused_la.linear_margin_cross_entropy(features, weight, target, margin, bias=bias, reduction="sum", impl=impl)
+    grads = torch.autograd.grad(loss, leaves)
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    of_rows = (scale.double() * label_scale.double()[target.clamp_min(0)][:, None]) * (exact[0] @ exact[1].T + exact[2])
+    expected = F.cross_entropy(of_rows + exact[3], target, reduction="sum")
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+    for grad, want in zip(grads, torch.autograd.grad(expected, exact), strict=True):
+        torch.testing.assert_close(grad.double(), want, rtol=1e-5, atol=1e-5)

@@ -68,8 +68,9 @@ def why_only_reference(call: LossCall, transformed: bool) -> str:
     problem = call.problem
     if problem.target_offset is not None and (problem.has_probabilities or problem.label_smoothing > 0.0):
         return "class probabilities or label smoothing under a margin whose two offsets differ"
-    several = problem.has_probabilities or problem.label_smoothing > 0.0 or problem.n_labels > 1
-    if problem.label_scale is not None and several:
+    if problem.label_scale is not None and (
+        problem.has_probabilities or problem.label_smoothing > 0.0 or problem.n_labels > 1
+    ):
         return "class probabilities, several labels a row or label smoothing under a margin with a label_scale"
     if transformed or not torch.is_grad_enabled():
         return ""
